@@ -1,0 +1,35 @@
+"""What every test may use: the repository's root, and the folder of real speech and reference outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared",
+        metavar="DIR",
+        type=Path,
+        default=REPO_ROOT.parent / "shared",
+        help="folder with data/an4_sphere.tar.gz, data/LibriSpeech and data/golden; "
+        "tests that need it are skipped where it is absent (default: shared/ beside the repository)",
+    )
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The repository's root folder."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Path:
+    """The folder given by `--shared`; a test that asks for it is skipped where there is none."""
+    folder: Path = request.config.getoption("--shared").resolve()
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data, and {folder} is no folder: pass --shared DIR")
+    return folder
