@@ -1,0 +1,219 @@
+"""What the recipe writes down: records of decoding and training, and the one way in which files are written.
+
+Standard library only, so that every other module may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+# What `bin/report` writes and git tracks. A fresh table does not make the code that computes the next one different.
+GENERATED = ("egs/*/results/*", "egs/*/RESULTS.md", "egs/*/*.png")
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` and move it to `path` once it is completely on disk.
+
+    Readers see the old file or the new one, never a part. Where anything fails, a full disk included, the temporary
+    file is removed, the old file stays as it was and the error goes on to the caller.
+
+    Args:
+      path: file to write; missing parent folders are made.
+      mode: "w" (text, UTF-8) or "wb" (bytes).
+    Yields:
+      the open temporary file.
+    Raises:
+      ValueError: for another mode.
+      OSError: where the file cannot be written.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode is {mode!r}; atomic_write replaces whole files: use 'w' (text) or 'wb' (bytes)")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    # not the tempfile module, whose files are unreadable for others: these keep the user's umask
+    file = open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def _checked(kind: type, values: object, source: str) -> dict[str, Any]:
+    """`values` where it is an object with exactly the fields of the dataclass `kind`, else a ValueError."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: a {kind.__name__} is a JSON object, this is {type(values).__name__}")
+    expected = {field.name for field in fields(kind)}
+    unknown, missing = sorted(values.keys() - expected), sorted(expected - values.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"{source} is no {kind.__name__} of this version: unknown keys {unknown}, missing keys {missing}. "
+            "Was it written by another version? Run decoding (or training) again, or remove the file."
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class DecodeRecord:
+    """The result of one test set at one exit with one method.
+
+    corpus, system, seed: what was trained; `system` is the configuration's name.
+    test_set, exit_layer, num_layers, method: what was decoded, at which of the encoder's layers, and how.
+    wer: percent; errors = insertions + deletions + substitutions, against `ref_words` reference words.
+    num_utterances: all of the test set; `fallback_utterances` of them had an empty lattice and were decoded greedily.
+    audio_seconds: duration of the test set; rtf: decoding time of this exit over it (below 1 is faster than speech).
+    parameters: of the encoder up to this exit and of the exit's own head.
+    macs_per_second: multiply-accumulates per second of audio up to this exit, the head included.
+    epoch, avg: the last epoch averaged, and how many epochs went into the average.
+    training_seconds, world_size, device: wall-clock time of the training and what it ran on.
+    config: the resolved configuration; commit: of the code that decoded; command: what was typed; date: ISO 8601.
+    """
+
+    corpus: str
+    system: str
+    seed: int
+    test_set: str
+    exit_layer: int
+    num_layers: int
+    method: str
+    wer: float
+    errors: int
+    insertions: int
+    deletions: int
+    substitutions: int
+    ref_words: int
+    num_utterances: int
+    fallback_utterances: int
+    audio_seconds: float
+    rtf: float
+    parameters: int
+    macs_per_second: float
+    epoch: int
+    avg: int
+    training_seconds: float
+    world_size: int
+    device: str
+    config: dict[str, Any]
+    commit: str
+    command: str
+    date: str
+
+    def __post_init__(self) -> None:
+        counted = self.insertions + self.deletions + self.substitutions
+        if self.errors != counted:
+            raise ValueError(
+                f"{self.errors} errors, but {self.insertions} insertions, {self.deletions} deletions and "
+                f"{self.substitutions} substitutions make {counted}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON with sorted keys."""
+        with atomic_write(path) as file:
+            json.dump(asdict(self), file, indent=1, sort_keys=True, ensure_ascii=False)
+            file.write("\n")
+
+    @classmethod
+    def from_dict(cls, values: object, source: str = "record") -> DecodeRecord:
+        """The record that `values` describes. Raises ValueError, naming `source`, for an unknown or a missing key."""
+        return cls(**_checked(cls, values, source))
+
+    @classmethod
+    def load(cls, path: str | Path) -> DecodeRecord:
+        """Read what `save` wrote. Raises ValueError for broken JSON, an unknown or a missing key."""
+        return cls.from_dict(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch of training did. Losses are per utterance or frame as the loss defines; the keys are exits' layers.
+
+    seconds: wall-clock time of the epoch, the evaluation on dev included.
+    frames_per_second: feature frames trained on per second; data_wait_share: share (0..1) of time spent waiting for data.
+    dev_wer_per_exit: percent, greedy.
+    """
+
+    epoch: int
+    seconds: float
+    frames_per_second: float
+    data_wait_share: float
+    learning_rate: float
+    train_loss: float
+    train_loss_per_exit: dict[int, float]
+    dev_loss_per_exit: dict[int, float]
+    dev_wer_per_exit: dict[int, float]
+
+    @classmethod
+    def from_dict(cls, values: object, source: str = "record") -> EpochRecord:
+        """The record that `values` describes; exits may be strings, as JSON has them."""
+        values = dict(_checked(cls, values, source))
+        for name in ("train_loss_per_exit", "dev_loss_per_exit", "dev_wer_per_exit"):
+            values[name] = {int(layer): value for layer, value in values[name].items()}
+        return cls(**values)
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises ValueError that names the file where it is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it and run the command that writes it again") from error
+
+
+def read_training_log(path: str | Path) -> list[EpochRecord]:
+    """The epochs of a `training.jsonl`, in order; none where the file does not exist."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}); remove the line") from error
+        records.append(EpochRecord.from_dict(values, f"{path}:{number}"))
+    return sorted(records, key=lambda record: record.epoch)
+
+
+def append_epoch(path: str | Path, record: EpochRecord) -> None:
+    """Add one epoch to a `training.jsonl`. Epochs from `record.epoch` on that a killed run left behind are dropped."""
+    kept = [earlier for earlier in read_training_log(path) if earlier.epoch < record.epoch]
+    with atomic_write(path) as file:
+        for each in [*kept, record]:
+            # numbers sort as numbers: exits become strings only after sorting
+            file.write(json.dumps(asdict(each), sort_keys=True) + "\n")
+
+
+def git_commit(root: str | Path) -> str:
+    """Short hash of the commit checked out at `root`; "+dirty" follows where tracked files differ from it.
+
+    Generated tables and plots do not count as a difference. Outside a git work tree: "unknown".
+    """
+    # no optional locks: asking must not make a concurrent `git commit` fail
+    git = ["git", "--no-optional-locks", "-C", str(root)]
+    excluded = [f":(top,exclude,glob){pattern}" for pattern in GENERATED]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
