@@ -1,0 +1,127 @@
+"""Conformer layer (arXiv 2005.08100) with absolute positions, as the published systems have it.
+
+Written so that it traces and exports as it stands: attention is ours, pointwise convolutions are Linear, nothing
+branches on a length. Padding never reaches a valid frame: attention gives padded keys no weight, the depthwise
+convolution sees zeros there, and batch normalisation takes its statistics from valid frames alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+MASK_BIAS = -1.0e4
+"""Added to the scores of padded keys: exp() of it is zero in float32 and it is finite in float16."""
+
+
+def valid_frames(lengths: Tensor, num_frames: int | Tensor) -> Tensor:
+    """(N,) lengths to an (N, T) boolean mask that is true on valid frames."""
+    return torch.arange(num_frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, Linear, SiLU, Linear."""
+
+    def __init__(self, d_model: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.up = nn.Linear(d_model, hidden_dim)
+        self.down = nn.Linear(hidden_dim, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(nn.functional.silu(self.up(self.norm(x))))
+        return self.dropout(self.down(x))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, equation 1)."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = 1.0 / math.sqrt(d_model // num_heads)
+        self.in_proj = nn.Linear(d_model, 3 * d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.in_proj.weight)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, key_bias: Tensor) -> Tensor:
+        """x (N, T, D); key_bias (N, 1, 1, T), 0 on valid keys and `MASK_BIAS` on padded ones."""
+        n, t, d = x.shape
+        q, k, v = self.in_proj(x).view(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        scores = torch.matmul(q * self.scale, k.transpose(-2, -1)) + key_bias
+        weights = self.dropout(scores.softmax(dim=-1))
+        return self.out_proj(torch.matmul(weights, v).transpose(1, 2).reshape(n, t, d))
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over the valid frames of a padded batch; same parameters and buffers as `BatchNorm1d`."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """x (N, T, D); mask (N, T, 1), 1 on valid frames and 0 on padded ones."""
+        if self.training:
+            count = mask.sum()
+            mean = (x * mask).sum(dim=(0, 1)) / count
+            var = ((x - mean).square() * mask).sum(dim=(0, 1)) / count
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                self.num_batches_tracked.add_(1)
+        else:
+            mean, var = self.running_mean, self.running_var
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return x * scale + (self.bias - mean * scale)
+
+
+class ConvolutionModule(nn.Module):
+    """LayerNorm, pointwise, GLU, depthwise, BatchNorm, SiLU, pointwise."""
+
+    def __init__(self, d_model: int, kernel: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.pointwise1 = nn.Linear(d_model, 2 * d_model)
+        self.depthwise = nn.Conv1d(d_model, d_model, kernel, padding=(kernel - 1) // 2, groups=d_model)
+        self.batch_norm = MaskedBatchNorm(d_model)
+        self.pointwise2 = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (N, T, D); mask (N, T, 1) as in `MaskedBatchNorm`."""
+        x = nn.functional.glu(self.pointwise1(self.norm(x)), dim=-1) * mask
+        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        x = nn.functional.silu(self.batch_norm(x, mask))
+        return self.dropout(self.pointwise2(x))
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward, attention, convolution, half a feed-forward, LayerNorm (arXiv 2005.08100, equation 1)."""
+
+    def __init__(self, d_model: int, num_heads: int, feedforward_dim: int, kernel: int, dropout: float) -> None:
+        super().__init__()
+        self.feed_forward1 = FeedForward(d_model, feedforward_dim, dropout)
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = SelfAttention(d_model, num_heads, dropout)
+        self.attention_dropout = nn.Dropout(dropout)
+        self.convolution = ConvolutionModule(d_model, kernel, dropout)
+        self.feed_forward2 = FeedForward(d_model, feedforward_dim, dropout)
+        self.final_norm = nn.LayerNorm(d_model)
+
+    def forward(self, x: Tensor, key_bias: Tensor, mask: Tensor) -> Tensor:
+        """x (N, T, D) to the same shape; key_bias (N, 1, 1, T) and mask (N, T, 1) from `frame_masks`."""
+        x = x + 0.5 * self.feed_forward1(x)
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), key_bias))
+        x = x + self.convolution(x, mask)
+        x = x + 0.5 * self.feed_forward2(x)
+        return self.final_norm(x)
+
+
+def frame_masks(lengths: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """For x (N, T, D) with `lengths` (N,): the attention's key_bias (N, 1, 1, T) and the mask (N, T, 1)."""
+    mask = valid_frames(lengths, x.size(1)).to(x.dtype)
+    return ((1.0 - mask) * MASK_BIAS).unsqueeze(1).unsqueeze(1), mask.unsqueeze(2)

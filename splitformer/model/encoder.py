@@ -1,0 +1,139 @@
+"""The early-exit Conformer encoder with parallel layers: Splitformer, EE-baseline and single-exit in one class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from splitformer.config import ModelConfig
+from splitformer.model.conformer import ConformerLayer, frame_masks, valid_frames
+from splitformer.model.subsampling import Conv1dSubsampling, Conv2dSubsampling, subsampled_lengths
+
+
+class ExitOutput(NamedTuple):
+    """What leaves the encoder at one exit."""
+
+    layer: int
+    """the encoder layer that this exit follows, counted from 1: its name everywhere"""
+    encoder_out: Tensor
+    """(N, T', D); frames at and beyond `lengths` hold nothing of meaning"""
+    lengths: Tensor
+    """(N,) valid frames"""
+
+
+class Encoder(nn.Module):
+    """Subsampling, positions, Conformer layers; an exit after each of `config.exit_layers`.
+
+    Where an exit is in `config.parallel_exits`, one more Conformer layer runs beside the block of layers that ends
+    there, on every second frame of the block's input, and is added to the block's output (arXiv 2506.18035, figure 1).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.exit_layers = config.exit_layers
+        if config.feature_norm == "utterance":
+            self.feature_norm: nn.Module = UtteranceNorm(config.num_mel_bins)
+        else:
+            self.feature_norm = NoNorm()
+        if config.subsampling == "conv2d":
+            self.subsampling: nn.Module = Conv2dSubsampling(
+                config.num_mel_bins, config.d_model, config.subsampling_channels
+            )
+        else:
+            self.subsampling = Conv1dSubsampling(config.num_mel_bins, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+        def layer() -> ConformerLayer:
+            return ConformerLayer(
+                config.d_model, config.num_heads, config.feedforward_dim, config.conv_kernel, config.dropout
+            )
+
+        self.layers = nn.ModuleList([layer() for _ in range(config.num_layers)])
+        self.parallel = nn.ModuleDict(
+            {str(exit_layer): ParallelBranch(layer(), config.parallel_gate) for exit_layer in config.parallel_exits}
+        )
+
+    def forward(self, x: Tensor, x_lens: Tensor) -> Iterator[ExitOutput]:
+        """Yield the exits one by one; layers above the last exit that is asked for are never run.
+
+        Args:
+          x: (N, T, C) features, padded with anything
+          x_lens: (N,) valid frames
+        """
+        lengths = subsampled_lengths(x_lens)
+        x = self.subsampling(self.feature_norm(x, x_lens))
+        x = self.dropout(x + sinusoidal_positions(x))
+        key_bias, mask = frame_masks(lengths, x)
+        first = 0
+        for exit_layer in self.exit_layers:
+            block_input = x
+            for layer in self.layers[first:exit_layer]:
+                x = layer(x, key_bias, mask)
+            if str(exit_layer) in self.parallel:
+                x = x + self.parallel[str(exit_layer)](block_input, lengths)
+            yield ExitOutput(exit_layer, x, lengths)
+            first = exit_layer
+
+
+class ParallelBranch(nn.Module):
+    """A Conformer layer at half the frame rate: every second frame in, each output frame twice.
+
+    With `gate`, a learned scalar that starts at zero multiplies the output, so that training begins as the
+    EE-baseline's. The published branch has none.
+    """
+
+    def __init__(self, layer: ConformerLayer, gate: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate = nn.Parameter(torch.zeros(())) if gate else None
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """x (N, T', D) with `lengths` (N,) to (N, T', D)."""
+        n, t, d = x.shape
+        half = x[:, ::2]
+        # frames 0, 2, 4, ... of L valid ones: ceil(L / 2) of them
+        half = self.layer(half, *frame_masks(torch.div(lengths + 1, 2, rounding_mode="floor"), half))
+        full = half.unsqueeze(2).expand(n, half.size(1), 2, d).reshape(n, half.size(1) * 2, d)[:, :t]
+        return full if self.gate is None else full * self.gate
+
+
+class UtteranceNorm(nn.Module):
+    """Subtract the utterance's own mean per bin, divide by the deviation that the training set has around such means.
+
+    The deviation is a buffer, set once from training features (`set_deviation`) and kept in the checkpoint.
+    """
+
+    def __init__(self, num_mel_bins: int) -> None:
+        super().__init__()
+        self.register_buffer("deviation", torch.ones(num_mel_bins))
+
+    def set_deviation(self, deviation: Tensor) -> None:
+        self.deviation.copy_(deviation)
+
+    def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
+        """x (N, T, C) with `x_lens` (N,) valid frames to the same shape."""
+        mask = valid_frames(x_lens, x.size(1)).unsqueeze(2).to(x.dtype)
+        mean = (x * mask).sum(dim=1, keepdim=True) / x_lens.clamp(min=1).view(-1, 1, 1)
+        return (x - mean) / self.deviation
+
+
+class NoNorm(nn.Module):
+    """Features as they come."""
+
+    def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
+        return x
+
+
+def sinusoidal_positions(x: Tensor) -> Tensor:
+    """Positions for x (N, T, D), computed in the graph: (1, T, D), sine and cosine interleaved.
+
+    Vaswani et al. 2017, section 3.5: PE(t, 2i) = sin(t / 10000^(2i/D)), PE(t, 2i + 1) = cos(same).
+    """
+    t, d = x.size(1), x.size(2)
+    inverse = torch.exp(torch.arange(0, d, 2, device=x.device) * (-math.log(10000.0) / d))
+    angle = torch.arange(t, device=x.device).unsqueeze(1) * inverse
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).unsqueeze(0).to(x.dtype)
