@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-# What `bin/report` writes and git tracks. A fresh table does not make the code that computes the next one different.
+# What `bin/report` writes and git tracks: a fresh table does not change the code that computes the next one.
 GENERATED = ("egs/*/results/*", "egs/*/RESULTS.md", "egs/*/*.png")
 
 
@@ -23,8 +23,8 @@ GENERATED = ("egs/*/results/*", "egs/*/RESULTS.md", "egs/*/*.png")
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` and move it to `path` once it is completely on disk.
 
-    Readers see the old file or the new one, never a part. Where anything fails, a full disk included, the temporary
-    file is removed, the old file stays as it was and the error goes on to the caller.
+    Readers see the old file or the new one, never a part. Where anything fails, a full disk included, the
+    temporary file is removed, the old file stays as it was and the error goes on to the caller.
 
     Args:
       path: file to write; missing parent folders are made.
@@ -36,7 +36,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
       OSError: where the file cannot be written.
     """
     if mode not in ("w", "wb"):
-        raise ValueError(f"mode is {mode!r}; atomic_write replaces whole files: use 'w' (text) or 'wb' (bytes)")
+        raise ValueError(f"mode is {mode!r}; whole files are replaced: use 'w' (text) or 'wb' (bytes)")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
@@ -62,7 +62,7 @@ def _checked(kind: type, values: object, source: str) -> dict[str, Any]:
     unknown, missing = sorted(values.keys() - expected), sorted(expected - values.keys())
     if unknown or missing:
         raise ValueError(
-            f"{source} is no {kind.__name__} of this version: unknown keys {unknown}, missing keys {missing}. "
+            f"{source} is no {kind.__name__} of this version: unknown keys {unknown}, missing {missing}. "
             "Was it written by another version? Run decoding (or training) again, or remove the file."
         )
     return values
@@ -75,13 +75,13 @@ class DecodeRecord:
     corpus, system, seed: what was trained; `system` is the configuration's name.
     test_set, exit_layer, num_layers, method: what was decoded, at which of the encoder's layers, and how.
     wer: percent; errors = insertions + deletions + substitutions, against `ref_words` reference words.
-    num_utterances: all of the test set; `fallback_utterances` of them had an empty lattice and were decoded greedily.
-    audio_seconds: duration of the test set; rtf: decoding time of this exit over it (below 1 is faster than speech).
+    num_utterances: all of the test set; `fallback_utterances` of them had an empty lattice, were decoded greedily.
+    audio_seconds: duration of the test set; rtf: decoding time of this exit over it (below 1: faster than speech).
     parameters: of the encoder up to this exit and of the exit's own head.
     macs_per_second: multiply-accumulates per second of audio up to this exit, the head included.
     epoch, avg: the last epoch averaged, and how many epochs went into the average.
     training_seconds, world_size, device: wall-clock time of the training and what it ran on.
-    config: the resolved configuration; commit: of the code that decoded; command: what was typed; date: ISO 8601.
+    config: the resolved configuration; commit: of the code that decoded; command: as typed; date: ISO 8601.
     """
 
     corpus: str
@@ -129,7 +129,7 @@ class DecodeRecord:
 
     @classmethod
     def from_dict(cls, values: object, source: str = "record") -> DecodeRecord:
-        """The record that `values` describes. Raises ValueError, naming `source`, for an unknown or a missing key."""
+        """The record in `values`. Raises ValueError, which names `source`, for an unknown or a missing key."""
         return cls(**_checked(cls, values, source))
 
     @classmethod
@@ -140,10 +140,11 @@ class DecodeRecord:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch of training did. Losses are per utterance or frame as the loss defines; the keys are exits' layers.
+    """What one epoch of training did. Losses as the loss module normalises them; keys are the exits' layers.
 
     seconds: wall-clock time of the epoch, the evaluation on dev included.
-    frames_per_second: feature frames trained on per second; data_wait_share: share (0..1) of time spent waiting for data.
+    frames_per_second: feature frames trained on per second.
+    data_wait_share: share (0..1) of the training time spent waiting for data.
     dev_wer_per_exit: percent, greedy.
     """
 
@@ -171,7 +172,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it and run the command that writes it again") from error
+        raise ValueError(f"{path} is not JSON ({error}); remove it and make it again") from error
 
 
 def read_training_log(path: str | Path) -> list[EpochRecord]:
@@ -190,11 +191,10 @@ def read_training_log(path: str | Path) -> list[EpochRecord]:
 
 
 def append_epoch(path: str | Path, record: EpochRecord) -> None:
-    """Add one epoch to a `training.jsonl`. Epochs from `record.epoch` on that a killed run left behind are dropped."""
+    """Add one epoch to a `training.jsonl`; a resumed run replaces the epochs from `record.epoch` on."""
     kept = [earlier for earlier in read_training_log(path) if earlier.epoch < record.epoch]
     with atomic_write(path) as file:
         for each in [*kept, record]:
-            # numbers sort as numbers: exits become strings only after sorting
             file.write(json.dumps(asdict(each), sort_keys=True) + "\n")
 
 
@@ -206,14 +206,12 @@ def git_commit(root: str | Path) -> str:
     # no optional locks: asking must not make a concurrent `git commit` fail
     git = ["git", "--no-optional-locks", "-C", str(root)]
     excluded = [f":(top,exclude,glob){pattern}" for pattern in GENERATED]
+    commands = (
+        [*git, "rev-parse", "--short", "HEAD"],
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded],
+    )
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit, changes = (subprocess.check_output(each, text=True, stderr=subprocess.DEVNULL) for each in commands)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
+    return commit.strip() + ("+dirty" if changes.strip() else "")
