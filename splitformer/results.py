@@ -75,8 +75,8 @@ class DecodeRecord:
     corpus, system, seed: what was trained; `system` is the configuration's name.
     test_set, exit_layer, num_layers, method: what was decoded, at which of the encoder's layers, and how.
     wer: percent; errors = insertions + deletions + substitutions, against `ref_words` reference words.
-    num_utterances: all of the test set; `fallback_utterances` of them had an empty lattice, were decoded greedily.
-    audio_seconds: duration of the test set; rtf: decoding time of this exit over it (below 1: faster than speech).
+    num_utterances: all of the test set; fallback_utterances: those with an empty lattice, decoded greedily.
+    audio_seconds: duration of the test set; rtf: decoding time of this exit over it (< 1: faster than speech).
     parameters: of the encoder up to this exit and of the exit's own head.
     macs_per_second: multiply-accumulates per second of audio up to this exit, the head included.
     epoch, avg: the last epoch averaged, and how many epochs went into the average.
@@ -129,7 +129,7 @@ class DecodeRecord:
 
     @classmethod
     def from_dict(cls, values: object, source: str = "record") -> DecodeRecord:
-        """The record in `values`. Raises ValueError, which names `source`, for an unknown or a missing key."""
+        """The record in `values`. Raises ValueError, naming `source`, for an unknown or a missing key."""
         return cls(**_checked(cls, values, source))
 
     @classmethod
@@ -211,7 +211,9 @@ def git_commit(root: str | Path) -> str:
         [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded],
     )
     try:
-        commit, changes = (subprocess.check_output(each, text=True, stderr=subprocess.DEVNULL) for each in commands)
+        commit, changes = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.strip() + ("+dirty" if changes.strip() else "")
