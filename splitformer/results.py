@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -76,7 +78,8 @@ class DecodeRecord:
     test_set, exit_layer, num_layers, method: what was decoded, at which of the encoder's layers, and how.
     wer: percent; errors = insertions + deletions + substitutions, against `ref_words` reference words.
     num_utterances: all of the test set; fallback_utterances: those with an empty lattice, decoded greedily.
-    audio_seconds: duration of the test set; rtf: decoding time of this exit over it (< 1: faster than speech).
+    audio_seconds: duration of the test set.
+    rtf: real-time factor, the time that decoding up to this exit took over `audio_seconds`.
     parameters: of the encoder up to this exit and of the exit's own head.
     macs_per_second: multiply-accumulates per second of audio up to this exit, the head included.
     epoch, avg: the last epoch averaged, and how many epochs went into the average.
@@ -196,6 +199,17 @@ def append_epoch(path: str | Path, record: EpochRecord) -> None:
     with atomic_write(path) as file:
         for each in [*kept, record]:
             file.write(json.dumps(asdict(each), sort_keys=True) + "\n")
+
+
+def command_line(root: str | Path) -> str:
+    """What was typed to start this process, quoted for a shell, with paths under `root` relative to it."""
+    root = f"{Path(root).resolve()}/"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        start = [sys.argv[0]]
+    else:
+        start = ["python", "-m", spec.name]
+    return shlex.join(word.replace(root, "") for word in [*start, *sys.argv[1:]])
 
 
 def git_commit(root: str | Path) -> str:
