@@ -1,0 +1,222 @@
+"""The layout's rules as tests: which module may import what, and what may not stand in the library at all."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STANDARD_LIBRARY = sys.stdlib_module_names | {"tomllib"}  # tomllib: from Python 3.11
+
+
+@dataclass(frozen=True)
+class Tier:
+    modules: tuple[str, ...]  # patterns of module names
+    packages: frozenset[str]  # what they may import besides the standard library
+    library: tuple[str, ...]  # patterns of the library's own modules that they may import
+
+
+BASE = ("splitformer.config", "splitformer.results")
+MODEL = (*BASE, "splitformer.model.*")
+INFERENCE = (*MODEL, "splitformer.exit_policy", "splitformer.greedy", "splitformer.checkpoint")
+LOSSES = (*INFERENCE, "splitformer.losses.ctc")
+SCORING = (*BASE, "splitformer.scoring")
+DATA = (*MODEL, "splitformer.data.*")
+TRAINING = (*LOSSES, *SCORING, *DATA, "splitformer.training.*")
+REPORT = ("splitformer.report", "splitformer.plots")
+DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
+
+IO = {"numpy", "tqdm"}
+DATA_PACKAGES = {"torch", "lhotse", "sentencepiece", "kaldifeat", "soundfile", *IO}
+
+# The first pattern that fits a module names its tier.
+TIERS = {
+    "base": Tier((*BASE,), frozenset({"tomli"}), BASE),
+    "model": Tier(("splitformer.model.*",), frozenset({"torch"}), MODEL),
+    "inference": Tier(INFERENCE, frozenset({"torch"}), INFERENCE),
+    "losses": Tier(("splitformer.losses.ctc",), frozenset({"torch"}), LOSSES),
+    "transducer": Tier(("splitformer.losses.*",), frozenset({"torch", "k2"}), LOSSES),
+    "scoring": Tier(SCORING, frozenset({"kaldialign"}), SCORING),
+    "decoding": Tier(("splitformer.decoding.*",), frozenset({"torch", "k2", "kaldilm", *IO}), DECODING),
+    "data": Tier(("splitformer.data.*",), frozenset(DATA_PACKAGES), DATA),
+    "training": Tier(
+        ("splitformer.training.*",), frozenset({*DATA_PACKAGES, "tensorboard", "kaldialign"}), TRAINING
+    ),
+    "export": Tier(
+        ("splitformer.export.*",), frozenset({"torch", "onnx"}), (*INFERENCE, "splitformer.export.*")
+    ),
+    "report": Tier(REPORT, frozenset({"matplotlib"}), (*BASE, *REPORT)),
+    "commands without k2": Tier(
+        tuple(f"splitformer.bin.{name}" for name in ("train", "average", "report", "doctor")),
+        frozenset({"torch"}),
+        (*TRAINING, *REPORT),
+    ),
+    "commands": Tier(("splitformer.bin.*",), frozenset({"torch", *IO}), ("splitformer.*",)),
+    "stage scripts": Tier(("local.*",), frozenset({"torch", "lhotse", *IO}), ("splitformer.*",)),
+}
+# What a package imports itself, so that blocking it would block the package.
+BROUGHT_ALONG = {
+    "torch": {"numpy"},
+    "matplotlib": {"numpy"},
+    "lhotse": {"torch", "torchaudio", "soundfile", *IO},
+    "tensorboard": {"numpy"},
+}
+BLOCKABLE = {"k2", "torchaudio"}.union(*(tier.packages for tier in TIERS.values()))
+NEED_K2 = ("transducer", "decoding", "commands", "stage scripts")
+NEVER_AT_IMPORT = {"kaldifeat"}  # a set-up without a compiler does without
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tier_of(module: str) -> str | None:
+    return next((name for name, tier in TIERS.items() if any(fnmatch(module, p) for p in tier.modules)), None)
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def imports(tree: ast.AST, package: str) -> list[str]:
+    """Every module that the code imports, wherever the import stands; `from a import b` gives "a.b"."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            found += [f"{source}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__", "find_spec"):
+                found.append(str(node.args[0].value))
+    return found
+
+
+def is_library_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def faults(source: str, module: str, package: str) -> list[str]:
+    """What `module`, whose text is `source`, imports against its tier."""
+    name = tier_of(module)
+    if name is None:
+        return [f"{module} stands in no tier: add it to TIERS, after DESIGN's layout"]
+    tier = TIERS[name]
+    wrong = []
+    for imported in imports(ast.parse(source), package):
+        top = imported.split(".")[0]
+        if top == "splitformer":
+            target = imported if is_library_module(imported) else imported.rpartition(".")[0]
+            allowed = target == "splitformer" or any(
+                fnmatch(target, p) or p == f"{target}.*" for p in tier.library
+            )
+        else:
+            allowed = top in STANDARD_LIBRARY or top in tier.packages
+        if not allowed:
+            wrong.append(f"{module} (tier {name!r}) imports {imported}")
+    return wrong
+
+
+@pytest.mark.parametrize("file", python_files("splitformer", "local"), ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_stay_within_the_tier(file: Path) -> None:
+    module = module_name(file)
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    source = file.read_text(encoding="utf-8")
+    if file.name == "__init__.py" and not source.strip():
+        return
+    assert faults(source, module, package) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("splitformer.model.encoder", "import k2"),
+        ("splitformer.model.encoder", "def f():\n    from k2 import Fsa"),
+        ("splitformer.model.encoder", "import importlib\nimportlib.import_module('k2.ragged')"),
+        ("splitformer.model.encoder", "from ..data import tokenizer"),
+        ("splitformer.model.encoder", "from splitformer import greedy"),
+        ("splitformer.results", "import torch"),
+        ("splitformer.training.loop", "from splitformer.decoding.ctc import one_best"),
+        ("splitformer.bin.train", "import splitformer.decoding.graphs"),
+        ("splitformer.decoding.lang", "import lhotse"),
+        ("splitformer.novelty", "import os"),
+    ],
+)
+def test_a_wrong_import_is_seen(module: str, source: str) -> None:
+    assert len(faults(source, module, module.rpartition(".")[0])) == 1
+
+
+@pytest.mark.parametrize("tier", [name for name in TIERS if name not in NEED_K2])
+def test_modules_import_with_nothing_but_their_tiers_packages(tier: str) -> None:
+    """In a Python that has neither k2 nor anything else of the tiers below."""
+    modules = [module_name(f) for f in python_files("splitformer")]
+    modules = [m for m in modules if tier_of(m) == tier]
+    allowed = {"tomli", *TIERS[tier].packages}
+    if tier == "commands without k2":
+        allowed |= BLOCKABLE - {"k2"}
+    allowed = allowed.union(*(BROUGHT_ALONG.get(package, set()) for package in allowed)) - NEVER_AT_IMPORT
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(BLOCKABLE - allowed)}))\n"
+        f"for module in {modules}: importlib.import_module(module)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_k2_is_not_imported_on_approval() -> None:
+    """No `try: import k2`: a module needs k2 or it does not."""
+    for file in python_files("splitformer", "local", "egs", "tests"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Try):
+                tried = imports(ast.Module(node.body, []), "")
+                assert not [m for m in tried if m.split(".")[0] == "k2"], f"{file}:{node.lineno}"
+
+
+def corpus_names() -> set[str]:
+    return {f.name.lower() for f in (ROOT / "egs").glob("*") if f.is_dir()} | {"librispeech", "tedlium", "voxpopuli"}
+
+
+def corpus_traces(text: str, names: set[str]) -> list[str]:
+    """Lines of the text that name a corpus or a `data/...` path; short names count as whole words only."""
+    patterns = [re.escape(n) if len(n) > 5 else rf"(?<![a-z0-9]){re.escape(n)}(?!-batch|[a-z0-9])" for n in names]
+    pattern = re.compile("|".join([*patterns, r"(?<!splitformer/)(?<![\w.-])data/\S"]), re.IGNORECASE)
+    return [f"{i}: {line.strip()}" for i, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted([*python_files("splitformer", "local"), *(ROOT / "local").rglob("*.sh")]),
+    ids=lambda f: str(f.relative_to(ROOT)),
+)
+def test_the_library_knows_no_corpus_and_no_path(file: Path) -> None:
+    """What belongs to one corpus stands in egs/, and where its files lie in the drivers."""
+    assert corpus_traces(file.read_text(encoding="utf-8"), corpus_names()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['cuts = "data/fbank/x.jsonl.gz"', "if corpus == 'an4':", "prepare_librispeech(", "# as in Mini", "$dir/data/y"],
+)
+def test_traces_of_a_corpus_are_seen(line: str) -> None:
+    assert corpus_traces(line, {"an4", "mini", "librispeech"})
+
+
+@pytest.mark.parametrize(
+    "line", ["from splitformer.data.ngram import x", "a mini-batch", "minimum", "splitformer/data/x.py"]
+)
+def test_other_words_are_no_traces(line: str) -> None:
+    assert not corpus_traces(line, {"an4", "mini", "librispeech"})
