@@ -1,0 +1,570 @@
+"""From records to RESULTS.md: gathers what runs wrote, aggregates over seeds, renders tables.
+
+A run is one system trained with one seed. `gather` turns `exp/<system>-seed<seed>/` into one small file that
+can be committed; `render` needs those files only: tables can be made again where the experiments are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from splitformer.results import DecodeRecord, EpochRecord, atomic_write, read_json, read_training_log
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ReportError(ValueError):
+    """Records or published figures that no table can be made of; the message names them and the remedy."""
+
+
+# ---- runs: gathered from experiments, kept as JSON
+
+
+@dataclass(frozen=True)
+class Run:
+    """All records of one system trained with one seed."""
+
+    decode: tuple[DecodeRecord, ...]
+    training: tuple[EpochRecord, ...]
+
+    @property
+    def system(self) -> str:
+        return self.decode[0].system
+
+    @property
+    def seed(self) -> int:
+        return self.decode[0].seed
+
+    @property
+    def last_exit(self) -> DecodeRecord:
+        """A record of the exit that follows the most layers: it has the whole encoder's cost."""
+        return max(self.decode, key=lambda record: record.exit_layer)
+
+
+def gather(exp_root: str | Path, results_dir: str | Path, corpus: str) -> list[Path]:
+    """Write `results_dir/<system>-seed<seed>.json` for every experiment under `exp_root` that was decoded.
+
+    Returns:
+      the files written, in the order of the experiments' names; none where `exp_root` does not exist.
+    Raises:
+      ReportError: records of another corpus, several models in one experiment, or one run in two experiments.
+    """
+    origin: dict[Path, Path] = {}
+    for decode_dir in sorted(Path(exp_root).glob("*/decode")):
+        exp_dir = decode_dir.parent
+        records = [DecodeRecord.load(path) for path in sorted(decode_dir.glob("*.json"))]
+        if not records:
+            continue
+        run = Run(tuple(records), tuple(read_training_log(exp_dir / "training.jsonl")))
+        _check_run(run, corpus, decode_dir)
+        path = Path(results_dir) / f"{run.system}-seed{run.seed}.json"
+        if path in origin:
+            raise ReportError(
+                f"{origin[path]} and {exp_dir} are both {run.system} with seed {run.seed}; "
+                "a table takes one: move the other out of the experiments' folder"
+            )
+        origin[path] = exp_dir
+        save_run(run, path)
+    return list(origin)
+
+
+def _check_run(run: Run, corpus: str, source: Path) -> None:
+    """Raises ReportError unless all records are of `corpus` and of one model."""
+    for name in ("corpus", "system", "seed", "num_layers", "config"):
+        values: list[Any] = []
+        for record in run.decode:
+            value = getattr(record, name)
+            if value not in values:
+                values.append(value)
+        if len(values) > 1:
+            shown = "" if name == "config" else f": {', '.join(map(str, values))}"
+            raise ReportError(
+                f"{source} holds records of {len(values)} different values of {name}{shown}; remove the old "
+                "ones and decode again"
+            )
+    if run.decode[0].corpus != corpus:
+        raise ReportError(
+            f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}"
+        )
+
+
+def save_run(run: Run, path: str | Path) -> None:
+    """Write a run: what all its decode records share once, then one record a line; floats of 5 digits."""
+    records = [_rounded(asdict(record)) | {"config": record.config} for record in run.decode]
+    shared = {
+        name: records[0][name]
+        for name in sorted(records[0])
+        if len(records) > 1 and all(record[name] == records[0][name] for record in records)
+    }
+    own = [{name: value for name, value in record.items() if name not in shared} for record in records]
+    training = [_rounded(asdict(epoch)) for epoch in run.training]
+    with atomic_write(path) as file:
+        file.write('{\n"shared": ' + json.dumps(shared, indent=1, sort_keys=True, ensure_ascii=False))
+        for name, rows in (("decode", own), ("training", training)):
+            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
+            file.write(f',\n"{name}": [\n' + ",\n".join(lines) + "\n]")
+        file.write("\n}\n")
+
+
+def load_run(path: str | Path) -> Run:
+    """Read what `save_run` wrote. Raises ValueError that names the file where it is something else."""
+    values = read_json(path)
+    if (
+        not isinstance(values, dict)
+        or values.keys() != {"shared", "decode", "training"}
+        or not values["decode"]
+    ):
+        raise ReportError(f"{path} is no file of results; remove it and run the report again")
+    decode = [DecodeRecord.from_dict({**values["shared"], **own}, str(path)) for own in values["decode"]]
+    training = [EpochRecord.from_dict(epoch, str(path)) for epoch in values["training"]]
+    return Run(tuple(decode), tuple(training))
+
+
+def load_runs(results_dir: str | Path, corpus: str) -> list[Run]:
+    """All runs of a results folder, by system and seed.
+
+    Raises:
+      ReportError: where there is none, or one is of another corpus.
+    """
+    runs = []
+    for path in sorted(Path(results_dir).glob("*.json")):
+        run = load_run(path)
+        _check_run(run, corpus, path)
+        runs.append(run)
+    if not runs:
+        raise ReportError(f"no results in {results_dir}: train and decode a system first")
+    return sorted(runs, key=lambda run: (run.system, run.seed))
+
+
+def _rounded(value: Any) -> Any:
+    """The same with floats cut to 5 significant digits, so that files stay small and diffs readable."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    return value
+
+
+# ---- published figures
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures somebody else published on the same test sets.
+
+    wer: percent by test set, for a system without exits; wer_per_exit: percent by layer and test set.
+    note: how they were obtained, where it differs from ours.
+    """
+
+    name: str
+    source: str
+    url: str
+    note: str
+    wer: dict[str, float]
+    wer_per_exit: dict[int, dict[str, float]]
+
+
+def load_published(path: str | Path) -> list[Published]:
+    """Read `[[system]]` tables with name, source, url, optional note and either wer or wer_per_exit.
+
+    Raises:
+      ReportError: where the file is not TOML or a table has other keys.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ReportError(f"{path} is not valid TOML: {error}") from error
+    if tables.keys() != {"system"} or not isinstance(tables["system"], list):
+        raise ReportError(f"{path} has {sorted(tables)}; it is a list of [[system]] tables and nothing else")
+    known = {field.name for field in fields(Published)}
+    published = []
+    for number, table in enumerate(tables["system"], start=1):
+        where = f"{path}, [[system]] number {number}"
+        unknown, missing = sorted(table.keys() - known), sorted({"name", "source", "url"} - table.keys())
+        if unknown or missing:
+            raise ReportError(f"{where}: unknown keys {unknown}, missing {missing}; keys are {sorted(known)}")
+        if ("wer" in table) == ("wer_per_exit" in table):
+            raise ReportError(
+                f"{where}: give either wer (by test set) or wer_per_exit (by layer and test set)"
+            )
+        per_exit = table.get("wer_per_exit", {})
+        strangers = [layer for layer in per_exit if not layer.isdecimal()]
+        if strangers:
+            raise ReportError(f"{where}: wer_per_exit names {strangers}; an exit is the number of its layer")
+        published.append(
+            Published(
+                name=table["name"],
+                source=table["source"],
+                url=table["url"],
+                note=table.get("note", ""),
+                wer=dict(table.get("wer", {})),
+                wer_per_exit={int(layer): dict(per_exit[layer]) for layer in sorted(per_exit, key=int)},
+            )
+        )
+    return published
+
+
+# ---- aggregation
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of a corpus with the questions that tables and plots ask."""
+
+    corpus: str
+    runs: Sequence[Run]
+    dev_sets: Sequence[str]
+
+    def __post_init__(self) -> None:
+        strangers = sorted(set(self.dev_sets) - {record.test_set for record in self._records()})
+        if strangers and len(strangers) == len(set(self.dev_sets)):
+            known = sorted({record.test_set for record in self._records()})
+            raise ReportError(
+                f"none of the dev sets {strangers} was decoded; decoded were {known}: decode the dev set "
+                "too, or choose among these"
+            )
+
+    def _records(self) -> Iterable[DecodeRecord]:
+        return (record for run in self.runs for record in run.decode)
+
+    @property
+    def systems(self) -> list[str]:
+        return sorted({run.system for run in self.runs})
+
+    @property
+    def test_sets(self) -> list[str]:
+        """Every set that is not for making choices."""
+        return sorted({record.test_set for record in self._records()} - set(self.dev_sets))
+
+    @property
+    def methods(self) -> list[str]:
+        """Decoding methods, those without a graph first."""
+        order = ("greedy_search", "ctc-decoding")
+        found = {record.method for record in self._records()}
+        return [method for method in order if method in found] + sorted(found - set(order))
+
+    def runs_of(self, system: str) -> list[Run]:
+        return [run for run in self.runs if run.system == system]
+
+    def layers(self, system: str | None = None) -> list[int]:
+        """The exits of one system, or of all."""
+        return sorted({r.exit_layer for r in self._records() if system in (None, r.system)})
+
+    def records(self, system: str, layer: int, test_set: str, method: str) -> list[DecodeRecord]:
+        """The records of one cell, by seed."""
+        wanted = (system, layer, test_set, method)
+        return [r for r in self._records() if (r.system, r.exit_layer, r.test_set, r.method) == wanted]
+
+    def wers(self, system: str, layer: int, test_set: str, method: str) -> list[float]:
+        """WER in percent, by seed."""
+        return [record.wer for record in self.records(system, layer, test_set, method)]
+
+    def dev_wer(self, system: str, method: str) -> float | None:
+        """WER at the last exit over all dev sets, mean over seeds; None where they were not decoded so."""
+        layer = self.layers(system)[-1]
+        records = [r for dev_set in self.dev_sets for r in self.records(system, layer, dev_set, method)]
+        per_seed = [
+            100.0 * sum(r.errors for r in own) / sum(r.ref_words for r in own)
+            for own in ([r for r in records if r.seed == seed] for seed in {r.seed for r in records})
+        ]
+        return _mean(per_seed) if per_seed else None
+
+    def chosen_method(self, system: str) -> str | None:
+        """The method with the lowest `dev_wer`; None where there is no dev set to choose on."""
+        wers = {method: self.dev_wer(system, method) for method in self.methods}
+        return min(
+            (method for method in wers if wers[method] is not None), key=lambda m: wers[m], default=None
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float], form: Callable[[float], str], seeds: int = 0) -> str:
+    """One value as `7.37`, several as `7.37 (7.10–7.60)`, none as `–`; too few for `seeds` are counted."""
+    if not values:
+        return "–"
+    text = form(_mean(values))
+    if len(values) > 1:
+        text += f" ({form(min(values))}–{form(max(values))})"
+    return text + (f" [{len(values)} of {seeds} seeds]" if len(values) < seeds else "")
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}"
+
+
+# ---- RESULTS.md
+
+
+def render(results: Results, published: Sequence[Published], plots: Mapping[str, str], command: str) -> str:
+    """RESULTS.md as text; the same for the same arguments.
+
+    Args:
+      results: all runs of a corpus.
+      published: figures of others, shown beside ours.
+      plots: {title: file name relative to RESULTS.md}.
+      command: what makes this file, shown in it.
+    """
+    parts = [
+        f"# Results: {results.corpus}",
+        f"Written by `{command}` from `results/*.json`; do not edit.",
+        "WER is in percent; over several seeds it is the mean (lowest–highest). An exit is named by the "
+        "encoder layer that it follows.",
+        _sets(results),
+        "## Summary",
+        _summary(results),
+        *(_unlike_configurations(results.runs_of(system)) for system in results.systems),
+        *(f"![{title}]({name})" for title, name in plots.items() if not title.startswith("Training")),
+        "## Side by side",
+        "WER at every exit on the test sets, one table per decoding method.",
+        *(_side_by_side(results, published, method) for method in results.methods),
+        _published(published),
+    ]
+    for system in results.systems:
+        parts += _system(results, system)
+        parts += [f"![{title}]({name})" for title, name in plots.items() if title == training_title(system)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def training_title(system: str) -> str:
+    """The title, in `render`'s `plots`, of a system's training curves."""
+    return f"Training of {system}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the first `left` columns aligned left and the others right."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _sets(results: Results) -> str:
+    rows = {}
+    for run in results.runs:
+        for r in run.decode:
+            use = "choices" if r.test_set in results.dev_sets else "results"
+            rows[r.test_set] = (use, str(r.num_utterances), str(r.ref_words), f"{r.audio_seconds / 60:.1f}")
+    header = ("set", "used for", "utterances", "words", "minutes of audio")
+    return _table(header, [(name, *rows[name]) for name in sorted(rows)], left=2)
+
+
+def _summary(results: Results) -> str:
+    """One row per system, with the method chosen on dev; without a dev set, one per system and method."""
+    if results.dev_sets:
+        rule = (
+            "Everything is chosen on the dev set: for each system the decoding method with the lowest dev "
+            "WER at the last exit, and among the systems (in bold) the one with the lowest such WER."
+        )
+    else:
+        rule = "No dev set was decoded, so nothing is chosen: every decoding method is listed."
+    chosen = {system: results.chosen_method(system) for system in results.systems}
+    dev = {s: results.dev_wer(s, method) for s, method in chosen.items() if method is not None}
+    best = min((s for s in dev if dev[s] is not None), key=lambda s: dev[s], default=None)
+
+    header = [
+        "system",
+        "parameters (M)",
+        "seeds",
+        "training",
+        "decoding",
+        *(["dev, last exit"] if dev else []),
+    ]
+    for test_set in results.test_sets:
+        header += [f"{test_set}, first exit", f"{test_set}, last exit"]
+    rows = []
+    for system in results.systems:
+        runs, layers = results.runs_of(system), results.layers(system)
+        method = chosen[system]
+        for shown in results.methods if method is None else [method]:
+            row = [f"**{system}**" if system == best else system, _parameters(runs[0].last_exit.parameters)]
+            row += [", ".join(str(run.seed) for run in runs), _training_time(runs), shown]
+            if dev:
+                row += [_percent(dev[system]) if system in dev else "–"]
+            for test_set in results.test_sets:
+                for layer in (layers[0], layers[-1]):
+                    row += [_spread(results.wers(system, layer, test_set, shown), _percent, len(runs))]
+            rows.append(row)
+    return f"{rule}\n\n{_table(header, rows)}"
+
+
+def _unlike_configurations(runs: Sequence[Run]) -> str:
+    """A warning where the seeds of a system were trained with different configurations."""
+    values: dict[str, dict[str, list[int]]] = {}
+    for run in runs:
+        for section, table in run.decode[0].config.items():
+            for key, value in table.items():
+                values.setdefault(f"{section}.{key}", {}).setdefault(json.dumps(value), []).append(run.seed)
+    differences = [
+        f"{name} is "
+        + ", ".join(f"{value} (seed {', '.join(map(str, seeds))})" for value, seeds in by_value.items())
+        for name, by_value in values.items()
+        if len(by_value) > 1
+    ]
+    if not differences:
+        return ""
+    return (
+        f"**The seeds of {runs[0].system} differ in more than the seed**, so their mean is of unlike things: "
+        f"{'; '.join(differences)}."
+    )
+
+
+def _side_by_side(results: Results, published: Sequence[Published], method: str) -> str:
+    with_exits = [each for each in published if each.wer_per_exit]
+    header, columns = ["layer"], []
+    for test_set in results.test_sets:
+        header += [f"{test_set}<br>{system}" for system in results.systems]
+        columns += [
+            {
+                layer: _spread(
+                    results.wers(system, layer, test_set, method), _percent, len(results.runs_of(system))
+                )
+                for layer in results.layers(system)
+            }
+            for system in results.systems
+        ]
+        header += [f"{test_set}<br>{each.name} (published)" for each in with_exits]
+        columns += [
+            {layer: f"{wers[test_set]:g}" for layer, wers in each.wer_per_exit.items() if test_set in wers}
+            for each in with_exits
+        ]
+    layers = sorted({layer for column in columns for layer in column})
+    rows = [[str(layer), *(column.get(layer, "–") for column in columns)] for layer in layers]
+    return f"### {method}\n\n{_table(header, rows)}"
+
+
+def _published(published: Sequence[Published]) -> str:
+    """Figures of systems without exits, and the sources of all."""
+    if not published:
+        return ""
+    parts = ["### Published on the same test sets"]
+    flat = [each for each in published if each.wer]
+    if flat:
+        sets = sorted({test_set for each in flat for test_set in each.wer})
+        rows = [[each.name, *(f"{each.wer[s]:g}" if s in each.wer else "–" for s in sets)] for each in flat]
+        parts.append(_table(["system", *sets], rows))
+    sources = [f"- {p.name}: [{p.source}]({p.url}){'. ' + p.note if p.note else ''}" for p in published]
+    return "\n\n".join([*parts, "\n".join(sources)])
+
+
+def _system(results: Results, system: str) -> list[str]:
+    runs = results.runs_of(system)
+    dev_sets = [dev_set for dev_set in results.dev_sets if any(dev_set in _sets_of(run) for run in runs)]
+    parts = [f"## {system}", _run_table(runs)]
+    if results.test_sets:
+        parts += ["Cost and WER on the test sets:", _wer_table(results, system, results.test_sets, cost=True)]
+    if dev_sets:
+        parts += ["WER on the dev set, on which choices are made:", _wer_table(results, system, dev_sets)]
+    parts += [
+        "Real-time factor: time of decoding up to the exit over audio time.",
+        _rtf_table(results, system),
+    ]
+    fallbacks = [
+        f"- {r.test_set}, layer {r.exit_layer}, {r.method}, seed {r.seed}: {r.fallback_utterances} of "
+        f"{r.num_utterances} utterances"
+        for run in runs
+        for r in sorted(run.decode, key=lambda r: (r.test_set, r.method, r.exit_layer))
+        if r.fallback_utterances
+    ]
+    if fallbacks:
+        parts += ["Utterances whose lattice came out empty, decoded greedily instead:", "\n".join(fallbacks)]
+    return [*parts, _commands(runs)]
+
+
+def _sets_of(run: Run) -> set[str]:
+    return {record.test_set for record in run.decode}
+
+
+def _run_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        last = run.last_exit
+        rows.append(
+            [
+                str(run.seed),
+                f"{last.epoch}, the last {last.avg} averaged" if last.avg > 1 else str(last.epoch),
+                f"{last.training_seconds / 60:.1f}",
+                str(last.world_size),
+                last.device,
+                ", ".join(sorted({f"`{record.commit}`" for record in run.decode})),
+                max(record.date for record in run.decode)[:10],
+            ]
+        )
+    header = ["seed", "epochs", "training (min)", "processes", "device", "commit", "date"]
+    return _table(header, rows, left=2)
+
+
+def _wer_table(results: Results, system: str, test_sets: Sequence[str], cost: bool = False) -> str:
+    """Rows exits, columns sets and methods; with `cost` also parameters and multiply-accumulates."""
+    runs = results.runs_of(system)
+    cells = [(test_set, method) for test_set in test_sets for method in results.methods]
+    header = ["layer", *(["parameters (M)", "10⁹ MACs per s of audio"] if cost else [])]
+    header += [f"{test_set}<br>{method}" for test_set, method in cells]
+    rows = []
+    for layer in results.layers(system):
+        row = [str(layer)]
+        if cost:
+            record = next(r for run in runs for r in run.decode if r.exit_layer == layer)
+            row += [_parameters(record.parameters), f"{record.macs_per_second / 1e9:.3f}"]
+        rows.append(
+            [*row, *(_spread(results.wers(system, layer, s, m), _percent, len(runs)) for s, m in cells)]
+        )
+    return _table(header, rows)
+
+
+def _rtf_table(results: Results, system: str) -> str:
+    """Rows exits, columns methods; over all sets, mean over seeds."""
+    rows = []
+    for layer in results.layers(system):
+        row = [str(layer)]
+        for method in results.methods:
+            per_run = []
+            for run in results.runs_of(system):
+                own = [r for r in run.decode if (r.exit_layer, r.method) == (layer, method)]
+                if own:
+                    audio = sum(r.audio_seconds for r in own)
+                    per_run.append(sum(r.rtf * r.audio_seconds for r in own) / audio)
+            row.append(f"{_mean(per_run):.4f}" if per_run else "–")
+        rows.append(row)
+    return _table(["layer", *results.methods], rows)
+
+
+def _commands(runs: Sequence[Run]) -> str:
+    """The commands behind the numbers, folded away."""
+    made: dict[str, list[DecodeRecord]] = {}
+    for run in runs:
+        for record in run.decode:
+            made.setdefault(record.command, []).append(record)
+    blocks = []
+    for command, records in made.items():
+        names = (
+            sorted({f"seed {r.seed}" for r in records}),
+            _names(records, "test_set"),
+            _names(records, "method"),
+        )
+        blocks.append(f"# {'; '.join(', '.join(each) for each in names)}\n{command}")
+    text = "\n\n".join(blocks)
+    return f"<details><summary>Commands that made these numbers</summary>\n\n```\n{text}\n```\n\n</details>"
+
+
+def _names(records: Iterable[DecodeRecord], field: str) -> list[str]:
+    return sorted({getattr(record, field) for record in records})
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _training_time(runs: Sequence[Run]) -> str:
+    last = runs[0].last_exit
+    processes = f" × {last.world_size} processes" if last.world_size > 1 else ""
+    minutes = _mean([run.last_exit.training_seconds for run in runs]) / 60
+    return f"{minutes:.1f} min{processes}"

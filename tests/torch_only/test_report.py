@@ -1,0 +1,336 @@
+"""RESULTS.md, its plots and the committed results, from records written by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from splitformer.report import Published, ReportError, Results, Run, gather, load_published, load_runs, render
+from splitformer.results import DecodeRecord, EpochRecord, append_epoch
+
+EXITS = (2, 10)
+
+
+def record(system: str, seed: int, test_set: str, layer: int, method: str, errors: int) -> DecodeRecord:
+    """A record of 200 reference words: one error is half a percent."""
+    return DecodeRecord(
+        corpus="toy", system=system, seed=seed, test_set=test_set, exit_layer=layer, num_layers=10,
+        method=method, wer=errors / 2, errors=errors, insertions=0, deletions=errors, substitutions=0, ref_words=200,
+        num_utterances=40, fallback_utterances=0, audio_seconds=120.0, rtf=layer / 1000,
+        parameters=layer * 10**6, macs_per_second=layer * 1.5e7, epoch=20, avg=5,
+        training_seconds=60.0 * seed, world_size=2, device="cpu",
+        config={"optim": {"base_lr": 0.123456789}}, commit="0123abc",
+        command=f"python -m splitformer.bin.decode --checkpoint exp/{system}-seed{seed}/averaged.pt",
+        date="2026-01-02T03:04:05",
+    )  # fmt: skip
+
+
+# errors by (system, seed) and (test set, layer, method); "1best" is better on test, worse on dev
+ERRORS = {
+    ("baseline", 1): {
+        ("dev", 2, "greedy_search"): 60, ("dev", 10, "greedy_search"): 20,
+        ("dev", 2, "1best"): 50, ("dev", 10, "1best"): 30,
+        ("test", 2, "greedy_search"): 64, ("test", 10, "greedy_search"): 24,
+        ("test", 2, "1best"): 40, ("test", 10, "1best"): 10,
+    },
+    ("split", 1): {
+        ("dev", 10, "greedy_search"): 18, ("test", 2, "greedy_search"): 50, ("test", 10, "greedy_search"): 22,
+    },
+    ("split", 2): {
+        ("dev", 10, "greedy_search"): 14, ("test", 2, "greedy_search"): 54, ("test", 10, "greedy_search"): 23,
+    },
+}  # fmt: skip
+
+
+def decode_records(system: str, seed: int) -> list[DecodeRecord]:
+    cells = ERRORS[system, seed].items()
+    return [record(system, seed, *cell, errors) for cell, errors in cells]
+
+
+def write_experiments(exp_root: Path) -> None:
+    for system, seed in ERRORS:
+        exp_dir = exp_root / f"{system}-seed{seed}"
+        for each in decode_records(system, seed):
+            each.save(exp_dir / "decode" / f"{each.test_set}-exit-{each.exit_layer:02d}-{each.method}.json")
+        for epoch in range(1, 21):
+            by_exit = {layer: 30.0 / epoch / layer for layer in EXITS}
+            wers = dict.fromkeys(EXITS, 100.0 / epoch)
+            append_epoch(
+                exp_dir / "training.jsonl",
+                EpochRecord(epoch, 3.0, 1e4, 0.01, 1e-3, 20.0 / epoch, by_exit, by_exit, wers),
+            )
+
+
+def results(dev_sets: tuple[str, ...] = ("dev",), **changes) -> Results:
+    runs = [
+        Run(tuple(dataclasses.replace(each, **changes) for each in decode_records(*key)), ())
+        for key in ERRORS
+    ]
+    return Results("toy", runs, dev_sets)
+
+
+def tables(text: str) -> dict[str, list[dict[str, str]]]:
+    """The last Markdown table under each heading or lead-in line, as rows of {column: cell}."""
+    found: dict[str, list[dict[str, str]]] = {}
+    heading, header = "", []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            if line:
+                heading, header = line, []
+        elif not header:
+            header = cells
+            found[heading] = []
+        elif set("".join(cells)) - set("-:"):
+            assert len(cells) == len(header)
+            found[heading].append(dict(zip(header, cells, strict=True)))
+    return found
+
+
+def test_the_summary_chooses_on_dev_alone() -> None:
+    text = render(results(), [], {}, "command")
+    rows = next(
+        rows
+        for heading, rows in tables(text).items()
+        if heading.startswith("Everything is chosen on the dev")
+    )
+    assert [row["system"] for row in rows] == ["baseline", "**split**"]
+    # 1best has 5 % on test, and greedy_search is chosen: 10 % against 15 % on dev
+    assert rows[0] == {
+        "system": "baseline", "parameters (M)": "10.00", "seeds": "1", "training": "1.0 min × 2 processes",
+        "decoding": "greedy_search", "dev, last exit": "10.00", "test, first exit": "32.00",
+        "test, last exit": "12.00",
+    }  # fmt: skip
+    assert rows[1]["seeds"] == "1, 2"
+    assert rows[1]["training"] == "1.5 min × 2 processes"
+    assert rows[1]["dev, last exit"] == "8.00"
+    assert rows[1]["test, first exit"] == "26.00 (25.00–27.00)"
+
+
+def test_without_a_dev_set_nothing_is_chosen() -> None:
+    text = render(results(dev_sets=()), [], {}, "command")
+    assert "nothing is chosen" in text
+    rows = next(rows for heading, rows in tables(text).items() if heading.startswith("No dev set"))
+    assert [(row["system"], row["decoding"]) for row in rows] == [
+        ("baseline", "greedy_search"), ("baseline", "1best"), ("split", "greedy_search"), ("split", "1best"),
+    ]  # fmt: skip
+
+
+def test_systems_side_by_side_with_published_figures() -> None:
+    published = [
+        Published("Theirs", "Paper", "https://example.org/a", "", {}, {2: {"test": 31.0}, 12: {"test": 5.1}}),
+        Published("Classic", "Report", "https://example.org/b", "One seed", {"test": 7.4}, {}),
+    ]
+    text = render(results(), published, {}, "command")
+    greedy = tables(text)["### greedy_search"]
+    theirs = "test<br>Theirs (published)"
+    assert greedy == [
+        {"layer": "2", "test<br>baseline": "32.00", "test<br>split": "26.00 (25.00–27.00)", theirs: "31"},
+        {"layer": "10", "test<br>baseline": "12.00", "test<br>split": "11.25 (11.00–11.50)", theirs: "–"},
+        {"layer": "12", "test<br>baseline": "–", "test<br>split": "–", theirs: "5.1"},
+    ]
+    assert tables(text)["### 1best"][0]["test<br>split"] == "–"
+    assert tables(text)["### Published on the same test sets"] == [{"system": "Classic", "test": "7.4"}]
+    assert "- Classic: [Report](https://example.org/b). One seed\n" in text
+
+
+def test_a_systems_own_tables() -> None:
+    text = render(results(), [], {}, "command")
+    section = text[text.index("## baseline\n") : text.index("## split\n")]
+    found = tables(section)
+    assert found["## baseline"] == [
+        {
+            "seed": "1", "epochs": "20, the last 5 averaged", "training (min)": "1.0", "processes": "2",
+            "device": "cpu", "commit": "`0123abc`", "date": "2026-01-02",
+        }
+    ]  # fmt: skip
+    assert found["Cost and WER on the test sets:"][0] == {
+        "layer": "2", "parameters (M)": "2.00", "10⁹ MACs per s of audio": "0.030",
+        "test<br>greedy_search": "32.00", "test<br>1best": "20.00",
+    }  # fmt: skip
+    assert found["WER on the dev set, on which choices are made:"][1] == {
+        "layer": "10", "dev<br>greedy_search": "10.00", "dev<br>1best": "15.00",
+    }  # fmt: skip
+    real_time = next(rows for heading, rows in found.items() if heading.startswith("Real-time"))
+    assert real_time[1] == {"layer": "10", "greedy_search": "0.0100", "1best": "0.0100"}
+    assert "--checkpoint exp/baseline-seed1/averaged.pt" in section
+    assert "came out empty" not in text
+
+
+def test_a_seed_that_lacks_a_cell_is_told() -> None:
+    whole = results()
+    without = [
+        Run(tuple(r for r in run.decode if (r.seed, r.exit_layer, r.test_set) != (2, 10, "test")), ())
+        for run in whole.runs
+    ]
+    text = render(Results("toy", without, ["dev"]), [], {}, "command")
+    assert tables(text)["### greedy_search"][1]["test<br>split"] == "11.00 [1 of 2 seeds]"
+
+
+def test_fallbacks_are_listed() -> None:
+    text = render(results(fallback_utterances=3), [], {}, "command")
+    assert "- test, layer 10, 1best, seed 1: 3 of 40 utterances\n" in text
+
+
+def test_seeds_of_unlike_configurations_are_told() -> None:
+    runs = [
+        dataclasses.replace(
+            run,
+            decode=tuple(
+                dataclasses.replace(r, config={"optim": {"base_lr": 0.1 * run.seed}}) for r in run.decode
+            ),
+        )
+        for run in results().runs
+    ]
+    text = render(Results("toy", runs, ["dev"]), [], {}, "command")
+    assert "**The seeds of split differ" in text
+    assert "optim.base_lr is 0.1 (seed 1), 0.2 (seed 2)" in text
+    assert "The seeds of baseline" not in text
+
+
+def test_a_dev_set_that_nobody_decoded() -> None:
+    with pytest.raises(ReportError, match=r"\['dev-x'\] was decoded; decoded were \['dev', 'test'\]"):
+        results(dev_sets=("dev-x",))
+
+
+def test_what_is_gathered_comes_back(tmp_path: Path) -> None:
+    write_experiments(tmp_path / "exp")
+    (tmp_path / "exp" / "unfinished" / "decode").mkdir(parents=True)
+    written = gather(tmp_path / "exp", tmp_path / "results", "toy")
+    names = ["baseline-seed1.json", "split-seed1.json", "split-seed2.json"]
+    assert [path.name for path in written] == names
+    runs = load_runs(tmp_path / "results", "toy")
+    order = [("baseline", 1), ("split", 1), ("split", 2)]
+    assert [(run.system, run.seed) for run in runs] == order
+    for run, key in zip(runs, order):
+        assert sorted(run.decode, key=repr) == sorted(
+            decode_records(*key), key=repr
+        )  # configuration untouched
+        assert [epoch.epoch for epoch in run.training] == list(range(1, 21))
+        assert run.training[6].dev_wer_per_exit == {2: 14.286, 10: 14.286}  # 5 digits
+    before = [path.read_bytes() for path in written]
+    gather(tmp_path / "exp", tmp_path / "results", "toy")
+    assert [path.read_bytes() for path in written] == before
+    assert all(len(content) < 10_000 for content in before)
+
+
+def test_results_stay_where_the_experiments_are_gone(tmp_path: Path) -> None:
+    write_experiments(tmp_path / "exp")
+    gather(tmp_path / "exp", tmp_path / "results", "toy")
+    shutil.rmtree(tmp_path / "exp")
+    assert gather(tmp_path / "exp", tmp_path / "results", "toy") == []
+    assert len(load_runs(tmp_path / "results", "toy")) == 3
+
+
+def test_records_that_do_not_belong_together(tmp_path: Path) -> None:
+    write_experiments(tmp_path / "exp")
+    with pytest.raises(ReportError, match="of corpus toy, and the report is on other"):
+        gather(tmp_path / "exp", tmp_path / "results", "other")
+    shutil.copytree(tmp_path / "exp" / "split-seed1", tmp_path / "exp" / "split-again")
+    with pytest.raises(ReportError, match="are both split with seed 1"):
+        gather(tmp_path / "exp", tmp_path / "results", "toy")
+    stray = tmp_path / "exp" / "baseline-seed1" / "decode" / "stray.json"
+    dataclasses.replace(decode_records("baseline", 1)[0], config={}).save(stray)
+    with pytest.raises(ReportError, match="2 different values of config"):
+        gather(tmp_path / "exp", tmp_path / "results", "toy")
+    stray.write_text("{}")
+    with pytest.raises(ValueError, match=r"stray\.json is no DecodeRecord"):
+        gather(tmp_path / "exp", tmp_path / "results", "toy")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"shared": {}, "decode": [], "training": []}', "{"])
+def test_a_damaged_file_of_results_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "split-seed1.json").write_text(content)
+    with pytest.raises(ValueError, match=r"split-seed1\.json"):
+        load_runs(tmp_path, "toy")
+
+
+def test_no_results_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="train and decode a system first"):
+        load_runs(tmp_path, "toy")
+
+
+def run_report(repo_root: Path, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "splitformer.bin.report", "--corpus", "toy"]
+    command += ["--exp-root", f"{folder}/exp", "--results-dir", f"{folder}/results"]
+    command += ["--output", f"{folder}/RESULTS.md", *more]
+    return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+
+
+def test_the_command_writes_the_same_bytes_again(tmp_path: Path, repo_root: Path) -> None:
+    write_experiments(tmp_path / "exp")
+    done = run_report(repo_root, tmp_path, "--dev-sets", "dev")
+    assert done.returncode == 0, done.stderr
+    plots = ["training-baseline.png", "training-split.png", "wer-layers.png", "wer-macs.png"]
+    written = [tmp_path / "RESULTS.md", *(tmp_path / name for name in plots)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["exp", "results", "RESULTS.md", *plots]
+    )
+    assert set(map(str, written)) < set(done.stdout.split())
+    text = written[0].read_text()
+    assert "`python -m splitformer.bin.report --corpus toy" in text
+    for path in written[1:]:
+        image = path.read_bytes()
+        assert image.startswith(b"\x89PNG\r\n\x1a\n") and image.endswith(b"IEND\xaeB`\x82")
+        assert 5_000 < len(image) < 80_000
+        assert text.count(f"]({path.name})") == 1
+
+    before = [path.read_bytes() for path in written]
+    shutil.rmtree(tmp_path / "exp")  # the committed files suffice
+    done = run_report(repo_root, tmp_path, "--dev-sets", "dev")
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in written] == before
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, repo_root: Path) -> None:
+    done = run_report(repo_root, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("report: no results in") and "Traceback" not in done.stderr
+    write_experiments(tmp_path / "exp")
+    done = run_report(repo_root, tmp_path, "--published", str(tmp_path / "absent.toml"))
+    assert done.returncode == 1
+    assert "absent.toml" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[system", "is not valid TOML"),
+        ("[system]\n", r"number 1: unknown keys \[\], missing|list of \[\[system\]\]"),
+        ("systems = []\n", "it is a list of"),
+        ('[[system]]\nname = "A"\nurl = "u"\nwer = {t = 1.0}\n', r"missing \['source'\]"),
+        ('[[system]]\nname = "A"\nurl = "u"\nsource = "s"\nWER = 1.0\n', r"unknown keys \['WER'\]"),
+        ('[[system]]\nname = "A"\nurl = "u"\nsource = "s"\n', "give either wer"),
+        (
+            '[[system]]\nname = "A"\nurl = "u"\nsource = "s"\n[system.wer_per_exit]\nlast = {t = 1.0}\n',
+            "'last'",
+        ),
+    ],
+)
+def test_published_figures_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "published.toml").write_text(text)
+    with pytest.raises(ReportError, match=message):
+        load_published(tmp_path / "published.toml")
+
+
+def test_the_published_figures_of_the_recipes_load(repo_root: Path) -> None:
+    loaded = {path.parent.name: load_published(path) for path in repo_root.glob("egs/*/published.toml")}
+    splitformer = next(each for each in loaded["librispeech"] if each.name == "Splitformer")
+    assert list(splitformer.wer_per_exit) == [2, 4, 6, 8, 10, 12]
+    assert splitformer.wer_per_exit[12] == {"test-clean": 4.8, "test-other": 14.7}
+    assert [each.wer for each in loaded["an4"]] == [{"test": 5.95}, {"test": 10.48}, {"test": 7.4}]
+    assert all(each.url.startswith("https://") for figures in loaded.values() for each in figures)
+
+
+def test_json_of_results_has_one_record_a_line(tmp_path: Path) -> None:
+    write_experiments(tmp_path / "exp")
+    path = gather(tmp_path / "exp", tmp_path / "results", "toy")[0]
+    values = json.loads(path.read_text())
+    assert values["shared"]["system"] == "baseline" and "wer" not in values["shared"]
+    assert sum(line.startswith('{"') for line in path.read_text().splitlines()) == 8 + 20
