@@ -1,7 +1,7 @@
 """Gather the records of all experiments of a corpus and write its RESULTS.md with plots beside it.
 
-    python -m splitformer.bin.report --corpus mini --exp-root egs/mini/exp --results-dir egs/mini/results \
-        --output egs/mini/RESULTS.md --dev-sets dev [--published egs/mini/published.toml]
+    python -m splitformer.bin.report --corpus NAME --exp-root egs/NAME/exp --results-dir egs/NAME/results \
+        --output egs/NAME/RESULTS.md --dev-sets dev [--published egs/NAME/published.toml]
 
 Experiments that are gone keep their file in the results folder and their place in the tables.
 """

@@ -21,7 +21,8 @@ def record(system: str, seed: int, test_set: str, layer: int, method: str, error
     """A record of 200 reference words: one error is half a percent."""
     return DecodeRecord(
         corpus="toy", system=system, seed=seed, test_set=test_set, exit_layer=layer, num_layers=10,
-        method=method, wer=errors / 2, errors=errors, insertions=0, deletions=errors, substitutions=0, ref_words=200,
+        method=method, wer=errors / 2, errors=errors, insertions=0, deletions=errors, substitutions=0,
+        ref_words=200,
         num_utterances=40, fallback_utterances=0, audio_seconds=120.0, rtf=layer / 1000,
         parameters=layer * 10**6, macs_per_second=layer * 1.5e7, epoch=20, avg=5,
         training_seconds=60.0 * seed, world_size=2, device="cpu",
