@@ -211,7 +211,7 @@ def test_the_library_knows_no_corpus_and_no_path(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['cuts = "data/fbank/x.jsonl.gz"', "if corpus == 'an4':", "prepare_librispeech(", "# as in Mini", "$dir/data/y"],
+    ['cuts = "data/fbank/x"', "if corpus == 'an4':", "prepare_librispeech(", "# as in Mini", "$dir/data/y"],
 )
 def test_traces_of_a_corpus_are_seen(line: str) -> None:
     assert corpus_traces(line, {"an4", "mini", "librispeech"})
