@@ -1,0 +1,116 @@
+# shellcheck shell=bash
+# What both drivers know about a corpus: its description in egs/NAME/corpus.sh, and where its files lie.
+# Needs parse_options.sh and stages.sh, and `called_from`, the folder in which the user stands.
+# shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
+
+corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
+    lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
+corpus_flags=(strict)
+
+corpus_usage="  --corpus NAME            a folder of egs/ (default: mini)
+  --work-dir DIR           where data/, exp/ and results/ go (default: egs/NAME)
+  --download-dir DIR       archives that are there already, or that are downloaded (default: WORK_DIR/download)
+  --subset NAME            part of the corpus, where it has parts
+  --limit-utterances N     at most N utterances of each split, for a quick look
+  --train-splits 'A B', --dev-splits, --test-splits, --token-type bpe|char, --vocab-size N, --lm-order N,
+  --speed-perturb true|false, --num-mel-bins N
+                           instead of what the corpus says
+  --fbank lhotse|kaldifeat what computes the features (default: lhotse)
+  --num-jobs N             processes for data preparation (default: one per core)
+  --strict                 unreadable audio and bad transcripts are fatal, not skipped"
+
+# Defaults of the options above.
+corpus=mini work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
+num_jobs=$(nproc) strict=false
+
+# Defaults of the corpus's description.
+train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
+lm_order=3 lm_arpa_url='' speed_perturb=false default_config=''
+subsets=''       # where the corpus has subsets: their names
+subset_tag=''    # added to the names of what depends on the subset
+corpus_source='' # what the audio and transcripts come from; another source means that they are made again
+
+# Functions that a corpus.sh may define anew. They see all variables of the drivers.
+
+# Brings the corpus to $corpus_dir. By default it is there already.
+download_corpus() {
+    [[ -d $corpus_dir ]] || die "there is no $corpus_dir, and egs/$corpus/corpus.sh does not say how to download it"
+}
+
+# prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, by Lhotse's recipe by default
+prepare_manifests() {
+    run_python local/manifests_from_recipe.py --recipe "$lhotse_recipe" --corpus-dir "$corpus_dir" --split "$1" \
+        --num-jobs "$num_jobs" --recordings "$2" --supervisions "$3" "${common_flags[@]}"
+}
+
+# Prints words, one per line, that the lexicon holds beside those of the training text.
+extra_words() { :; }
+
+# The Python of .venv, which setup.sh makes; SPLITFORMER_PYTHON names one of another environment.
+python=${SPLITFORMER_PYTHON:-.venv/bin/python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+run_python() {
+    [[ -x $(command -v "$python") ]] || die "there is no $python; run ./setup.sh first"
+    "$python" "$@"
+}
+
+load_corpus() {
+    local description=egs/$corpus/corpus.sh each names=()
+    for each in egs/*/corpus.sh; do names+=("$(basename "$(dirname "$each")")"); done
+    contains "$corpus" "${names[@]}" || option_error "unknown corpus '$corpus'; there are: ${names[*]}"
+
+    # paths on the command line are relative to where the user stands, the drivers stand in the repository's root
+    [[ -z $work_dir ]] || given[work_dir]=$(absolute_path "$work_dir")
+    [[ -z $download_dir ]] || given[download_dir]=$(absolute_path "$download_dir")
+    work_dir=${given[work_dir]:-egs/$corpus}
+    download_dir=${given[download_dir]:-$work_dir/download}
+    check_number limit_utterances empty
+    data_dir=$work_dir/data${limit_utterances:+/limit-$limit_utterances}
+    corpus_dir=$data_dir/corpus
+
+    # shellcheck source=/dev/null
+    source "$description"
+    read -ra subset_list <<<"$subsets"
+    [[ -z $subset ]] || contains "$subset" "${subset_list[@]}" ||
+        option_error "unknown subset '$subset'; egs/$corpus has: ${subsets:-no subsets}"
+    reapply_options
+    [[ ! -v "given[train_splits]" ]] || subset_tag+=_${train_splits// /+}
+    check_choice token_type bpe char
+    check_choice speed_perturb true false
+    check_choice fbank lhotse kaldifeat
+    for each in vocab_size lm_order num_mel_bins num_jobs; do check_number "$each"; done
+    for each in train_splits dev_splits test_splits; do
+        [[ -n ${!each} ]] || option_error "$description sets no $each"
+    done
+
+    read -ra train_list <<<"$train_splits"
+    read -ra dev_list <<<"$dev_splits"
+    read -ra test_list <<<"$test_splits"
+    splits=()
+    for each in "${train_list[@]}" "${dev_list[@]}" "${test_list[@]}"; do
+        contains "$each" "${splits[@]}" || splits+=("$each") # one split may serve twice
+    done
+    manifests_dir=$data_dir/manifests
+    fbank_dir=$data_dir/fbank
+    [[ $fbank == lhotse ]] || fbank_dir+=_$fbank
+    [[ $num_mel_bins == 80 ]] || fbank_dir+=_$num_mel_bins
+    lm_dir=$data_dir/lm$subset_tag
+    train_text=$lm_dir/train.txt
+    arpa=$lm_dir/${lm_order}gram.arpa
+    lang_dir=$data_dir/lang_$token_type
+    [[ $token_type == char ]] || lang_dir+=_$vocab_size
+    lang_dir+=$subset_tag
+
+    common_flags=()
+    [[ -z $limit_utterances ]] || common_flags+=(--limit-utterances "$limit_utterances")
+    [[ $strict == false ]] || common_flags+=(--strict)
+}
+
+absolute_path() {
+    if [[ $1 == /* ]]; then echo "$1"; else echo "$called_from/$1"; fi
+}
+
+recordings_of() { echo "$manifests_dir/${1}_recordings.jsonl.gz"; }
+supervisions_of() { echo "$manifests_dir/${1}_supervisions.jsonl.gz"; }
+cuts_of() { echo "$fbank_dir/${1}_cuts.jsonl.gz"; }

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Make the manifests of a split by one of Lhotse's recipes."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from splitformer.data.manifests import Skipped, recipe_pairs, write_split
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", required=True, help="NAME of lhotse.recipes.prepare_NAME")
+    parser.add_argument("--corpus-dir", type=Path, required=True)
+    parser.add_argument("--split", required=True, help="folder of the corpus, Lhotse's `dataset_part`")
+    parser.add_argument("--num-jobs", type=int, default=1)
+    parser.add_argument("--limit-utterances", type=int, help="at most so many, evenly over the split")
+    parser.add_argument("--recordings", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--supervisions", type=Path, required=True, help="manifest to write")
+    parser.add_argument("--strict", action="store_true", help="unreadable audio is fatal")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    skipped = Skipped()
+    pairs = recipe_pairs(
+        args.recipe,
+        args.corpus_dir,
+        args.split,
+        skipped,
+        num_jobs=args.num_jobs,
+        limit=args.limit_utterances,
+        strict=args.strict,
+    )
+    try:
+        count = write_split(pairs, args.recordings, args.supervisions)
+    except (ValueError, OSError) as error:
+        sys.exit(f"manifests_from_recipe: {error}")
+    print(f"{args.supervisions}: {count} utterances, {len(skipped)} skipped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Data preparation: from a corpus to features, tokens and decoding graphs. A second run does nothing.
+set -euo pipefail
+called_from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=local/parse_options.sh
+source local/parse_options.sh
+# shellcheck source=local/stages.sh
+source local/stages.sh
+# shellcheck source=local/corpus.sh
+source local/corpus.sh
+
+stage=0 stop_stage=6
+value_options=(stage stop_stage "${corpus_options[@]}")
+flag_options=("${corpus_flags[@]}")
+list_options=()
+
+usage() {
+    cat <<END
+usage: ./prepare.sh --corpus NAME [options]
+
+$corpus_usage
+  --stage A, --stop-stage B
+                           first and last stage, by number or name: 0 download, 1 manifests, 2 fbank, 3 bpe,
+                           4 lang, 5 lm, 6 graphs
+END
+}
+
+# 0: the corpus's audio and transcripts
+stage_download() {
+    make_artefact "$corpus_dir" "source $corpus_source splits ${splits[*]}" download_corpus
+}
+
+# 1: Lhotse manifests, checked
+stage_manifests() {
+    local split
+    for split in "${splits[@]}"; do
+        make_artefact "$(supervisions_of "$split")" \
+            "corpus $corpus_dir source $corpus_source split $split options ${common_flags[*]:-}" make_manifests "$split"
+    done
+}
+
+make_manifests() {
+    local recordings supervisions
+    recordings=$(recordings_of "$1")
+    supervisions=$(supervisions_of "$1")
+    prepare_manifests "$1" "$recordings" "$supervisions"
+    run_python local/validate_cuts.py --recordings "$recordings" --supervisions "$supervisions" "${strict_flag[@]}"
+}
+
+# 2: features; those of training data also at 0.9 and 1.1 times the speed, where the corpus asks for it
+stage_fbank() {
+    local split perturb inputs
+    for split in "${splits[@]}"; do
+        perturb=false
+        if contains "$split" "${train_list[@]}"; then perturb=$speed_perturb; fi
+        inputs=$(checksum "$(recordings_of "$split")" "$(supervisions_of "$split")")
+        make_artefact "$(cuts_of "$split")" \
+            "manifests $inputs fbank $fbank mel bins $num_mel_bins speed perturbation $perturb strict $strict" \
+            make_fbank "$split" "$perturb"
+    done
+}
+
+make_fbank() {
+    local flags=("${strict_flag[@]}")
+    [[ $2 == false ]] || flags+=(--speed-perturb)
+    run_python local/compute_fbank.py --recordings "$(recordings_of "$1")" --supervisions "$(supervisions_of "$1")" \
+        --output-cuts "$(cuts_of "$1")" --storage-dir "$fbank_dir/${1}_feats" \
+        --num-jobs "$num_jobs" --fbank "$fbank" --num-mel-bins "$num_mel_bins" "${flags[@]}"
+}
+
+# 3: tokens
+stage_bpe() {
+    local split made_from supervisions=()
+    for split in "${train_list[@]}"; do supervisions+=("$(supervisions_of "$split")"); done
+    make_artefact "$train_text" "manifests $(checksum "${supervisions[@]}")" \
+        run_python local/export_text.py --supervisions "${supervisions[@]}" --output "$train_text"
+    make_artefact "$extra_words_file" "corpus $corpus source $corpus_source" make_extra_words
+    made_from="text $(checksum "$train_text") $token_type"
+    [[ $token_type == char ]] || made_from+=" $vocab_size"
+    make_artefact "$lang_dir/bpe.model" "$made_from" \
+        run_python local/train_bpe.py --text "$train_text" --lang-dir "$lang_dir" --model-type "$token_type" \
+        "${vocab_flag[@]}"
+}
+
+make_extra_words() {
+    extra_words >"$extra_words_file.tmp"
+    mv -f "$extra_words_file.tmp" "$extra_words_file"
+}
+
+# 4: lexicon and lexicon transducers
+stage_lang() {
+    make_artefact "$lang_dir/L_disambig.pt" \
+        "tokens $(made_from "$lang_dir/bpe.model") words $(checksum "$train_text" "$extra_words_file")" \
+        run_python local/prepare_lang.py --lang-dir "$lang_dir" --text "$train_text" --extra-words "$extra_words_file"
+}
+
+# 5: n-gram language model, downloaded or estimated from the training text
+stage_lm() {
+    if [[ -n $lm_arpa_url ]]; then
+        make_artefact "$arpa" "url $lm_arpa_url" \
+            run_python local/fetch_archive.py --url "$lm_arpa_url" --archive "$download_dir/${lm_arpa_url##*/}" \
+            --unpack "$arpa"
+    else
+        make_artefact "$arpa" "order $lm_order words $(checksum "$train_text" "$extra_words_file")" \
+            run_python local/estimate_lm.py --text "$train_text" --order "$lm_order" --arpa "$arpa" \
+            --extra-words "$extra_words_file"
+    fi
+}
+
+# 6: the decoding graph HLG
+stage_graphs() {
+    make_artefact "$lang_dir/HLG.pt" "lang $(made_from "$lang_dir/L_disambig.pt") lm $(made_from "$arpa")" \
+        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa"
+}
+
+parse_options "$@"
+select_stages download manifests fbank bpe lang lm graphs
+load_corpus
+extra_words_file=$lm_dir/extra_words.txt
+strict_flag=()
+[[ $strict == false ]] || strict_flag=(--strict)
+vocab_flag=()
+[[ $token_type == char ]] || vocab_flag=(--vocab-size "$vocab_size")
+
+for name in "${stage_names[@]}"; do run_stage "$name"; done
+log "$corpus: stages $first_stage to $last_stage are done; data are in $data_dir"
