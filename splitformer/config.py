@@ -168,10 +168,10 @@ class Config:
         sections = {f.name: typing.cast(type, typing.get_type_hints(cls)[f.name]) for f in dataclasses.fields(cls)}
         built = {}
         for name, table in tables.items():
-            if name not in sections:
-                raise ConfigError(f"{source}: unknown section [{name}]; sections are {', '.join(sections)}")
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{source}: {name} = {table!r} stands outside a section; write it under [section]")
+            if name not in sections:
+                raise ConfigError(f"{source}: unknown section [{name}]; sections are {', '.join(sections)}")
             built[name] = _build(sections[name], name, table, source)
         return cls(**built)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from splitformer.config import AugmentConfig, DataConfig
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.model.subsampling import subsampled_lengths
+from splitformer.model.subsampling import MIN_FRAMES, subsampled_lengths
 
 
 class Batch(NamedTuple):
@@ -105,7 +106,7 @@ class TrainingFilter:
 
 def ctc_min_frames(labels: Sequence[int]) -> int:
     """Fewest frames of a CTC alignment: one a label, and a blank between two equal neighbours."""
-    return len(labels) + sum(a == b for a, b in zip(labels, labels[1:], strict=False))
+    return len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
 
 
 def scan_cuts(cuts: CutSet, keep: TrainingFilter, progress: bool = False) -> ScanReport:
@@ -204,7 +205,7 @@ def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int)
         cuts = [supervisions["cut"][i] for i in order.tolist()]
         labels = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts]
         yield Batch(
-            x=raw["inputs"],
+            x=_at_least_one_output_frame(raw["inputs"]),
             x_lens=supervisions["num_frames"][order].long(),
             y=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
             y_lens=torch.tensor([len(label) for label in labels]),
@@ -212,3 +213,8 @@ def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int)
             cut_ids=[cut.id for cut in cuts],
             seconds=math.fsum(cut.duration for cut in cuts),
         )
+
+
+def _at_least_one_output_frame(x: Tensor) -> Tensor:
+    """Pad a batch of very short recordings, so that the front end's convolutions fit; their lengths stay."""
+    return torch.nn.functional.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1))))

@@ -21,6 +21,20 @@ def valid_frames(lengths: Tensor, num_frames: int | Tensor) -> Tensor:
     return torch.arange(num_frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that on a CPU draws one random byte per element, in eights: torch draws each element's number one
+    after the other there, which took a fifth of a training step. The probability is rounded to a 256th.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = round(self.p * 256)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+        return x * kept.to(x.dtype).mul_(256.0 / (256 - dropped))
+
+
 class FeedForward(nn.Module):
     """LayerNorm, Linear, SiLU, Linear."""
 
@@ -29,7 +43,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.up = nn.Linear(d_model, hidden_dim)
         self.down = nn.Linear(hidden_dim, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(nn.functional.silu(self.up(self.norm(x))))
@@ -45,7 +59,7 @@ class SelfAttention(nn.Module):
         self.scale = 1.0 / math.sqrt(d_model // num_heads)
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.xavier_uniform_(self.in_proj.weight)
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
@@ -89,7 +103,7 @@ class ConvolutionModule(nn.Module):
         self.depthwise = nn.Conv1d(d_model, d_model, kernel, padding=(kernel - 1) // 2, groups=d_model)
         self.batch_norm = MaskedBatchNorm(d_model)
         self.pointwise2 = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (N, T, D); mask (N, T, 1) as in `MaskedBatchNorm`."""
@@ -107,7 +121,7 @@ class ConformerLayer(nn.Module):
         self.feed_forward1 = FeedForward(d_model, feedforward_dim, dropout)
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, num_heads, dropout)
-        self.attention_dropout = nn.Dropout(dropout)
+        self.attention_dropout = Dropout(dropout)
         self.convolution = ConvolutionModule(d_model, kernel, dropout)
         self.feed_forward2 = FeedForward(d_model, feedforward_dim, dropout)
         self.final_norm = nn.LayerNorm(d_model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from splitformer.config import ModelConfig
-from splitformer.model.conformer import ConformerLayer, frame_masks, valid_frames
+from splitformer.model.conformer import ConformerLayer, Dropout, frame_masks, valid_frames
 from splitformer.model.subsampling import Conv1dSubsampling, Conv2dSubsampling, subsampled_lengths
 
 
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
             )
         else:
             self.subsampling = Conv1dSubsampling(config.num_mel_bins, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
         def layer() -> ConformerLayer:
             return ConformerLayer(
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         """
         lengths = subsampled_lengths(x_lens)
         x = self.subsampling(self.feature_norm(x, x_lens))
-        x = self.dropout(x + sinusoidal_positions(x))
+        x = self.dropout(x.float() + sinusoidal_positions(x))  # the residual stream stays float32 under autocast
         key_bias, mask = frame_masks(lengths, x)
         first = 0
         for exit_layer in self.exit_layers:
@@ -136,4 +136,4 @@ def sinusoidal_positions(x: Tensor) -> Tensor:
     t, d = x.size(1), x.size(2)
     inverse = torch.exp(torch.arange(0, d, 2, device=x.device) * (-math.log(10000.0) / d))
     angle = torch.arange(t, device=x.device).unsqueeze(1) * inverse
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).unsqueeze(0).to(x.dtype)
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).unsqueeze(0)

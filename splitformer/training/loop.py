@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -355,7 +357,23 @@ def _seed_everything(seed: int) -> None:
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 where the GPU has it; float32 elsewhere."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+    """bfloat16 products where the device has instructions for them, float32 elsewhere.
+
+    On a CPU with AVX512-BF16 or AMX a step of a small model takes about half the time.
+    """
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported()
+    else:
+        supported = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return torch.autocast(device.type, dtype=torch.bfloat16) if supported else nullcontext()
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """What Linux says of the processor; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(flags[1].split()) if flags else frozenset()

@@ -53,7 +53,7 @@ def test_log_probs_at_every_exit_equal_the_released_code(shared, kind):
 
 
 def test_unknown_names_and_other_shapes_are_refused(shared):
-    model, tensors, _ = load_reference(shared, "early_conformer")
+    _, tensors, _ = load_reference(shared, "early_conformer")
     config = ModelConfig(num_layers=6, exit_layers=(2, 4, 6), parallel_exits=())
     with pytest.raises(ValueError, match="no parameter of the released"):
         convert_reference_state({**_conformers(tensors), "decoder.weight": torch.zeros(1)}, config)

@@ -1,0 +1,169 @@
+"""Decode test sets at every exit and write the words, the errors and one JSON record per exit and method.
+
+    python -m splitformer.bin.decode --checkpoint EXP/averaged.pt --cuts dev=CUTS test=CUTS --lang-dir LANG \
+        --methods greedy_search ctc-decoding 1best --tune-set dev --output-dir EXP/decode --corpus NAME
+
+The model is rebuilt from the checkpoint alone. The weight of the language model in `1best` is chosen for each exit on
+the --tune-set, which is decoded first; no other set has a say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import shlex
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from splitformer.checkpoint import CheckpointError, load_model
+from splitformer.config import ConfigError
+from splitformer.data.datamodule import evaluation_batches, load_cuts
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.decoding.decode import (
+    METHODS,
+    Decoded,
+    Search,
+    ctc_topology_search,
+    decode_cuts,
+    greedy_search,
+    one_best_searches,
+)
+from splitformer.model.complexity import complexity
+from splitformer.results import DecodeRecord, git_commit
+from splitformer.scoring import score, write_errs, write_recogs
+
+log = logging.getLogger(__name__)
+HLG_SCALES = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="EXP/averaged.pt of bin/average, or an epoch")
+    parser.add_argument("--cuts", nargs="+", required=True, metavar="NAME=PATH", help="the sets to decode")
+    parser.add_argument("--lang-dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--tune-set", metavar="NAME", help="the set on which 1best's LM weight is chosen, of --cuts")
+    parser.add_argument(
+        "--hlg-scales", type=float, nargs="+", default=HLG_SCALES, help="LM weights to choose from (1: as trained)"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--corpus", required=True, help="the name that the records carry")
+    parser.add_argument("--system", help="likewise (default: the exp_dir's name, less its -seedN)")
+    parser.add_argument("--max-duration", type=float, default=60.0, help="seconds of audio in a batch")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        decode(args)
+    except (CheckpointError, ConfigError, FileNotFoundError, ValueError) as error:
+        print(f"decode: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Decode every set of `args.cuts`, the tune set first, and write what was found."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config, checkpoint = load_model(args.checkpoint, device)
+    tokenizer = Tokenizer(args.lang_dir)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{args.lang_dir} has {tokenizer.vocab_size} tokens, {args.checkpoint} was trained with "
+            f"{config.model.vocab_size}: give the lang_dir of the training"
+        )
+    sets = dict(_named_path(item) for item in args.cuts)
+    if args.tune_set and args.tune_set not in sets:
+        raise ValueError(f"--tune-set {args.tune_set} is not among --cuts: {', '.join(sets)}")
+    searches: dict[Hashable, Search] = {}
+    if "greedy_search" in args.methods:
+        searches["greedy_search"] = greedy_search(tokenizer)
+    if "ctc-decoding" in args.methods:
+        searches["ctc-decoding"] = ctc_topology_search(tokenizer, device)
+    if "1best" in args.methods:
+        scales = args.hlg_scales if args.tune_set else (1.0,)
+        for scale, search in one_best_searches(args.lang_dir, tokenizer, device, scales).items():
+            searches["1best", scale] = search
+
+    costs = complexity(model.encoder, model.ctc_heads, config.model.num_mel_bins)
+    chosen: dict[int, float] = dict.fromkeys(config.model.exit_layers, 1.0)
+    for name in sorted(sets, key=lambda name: name != args.tune_set):
+        batches = evaluation_batches(load_cuts([sets[name]]), tokenizer, args.max_duration)
+        bar = tqdm(batches, desc=f"decoding {name}", unit="batch", disable=None, leave=False)
+        needed = searches if name == args.tune_set else _only(searches, set(chosen.values()))
+        decoded = decode_cuts(model, bar, needed, device)
+        if name == args.tune_set:
+            chosen = _choose_scales(decoded, chosen)
+        for (layer, key), found in decoded.items():
+            method = key if isinstance(key, str) else key[0]
+            options: dict[str, Any] = {"max_duration": args.max_duration}
+            if method == "1best":
+                if key[1] != chosen[layer]:
+                    continue
+                options |= {"hlg_scale": chosen[layer], "tuned_on": args.tune_set}
+            scored = score(found.results)
+            record = DecodeRecord(
+                corpus=args.corpus,
+                system=args.system or args.checkpoint.resolve().parent.name.rsplit("-seed", 1)[0],
+                seed=checkpoint["seed"],
+                test_set=name,
+                exit_layer=layer,
+                num_layers=config.model.num_layers,
+                method=method,
+                wer=scored.wer,
+                errors=scored.errors,
+                insertions=scored.insertions,
+                deletions=scored.deletions,
+                substitutions=scored.substitutions,
+                ref_words=scored.ref_words,
+                num_utterances=len(found.results),
+                fallback_utterances=found.fallbacks,
+                audio_seconds=found.audio_seconds,
+                rtf=found.seconds / found.audio_seconds,
+                parameters=costs[layer].parameters,
+                macs_per_second=costs[layer].macs_per_second,
+                epoch=checkpoint.get("epoch", checkpoint["progress"]["epoch"]),
+                avg=checkpoint.get("avg", 0),
+                training_seconds=checkpoint["progress"]["seconds"],
+                world_size=checkpoint["world_size"],
+                device=checkpoint["device"],
+                config=config.to_dict() | {"decoding": options},
+                commit=git_commit(Path(__file__).parent),
+                command=f"python -m splitformer.bin.decode {shlex.join(sys.argv[1:])}",
+                date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            )
+            stem = f"{name}-exit-{layer:02d}-{method}"
+            write_recogs(args.output_dir / f"recogs-{stem}.txt", scored)
+            write_errs(args.output_dir / f"errs-{stem}.txt", scored)
+            record.save(args.output_dir / f"{stem}.json")
+            lost = f", {found.fallbacks} empty lattices decoded greedily" if found.fallbacks else ""
+            log.info("%s exit %d %s: WER %.2f %% of %d words%s", name, layer, method, scored.wer, scored.ref_words, lost)
+
+
+def _named_path(item: str) -> tuple[str, Path]:
+    name, equals, path = item.partition("=")
+    if not equals or not name or not path:
+        raise ValueError(f"--cuts {item!r}: expected NAME=PATH")
+    return name, Path(path)
+
+
+def _only(searches: dict[Hashable, Search], scales: set[float]) -> dict[Hashable, Search]:
+    return {key: search for key, search in searches.items() if isinstance(key, str) or key[1] in scales}
+
+
+def _choose_scales(decoded: dict[tuple[int, Hashable], Decoded], fallback: dict[int, float]) -> dict[int, float]:
+    """For each exit the scale with the fewest errors; of equals the one nearest to 1."""
+    best: dict[int, tuple[int, float, float]] = {}
+    for (layer, key), found in decoded.items():
+        if not isinstance(key, str):
+            candidate = (score(found.results).errors, abs(key[1] - 1.0), key[1])
+            best[layer] = min(best.get(layer, candidate), candidate)
+    return fallback | {layer: scale for layer, (_, _, scale) in best.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

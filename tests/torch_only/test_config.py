@@ -1,0 +1,66 @@
+"""Configuration: strict, complete, and the same after a round trip."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitformer.config import Config, ConfigError, load_config
+
+
+def write(tmp_path, text):
+    path = tmp_path / "system.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_conf_states_departures_only_and_overrides_win(tmp_path):
+    path = write(tmp_path, "[model]\nd_model = 96\nnum_heads = 4\n[optim]\nschedule = 'cosine'\n")
+    config = load_config(path, ["optim.base_lr=2", "optim.schedule=noam", "model.parallel_exits=[]"])
+    assert (config.model.d_model, config.model.num_layers) == (96, 12)
+    assert (config.optim.base_lr, config.optim.schedule) == (2.0, "noam")
+    assert config.model.parallel_exits == ()
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nd_modle = 96", r"unknown key model\.d_modle; \[model\] has .*d_model"),
+        ("[modle]\nd_model = 96", r"unknown section \[modle\]; sections are model, loss"),
+        ("d_model = 96", "stands outside a section"),
+        ("[model]\nd_model = 'big'", "d_model = 'big' must be a int"),
+        ("[model]\nparallel_gate = 1", "parallel_gate = 1 must be a bool"),
+        ("[model]\nsubsampling = 'conv3d'", "must be one of 'conv1d', 'conv2d'"),
+        ("[model]\nexit_layers = [2, 4]", r"end at model\.num_layers = 12"),
+        ("[model]\nexit_layers = [4, 2, 12]", "must rise"),
+        ("[model]\nparallel_exits = [3]", r"names \[3\], which are no exits"),
+        ("[model]\nnum_heads = 7", r"must be a multiple of model\.num_heads = 7"),
+        ("[model]\nconv_kernel = 30", "must be odd"),
+        ("[loss]\nexit_weights = [1.0]", "must be 6 numbers, one per exit"),
+        ("[model\n", "is not valid TOML"),
+    ],
+)
+def test_mistakes_are_fatal_and_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_overrides_and_missing_files_are_checked(tmp_path):
+    path = write(tmp_path, "")
+    with pytest.raises(ConfigError, match="expected section.key=value"):
+        load_config(path, ["base_lr=3"])
+    with pytest.raises(ConfigError, match="unknown key optim.lr"):
+        load_config(path, ["optim.lr=3"])
+    with pytest.raises(ConfigError, match="there are: system"):
+        load_config(tmp_path / "sistem.toml")
+
+
+def test_every_shipped_conf_builds_its_model(repo_root):
+    from splitformer.model.asr import AsrModel
+
+    confs = sorted(repo_root.glob("egs/*/conf/*.toml"))
+    assert {path.parent.parent.name for path in confs} >= {"an4", "librispeech", "mini"}
+    for path in confs:
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# ./run.sh --corpus"), f"{path} must open with its command"
+        AsrModel(load_config(path).model)
