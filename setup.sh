@@ -71,7 +71,7 @@ find_python() {
     wanted=${pythons[0]}
     UV_PYTHON_PREFERENCE=only-managed "$uv" python find "$wanted" 2>/dev/null && return
     say "no Python $wanted on this machine: downloading one"
-    "$uv" python install -q "$wanted" >&2 && UV_PYTHON_PREFERENCE=only-managed "$uv" python find "$wanted"
+    "$uv" python install "$wanted" >&2 && UV_PYTHON_PREFERENCE=only-managed "$uv" python find "$wanted"
 }
 
 # k2's libraries name libpython3.10.so.1.0, which an interpreter that has it built in (conda's, uv's, some of pyenv's)
@@ -113,7 +113,7 @@ install_kaldifeat() {
         fi
     fi
     if [ -n "$why" ]; then
-        say "kaldifeat is left out: $why. Only --fbank kaldifeat needs it; to try again: rm -r .venv && ./setup.sh"
+        say "kaldifeat is left out: $why. Only --fbank kaldifeat needs it; to try again: rm .venv/.made-from && ./setup.sh"
     else
         "$uv" pip install -q --no-deps -p "$venv/bin/python" "$wheel"/*.whl
     fi
@@ -130,12 +130,12 @@ python=$(find_python) || die "no Python ${pythons[0]} found, and none could be d
     "packages, pyenv, conda or 'uv python install ${pythons[0]}', or name one: PYTHON=/path/to/python${pythons[0]} ./setup.sh $*"
 read -r version _ < <(probe "$python")
 say "making ${venv##*/} with $python ($version) and the packages of $lock; minutes where nothing is cached"
-rm -f "$venv/.made-from"
-[[ $(probe "$venv/bin/python") = "$version "* ]] || "$uv" venv -q --clear --relocatable --python "$python" "$venv"
+# Anew each time: an interrupted one may hold half a package, and what was downloaded is cached.
+"$uv" venv -q --clear --relocatable --python "$python" "$venv"
 quiet=-q
 [ -t 2 ] && quiet=
-# Not `pip sync`: the torch2 lock leaves torch's own CUDA packages to the torch wheel that is chosen.
-"$uv" pip install ${quiet:+"$quiet"} --exact --compile-bytecode -p "$venv/bin/python" -r "$lock" ||
+# Not `uv pip sync`: the torch2 lock leaves torch's own CUDA packages to the torch wheel that is chosen.
+"$uv" pip install ${quiet:+"$quiet"} --compile-bytecode -p "$venv/bin/python" -r "$lock" ||
     die "could not install $lock: see above. Where PyPI is reached through a mirror, set PIP_INDEX_URL"
 if [ "$name" = k2 ]; then
     free_k2_of_libpython
