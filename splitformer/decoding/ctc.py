@@ -1,0 +1,184 @@
+"""Searches over one exit's CTC log-probabilities with k2: `ctc_decoding` (tokens), `one_best` (words by HLG).
+
+Both run `intersect_dense_pruned`, then take the shortest path. A lattice comes out empty where no path
+through the graph survives the beam to the last frame, or none of that length exists; k2 says nothing then. Such an
+utterance gets its greedy result, and its index is returned beside the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import k2
+import torch
+from torch import Tensor
+
+from splitformer.greedy import Hypothesis, check_log_probs, ctc_greedy_search
+
+
+@dataclass(frozen=True)
+class Beam:
+    """How much intersect_dense_pruned keeps; see k2's documentation of it.
+
+    search_beam: in each frame, states whose score (nats) is within this of the best one's.
+    output_beam: arcs of the lattice whose best path is within this of the best path. One path is all that is
+      taken from the lattice, so this may be small; it changes memory, not the result.
+    min_active_states, max_active_states: per frame and utterance; the search beam widens and narrows to stay
+      between them.
+    """
+
+    search_beam: float
+    output_beam: float
+    min_active_states: int
+    max_active_states: int
+
+
+# Each state of the standard topology leads to all others: few of them are kept, so that a model before training,
+# which finds all tokens alike, costs seconds and not gigabytes (256 tokens, 800 frames, one core: 1 s; with
+# search_beam 8 and 1000 states 2.3 s, and 13 s and 4.6 GB where all log-probabilities are equal).
+CTC_BEAM = Beam(search_beam=4.0, output_beam=0.5, min_active_states=1, max_active_states=50)
+# On synthetic posteriors with a third of the sentences wrong, 3-gram, 100 words, a search_beam of 12 or more
+# gave the words of search_beam 30 everywhere; 8 changed 2 of 64 sentences.
+HLG_BEAM = Beam(search_beam=15.0, output_beam=1.0, min_active_states=30, max_active_states=3000)
+
+
+def ctc_decoding(
+    log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam = CTC_BEAM
+) -> tuple[list[Hypothesis], list[int]]:
+    """The best path through a CTC topology, or through any graph that reads frames and writes tokens.
+
+    With `ctc_topology(vocab_size)`, which accepts every sequence and scores none, this path is the greedy
+    one, whatever the beam; another graph constrains it and may want a wider beam.
+
+    Args:
+      log_probs: (N, T', V), log-probabilities, on the graph's device; symbol 0 is the blank.
+      lengths: (N,), output frames of each utterance, in any order.
+      graph: labels are symbols of V, one a frame; aux_labels (a tensor) the token or 0.
+    Returns:
+      N hypotheses in the order of the batch; the indices of those whose lattice was empty.
+    Raises:
+      ValueError: where shapes, lengths, device or the graph's vocabulary do not fit, and for NaN.
+    """
+    if not isinstance(getattr(graph, "aux_labels", None), Tensor):
+        raise ValueError("the graph of ctc_decoding writes one token or none an arc; for HLG use one_best")
+    paths, found = _best_paths(log_probs, lengths, graph, beam)
+    result: list[Hypothesis | None] = [None] * len(log_probs)
+    if found:
+        scores = paths.get_tot_scores(use_double_scores=True, log_semiring=False).tolist()
+        ends = _arc_ends(paths)
+        written = paths.aux_labels.cpu()
+        for i, utterance in enumerate(found):
+            tokens = written[ends[i] : ends[i + 1]]  # an arc a frame, then the final one, which writes -1
+            frames = (tokens > 0).nonzero().squeeze(1)
+            result[utterance] = Hypothesis(tokens[frames].tolist(), frames.tolist(), scores[i])
+    return _fill_in(result, log_probs, lengths)
+
+
+def one_best(
+    log_probs: Tensor,
+    lengths: Tensor,
+    hlg: k2.Fsa,
+    words: Sequence[str],
+    greedy_words: Callable[[list[int]], list[str]],
+    hlg_scale: float = 1.0,
+    blank_penalty: float = 0.0,
+    beam: Beam = HLG_BEAM,
+) -> tuple[list[list[str]], list[int]]:
+    """The words of the best path through HLG (`1best`).
+
+    Args:
+      log_probs, lengths: as for ctc_decoding.
+      hlg: of compile_hlg, aux_labels are words (ragged), on the device of log_probs. It is left as it is.
+      words: the symbols of words.txt (read_symbols).
+      greedy_words: makes words of token ids, for utterances whose lattice is empty, such as
+        `lambda ids: tokenizer.decode(ids).split()`.
+      hlg_scale: weight of the graph's scores, which are the language model's, against log_probs.
+      blank_penalty: subtracted from the blank's log-probability in every frame (nats); above 0, fewer
+        deletions.
+    Returns:
+      the words of N utterances in the order of the batch; the indices of those whose lattice was empty.
+    Raises:
+      ValueError: as ctc_decoding.
+    """
+    if not isinstance(getattr(hlg, "aux_labels", None), k2.RaggedTensor):
+        raise ValueError("one_best wants an HLG, whose arcs write words; for a CTC topology use ctc_decoding")
+    if not hlg_scale > 0:
+        raise ValueError(f"hlg_scale {hlg_scale}: the weight of the graph's scores is above 0")
+    # Dividing all else by the scale has the same best path, and leaves a graph of millions of arcs alone.
+    scaled_beam = replace(beam, search_beam=beam.search_beam / hlg_scale, output_beam=beam.output_beam / hlg_scale)
+    scaled_log_probs = log_probs / hlg_scale
+    scaled_log_probs[..., 0] -= blank_penalty / hlg_scale
+    paths, found = _best_paths(scaled_log_probs, lengths, hlg, scaled_beam)
+
+    result: list[list[str] | None] = [None] * len(log_probs)
+    if found:
+        values, splits = paths.aux_labels.values.tolist(), paths.aux_labels.shape.row_splits(1).tolist()
+        ends = _arc_ends(paths)
+        for i, utterance in enumerate(found):
+            written = values[splits[ends[i]] : splits[ends[i + 1]]]
+            result[utterance] = [words[word] for word in written if word > 0]
+    return _fill_in(result, log_probs, lengths, lambda hypothesis: greedy_words(hypothesis.tokens))
+
+
+def _best_paths(log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam) -> tuple[k2.Fsa, list[int]]:
+    """The best paths as an FsaVec, one each for the utterances whose indices are returned beside it.
+
+    The indices leave out utterances without frames and those whose lattice is empty.
+    """
+    check_log_probs(log_probs, lengths)
+    if graph.device != log_probs.device:
+        raise ValueError(f"the graph is on {graph.device}, log_probs on {log_probs.device}; move the graph once")
+    # k2 checks neither: it reads beyond the scores, or loses the utterance
+    if int(graph.labels.max()) >= log_probs.shape[2]:
+        raise ValueError(
+            f"the graph reads symbol {int(graph.labels.max())}, log_probs end at {log_probs.shape[2] - 1}: "
+            "was it made for another vocabulary?"
+        )
+    if torch.isnan(log_probs).any():
+        raise ValueError("log_probs hold NaN: has the training diverged?")
+
+    # k2 wants segments (utterance, first frame, number of frames) on the CPU, the longest first
+    lengths = lengths.cpu()
+    order = torch.sort(lengths, descending=True, stable=True).indices
+    order = order[lengths[order] > 0]
+    if len(order) == 0:
+        return graph, []
+    segments = torch.stack([order, torch.zeros_like(order), lengths[order]], dim=1).to(torch.int32)
+    lattices = k2.intersect_dense_pruned(
+        graph,
+        k2.DenseFsaVec(log_probs.detach().float(), segments),
+        search_beam=beam.search_beam,
+        output_beam=beam.output_beam,
+        min_active_states=beam.min_active_states,
+        max_active_states=beam.max_active_states,
+    )
+    states = lattices.arcs.shape().row_splits(1)
+    nonempty = (states[1:] > states[:-1]).nonzero().squeeze(1).to(torch.int32)
+    if len(nonempty) == 0:
+        return graph, []
+    paths = k2.shortest_path(k2.index_fsa(lattices, nonempty), use_double_scores=True)
+    return paths, order[nonempty.cpu().long()].tolist()
+
+
+def _arc_ends(fsas: k2.Fsa) -> list[int]:
+    """Where the arcs of each FSA of a vector begin and end among all arcs."""
+    shape = fsas.arcs.shape()
+    return shape.row_splits(2)[shape.row_splits(1).long()].tolist()
+
+
+def _fill_in(
+    result: list,
+    log_probs: Tensor,
+    lengths: Tensor,
+    convert: Callable[[Hypothesis], object] = lambda hypothesis: hypothesis,
+) -> tuple[list, list[int]]:
+    """Put the greedy result where there is none, and name the utterances whose lattice was empty."""
+    missing = [i for i, found in enumerate(result) if found is None]
+    if missing:
+        index = torch.tensor(missing)
+        greedy = ctc_greedy_search(log_probs[index.to(log_probs.device)], lengths[index.to(lengths.device)])
+        for utterance, hypothesis in zip(missing, greedy):
+            result[utterance] = convert(hypothesis)
+    # an utterance without output frames has no lattice to lose
+    return result, [i for i in missing if lengths[i] > 0]

@@ -1,0 +1,165 @@
+"""Decoding graphs: the CTC topology H, and HLG, which joins it with a lexicon L and a grammar G.
+
+Mohri, Pereira & Riley, "Weighted finite-state transducers in speech recognition", 2002, with the CTC topology
+in the place of the acoustic model's and the context's transducers (Miao, Gowayyed & Metze, "EESEN", 2015).
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import k2
+import kaldilm
+import torch
+
+from splitformer.decoding.lang import BACKOFF, load_graph, read_symbols, save_graph
+
+BYTES_PER_ARC = 16  # of k2: two states, a label, a score
+
+
+def ctc_topology(vocab_size: int, modified: bool = False) -> k2.Fsa:
+    """H: reads a token or the blank (0) per output frame (labels), writes tokens (aux_labels).
+
+    The standard topology wants a blank between two equal tokens and has about vocab_size^2 arcs. The modified
+    one does not, and has about 3 * vocab_size; it cannot tell a long token from two equal ones, so that it is
+    for graphs in which a lexicon decides that, and for vocabularies of thousands.
+    """
+    return k2.ctc_topo(max_token=vocab_size - 1, modified=modified)
+
+
+def compile_hlg(
+    lang_dir: str | Path, arpa: str | Path, modified: bool = False, report: Callable[[str], None] = print
+) -> k2.Fsa:
+    """Compile H o L o G from `lang_dir` (tokens.txt, words.txt, L_disambig.pt) and an ARPA file.
+
+    N-grams with words outside words.txt are left out of G.
+
+    Args:
+      arpa: the grammar, of any order; may be gzipped (.gz).
+      modified: which ctc_topology.
+      report: is told each step with its size and time.
+    Returns:
+      HLG: labels are tokens with blanks as the topology has them, aux_labels words (ragged), scores natural
+      logarithms; its attributes `vocab_size` and `modified_topology` say what it was made for.
+    Raises:
+      FileNotFoundError, ValueError: where a file is missing or damaged, or the ARPA file and words.txt have
+      no word in common.
+    """
+    lang_dir = Path(lang_dir)
+    vocab_size = len(read_symbols(lang_dir / "tokens.txt"))
+    words = read_symbols(lang_dir / "words.txt")
+    first_word_disambig = words.index(BACKOFF)
+
+    step = _Steps(report)
+    known = arpa_words(arpa) & set(words[:first_word_disambig])
+    if not known:
+        raise ValueError(
+            f"{arpa} and {lang_dir / 'words.txt'} have no word in common; are both in the same case, "
+            "and of the same language?"
+        )
+    lost = first_word_disambig - 2 - len(known)  # <eps> and <UNK> are none of the text's words
+    report(f"{len(known)} words of the lexicon are in the grammar, {lost} are not and cannot be recognised")
+    g = grammar(arpa, lang_dir / "words.txt")
+    step("G", g)
+    # composition matches labels in order
+    lg = k2.connect(k2.compose(load_graph(lang_dir / "L_disambig.pt"), k2.arc_sort(g)))
+    step("L o G", lg)
+    lg = k2.connect(k2.determinize(lg))
+    step("determinised", lg)
+
+    # the disambiguation symbols have done their work
+    lg.labels = torch.where(lg.labels >= vocab_size, 0, lg.labels)
+    words_written = lg.aux_labels.values  # shares its memory with lg.aux_labels
+    words_written[words_written >= first_word_disambig] = 0
+    lg = k2.connect(k2.remove_epsilon(lg))
+    lg.aux_labels = lg.aux_labels.remove_values_eq(0)
+    lg = k2.arc_sort(lg)
+    step("without epsilons", lg)
+
+    lg.tokens = lg.labels
+    hlg = k2.connect(k2.compose(ctc_topology(vocab_size, modified), lg, inner_labels="tokens"))
+    del hlg.tokens  # a copy of what aux_labels and labels say, the size of the labels
+    hlg.vocab_size = vocab_size
+    hlg.modified_topology = modified
+    step("HLG", hlg)
+    if hlg.num_arcs == 0:
+        raise ValueError(f"HLG of {lang_dir} and {arpa} accepts nothing: do they belong to the same corpus?")
+    return hlg
+
+
+def save_hlg(hlg: k2.Fsa, lang_dir: str | Path) -> Path:
+    """Write `lang_dir/HLG.pt`."""
+    path = Path(lang_dir) / "HLG.pt"
+    save_graph(hlg, path)
+    return path
+
+
+def grammar(arpa: str | Path, words: str | Path) -> k2.Fsa:
+    """G: the ARPA file as an FST over the ids of words.txt, with #0 on the arcs that back off.
+
+    N-grams with other words are left out. Check the file with arpa_words first: kaldilm ends the process at
+    a damaged one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if str(arpa).endswith(".gz"):
+            plain = Path(folder) / "plain.arpa"
+            with gzip.open(arpa, "rb") as source, open(plain, "wb") as target:
+                shutil.copyfileobj(source, target)
+            arpa = plain
+        text = kaldilm.arpa2fst(
+            input_arpa=str(arpa), disambig_symbol=BACKOFF, read_symbol_table=str(words), max_arpa_warnings=0
+        )
+    return k2.Fsa.from_openfst(text, acceptor=False)
+
+
+def arpa_words(arpa: str | Path) -> set[str]:
+    """The unigrams of an ARPA file (.gz or plain), all of which is read and counted.
+
+    Raises ValueError where it does not hold the n-grams that it announces, FileNotFoundError without a file.
+    """
+    announced: dict[str, int] = {}
+    found: dict[str, int] = {}
+    words: set[str] = set()
+    section, ended = "", False
+    opener = gzip.open if str(arpa).endswith(".gz") else open
+    try:
+        with opener(arpa, "rt", encoding="utf-8") as file:
+            for line in map(str.strip, file):
+                if line.startswith("\\") and line.endswith(("\\", "-grams:")):
+                    section = line[1:].removesuffix("-grams:")
+                    ended = line == "\\end\\"
+                elif section == "data\\" and line.startswith("ngram "):
+                    order, count = line.removeprefix("ngram ").split("=")
+                    announced[order.strip()] = int(count)
+                elif section in announced and line:
+                    found[section] = found.get(section, 0) + 1
+                    if section == "1":
+                        words.add(line.split()[1])
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, ValueError, IndexError) as error:
+        raise ValueError(f"{arpa} is no ARPA file or a damaged one: {error}") from error
+    wanted = {order: count for order, count in announced.items() if count}
+    if not wanted or not ended or found != wanted:
+        raise ValueError(
+            f"{arpa} is no whole ARPA file: n-grams announced by order {announced}, found {found}; make or "
+            "download it again"
+        )
+    return words
+
+
+class _Steps:
+    """Reports each step of a compilation with its size and the seconds since the one before."""
+
+    def __init__(self, report: Callable[[str], None]):
+        self._report = report
+        self._start = time.monotonic()
+
+    def __call__(self, name: str, graph: k2.Fsa) -> None:
+        now = time.monotonic()
+        size = graph.num_arcs * BYTES_PER_ARC / 1e6
+        self._report(f"{name}: {graph.num_arcs} arcs, {size:.2f} MB, {now - self._start:.1f} s")
+        self._start = now
