@@ -5,6 +5,9 @@
 # from: options and checksums of inputs. It is written last, after the artefact was moved into place. Where it says
 # the same again, nothing is done; where it says otherwise, the artefact is made again.
 
+# In a log file, where a progress bar cannot be redrawn, once in a while is enough.
+[[ -t 2 ]] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
+
 log() {
     printf '%(%H:%M:%S)T %s: %s\n' -1 "${0##*/}" "$*"
 }

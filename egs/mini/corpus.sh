@@ -1,0 +1,24 @@
+# shellcheck shell=bash disable=SC2034,SC2154  # variables are shared with the drivers
+# Spoken commands, questions, numbers and dates that espeak-ng speaks: offline, in a minute, the same everywhere.
+# Its files lie as LibriSpeech's do, and Lhotse's recipe for LibriSpeech reads them. See README.md.
+
+corpus_seed=42
+corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml splitformer/data/synthesis.py) seed $corpus_seed"
+[[ -z $limit_utterances ]] || corpus_source+=" limit $limit_utterances"
+
+train_splits="train"
+dev_splits="dev"
+test_splits="test"
+lhotse_recipe=librispeech
+
+token_type=char
+lm_order=3
+speed_perturb=false # the voices' rates differ
+default_config=splitformer
+
+download_corpus() {
+    local limit=()
+    [[ -z $limit_utterances ]] || limit=(--limit-utterances "$limit_utterances")
+    run_python local/synthesise.py --spec egs/mini/corpus.toml --output-dir "$corpus_dir" --seed "$corpus_seed" \
+        --num-jobs "$num_jobs" "${limit[@]}"
+}
