@@ -78,52 +78,55 @@ def gather(exp_root: str | Path, results_dir: str | Path, corpus: str) -> list[P
 
 def _check_run(run: Run, corpus: str, source: Path) -> None:
     """Raises ReportError unless all records are of `corpus` and of one model."""
-    for name in ("corpus", "system", "seed", "num_layers", "config"):
-        values: list[Any] = []
-        for record in run.decode:
-            value = getattr(record, name)
-            if value not in values:
-                values.append(value)
-        if len(values) > 1:
-            shown = "" if name == "config" else f": {', '.join(map(str, values))}"
-            raise ReportError(
-                f"{source} holds records of {len(values)} different values of {name}{shown}; remove the old "
-                "ones and decode again"
-            )
+    for name in ("corpus", "system", "seed", "num_layers"):
+        found = sorted({getattr(record, name) for record in run.decode})
+        if len(found) > 1:
+            raise ReportError(f"{source} holds records of {name} {found}: {_REMEDY}")
+    if any(_model_config(record) != _model_config(run.decode[0]) for record in run.decode):
+        raise ReportError(f"{source} holds records of models that were configured differently: {_REMEDY}")
     if run.decode[0].corpus != corpus:
-        raise ReportError(
-            f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}"
-        )
+        raise ReportError(f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}")
+
+
+_REMEDY = "remove the old ones and decode again"
+
+
+def _model_config(record: DecodeRecord) -> dict[str, Any]:
+    """The configuration that the model was trained with."""
+    return {name: section for name, section in record.config.items() if name != "decoding"}
 
 
 def save_run(run: Run, path: str | Path) -> None:
     """Write a run: what all its decode records share once, then one record a line; floats of 5 digits."""
-    records = [_rounded(asdict(record)) | {"config": record.config} for record in run.decode]
-    shared = {
-        name: records[0][name]
-        for name in sorted(records[0])
-        if len(records) > 1 and all(record[name] == records[0][name] for record in records)
-    }
-    own = [{name: value for name, value in record.items() if name not in shared} for record in records]
+    records = [_rounded({**asdict(record), "config": None}) for record in run.decode]
+    shared, own = _without_repetition(records)
+    # sections of the configuration likewise: the model's are the same, the options of decoding are not
+    shared["config"], own_configs = _without_repetition([record.config for record in run.decode])
+    rows = [{**record, "config": config} for record, config in zip(own, own_configs)]
     training = [_rounded(asdict(epoch)) for epoch in run.training]
     with atomic_write(path) as file:
         file.write('{\n"shared": ' + json.dumps(shared, indent=1, sort_keys=True, ensure_ascii=False))
-        for name, rows in (("decode", own), ("training", training)):
-            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
+        for name, each in (("decode", rows), ("training", training)):
+            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in each)
             file.write(f',\n"{name}": [\n' + ",\n".join(lines) + "\n]")
         file.write("\n}\n")
+
+
+def _without_repetition(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What all rows share, and what is left of each."""
+    shared = {name: value for name, value in rows[0].items() if all(name in row and row[name] == value for row in rows)}
+    return shared, [{name: value for name, value in row.items() if name not in shared} for row in rows]
 
 
 def load_run(path: str | Path) -> Run:
     """Read what `save_run` wrote. Raises ValueError that names the file where it is something else."""
     values = read_json(path)
-    if (
-        not isinstance(values, dict)
-        or values.keys() != {"shared", "decode", "training"}
-        or not values["decode"]
-    ):
+    if not isinstance(values, dict) or values.keys() != {"shared", "decode", "training"} or not values["decode"]:
         raise ReportError(f"{path} is no file of results; remove it and run the report again")
-    decode = [DecodeRecord.from_dict({**values["shared"], **own}, str(path)) for own in values["decode"]]
+    decode = []
+    for own in values["decode"]:
+        config = {**values["shared"].get("config", {}), **own.get("config", {})}
+        decode.append(DecodeRecord.from_dict({**values["shared"], **own, "config": config}, str(path)))
     training = [EpochRecord.from_dict(epoch, str(path)) for epoch in values["training"]]
     return Run(tuple(decode), tuple(training))
 
@@ -192,9 +195,7 @@ def load_published(path: str | Path) -> list[Published]:
         if unknown or missing:
             raise ReportError(f"{where}: unknown keys {unknown}, missing {missing}; keys are {sorted(known)}")
         if ("wer" in table) == ("wer_per_exit" in table):
-            raise ReportError(
-                f"{where}: give either wer (by test set) or wer_per_exit (by layer and test set)"
-            )
+            raise ReportError(f"{where}: give either wer (by test set) or wer_per_exit (by layer and test set)")
         per_exit = table.get("wer_per_exit", {})
         strangers = [layer for layer in per_exit if not layer.isdecimal()]
         if strangers:
@@ -280,9 +281,7 @@ class Results:
     def chosen_method(self, system: str) -> str | None:
         """The method with the lowest `dev_wer`; None where there is no dev set to choose on."""
         wers = {method: self.dev_wer(system, method) for method in self.methods}
-        return min(
-            (method for method in wers if wers[method] is not None), key=lambda m: wers[m], default=None
-        )
+        return min((method for method in wers if wers[method] is not None), key=lambda m: wers[m], default=None)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -400,12 +399,11 @@ def _unlike_configurations(runs: Sequence[Run]) -> str:
     """A warning where the seeds of a system were trained with different configurations."""
     values: dict[str, dict[str, list[int]]] = {}
     for run in runs:
-        for section, table in run.decode[0].config.items():
+        for section, table in _model_config(run.decode[0]).items():
             for key, value in table.items():
                 values.setdefault(f"{section}.{key}", {}).setdefault(json.dumps(value), []).append(run.seed)
     differences = [
-        f"{name} is "
-        + ", ".join(f"{value} (seed {', '.join(map(str, seeds))})" for value, seeds in by_value.items())
+        f"{name} is " + ", ".join(f"{value} (seed {', '.join(map(str, seeds))})" for value, seeds in by_value.items())
         for name, by_value in values.items()
         if len(by_value) > 1
     ]
@@ -424,9 +422,7 @@ def _side_by_side(results: Results, published: Sequence[Published], method: str)
         header += [f"{test_set}<br>{system}" for system in results.systems]
         columns += [
             {
-                layer: _spread(
-                    results.wers(system, layer, test_set, method), _percent, len(results.runs_of(system))
-                )
+                layer: _spread(results.wers(system, layer, test_set, method), _percent, len(results.runs_of(system)))
                 for layer in results.layers(system)
             }
             for system in results.systems
@@ -467,6 +463,9 @@ def _system(results: Results, system: str) -> list[str]:
         "Real-time factor: time of decoding up to the exit over audio time.",
         _rtf_table(results, system),
     ]
+    options = [line for run in runs for line in _decoding_options(run)]
+    if options:
+        parts += ["Options of decoding:", "\n".join(options)]
     fallbacks = [
         f"- {r.test_set}, layer {r.exit_layer}, {r.method}, seed {r.seed}: {r.fallback_utterances} of "
         f"{r.num_utterances} utterances"
@@ -477,6 +476,27 @@ def _system(results: Results, system: str) -> list[str]:
     if fallbacks:
         parts += ["Utterances whose lattice came out empty, decoded greedily instead:", "\n".join(fallbacks)]
     return [*parts, _commands(runs)]
+
+
+def _decoding_options(run: Run) -> list[str]:
+    """A line per method; what differs from exit to exit, such as a weight chosen on dev, is listed by layer."""
+    lines = []
+    for method in sorted({record.method for record in run.decode}):
+        by_option: dict[str, dict[int, str]] = {}
+        for record in sorted(run.decode, key=lambda record: record.exit_layer):
+            if record.method == method:
+                for name, value in record.config.get("decoding", {}).items():
+                    by_option.setdefault(name, {})[record.exit_layer] = f"{value}"
+        told = []
+        for name, by_layer in sorted(by_option.items()):
+            values = list(by_layer.values())
+            if len(set(values)) == 1:
+                told.append(f"{name} {values[0]}")
+            else:
+                told.append(f"{name} {', '.join(values)} at layers {', '.join(map(str, by_layer))}")
+        if told:
+            lines.append(f"- {method}, seed {run.seed}: {'; '.join(told)}")
+    return lines
 
 
 def _sets_of(run: Run) -> set[str]:
@@ -514,9 +534,7 @@ def _wer_table(results: Results, system: str, test_sets: Sequence[str], cost: bo
         if cost:
             record = next(r for run in runs for r in run.decode if r.exit_layer == layer)
             row += [_parameters(record.parameters), f"{record.macs_per_second / 1e9:.3f}"]
-        rows.append(
-            [*row, *(_spread(results.wers(system, layer, s, m), _percent, len(runs)) for s, m in cells)]
-        )
+        rows.append([*row, *(_spread(results.wers(system, layer, s, m), _percent, len(runs)) for s, m in cells)])
     return _table(header, rows)
 
 

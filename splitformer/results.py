@@ -84,7 +84,8 @@ class DecodeRecord:
     macs_per_second: multiply-accumulates per second of audio up to this exit, the head included.
     epoch, avg: the last epoch averaged, and how many epochs went into the average.
     training_seconds, world_size, device: wall-clock time of the training and what it ran on.
-    config: the resolved configuration; commit: of the code that decoded; command: as typed; date: ISO 8601.
+    config: the resolved configuration by sections; one more, `decoding`, holds the options of this decoding.
+    commit: of the code that decoded; command: as typed; date: ISO 8601.
     """
 
     corpus: str

@@ -26,7 +26,7 @@ def record(system: str, seed: int, test_set: str, layer: int, method: str, error
         num_utterances=40, fallback_utterances=0, audio_seconds=120.0, rtf=layer / 1000,
         parameters=layer * 10**6, macs_per_second=layer * 1.5e7, epoch=20, avg=5,
         training_seconds=60.0 * seed, world_size=2, device="cpu",
-        config={"optim": {"base_lr": 0.123456789}}, commit="0123abc",
+        config={"optim": {"base_lr": 0.123456789}, "decoding": {"beam": 8, "weight": layer / 10}}, commit="0123abc",
         command=f"python -m splitformer.bin.decode --checkpoint exp/{system}-seed{seed}/averaged.pt",
         date="2026-01-02T03:04:05",
     )  # fmt: skip
@@ -69,10 +69,7 @@ def write_experiments(exp_root: Path) -> None:
 
 
 def results(dev_sets: tuple[str, ...] = ("dev",), **changes) -> Results:
-    runs = [
-        Run(tuple(dataclasses.replace(each, **changes) for each in decode_records(*key)), ())
-        for key in ERRORS
-    ]
+    runs = [Run(tuple(dataclasses.replace(each, **changes) for each in decode_records(*key)), ()) for key in ERRORS]
     return Results("toy", runs, dev_sets)
 
 
@@ -96,11 +93,7 @@ def tables(text: str) -> dict[str, list[dict[str, str]]]:
 
 def test_the_summary_chooses_on_dev_alone() -> None:
     text = render(results(), [], {}, "command")
-    rows = next(
-        rows
-        for heading, rows in tables(text).items()
-        if heading.startswith("Everything is chosen on the dev")
-    )
+    rows = next(rows for heading, rows in tables(text).items() if heading.startswith("Everything is chosen on the dev"))
     assert [row["system"] for row in rows] == ["baseline", "**split**"]
     # 1best has 5 % on test, and greedy_search is chosen: 10 % against 15 % on dev
     assert rows[0] == {
@@ -161,6 +154,7 @@ def test_a_systems_own_tables() -> None:
     real_time = next(rows for heading, rows in found.items() if heading.startswith("Real-time"))
     assert real_time[1] == {"layer": "10", "greedy_search": "0.0100", "1best": "0.0100"}
     assert "--checkpoint exp/baseline-seed1/averaged.pt" in section
+    assert "- 1best, seed 1: beam 8; weight 0.2, 1.0 at layers 2, 10\n" in section
     assert "came out empty" not in text
 
 
@@ -183,9 +177,7 @@ def test_seeds_of_unlike_configurations_are_told() -> None:
     runs = [
         dataclasses.replace(
             run,
-            decode=tuple(
-                dataclasses.replace(r, config={"optim": {"base_lr": 0.1 * run.seed}}) for r in run.decode
-            ),
+            decode=tuple(dataclasses.replace(r, config={"optim": {"base_lr": 0.1 * run.seed}}) for r in run.decode),
         )
         for run in results().runs
     ]
@@ -210,9 +202,7 @@ def test_what_is_gathered_comes_back(tmp_path: Path) -> None:
     order = [("baseline", 1), ("split", 1), ("split", 2)]
     assert [(run.system, run.seed) for run in runs] == order
     for run, key in zip(runs, order):
-        assert sorted(run.decode, key=repr) == sorted(
-            decode_records(*key), key=repr
-        )  # configuration untouched
+        assert sorted(run.decode, key=repr) == sorted(decode_records(*key), key=repr)  # configuration untouched
         assert [epoch.epoch for epoch in run.training] == list(range(1, 21))
         assert run.training[6].dev_wer_per_exit == {2: 14.286, 10: 14.286}  # 5 digits
     before = [path.read_bytes() for path in written]
@@ -238,7 +228,7 @@ def test_records_that_do_not_belong_together(tmp_path: Path) -> None:
         gather(tmp_path / "exp", tmp_path / "results", "toy")
     stray = tmp_path / "exp" / "baseline-seed1" / "decode" / "stray.json"
     dataclasses.replace(decode_records("baseline", 1)[0], config={}).save(stray)
-    with pytest.raises(ReportError, match="2 different values of config"):
+    with pytest.raises(ReportError, match="models that were configured differently"):
         gather(tmp_path / "exp", tmp_path / "results", "toy")
     stray.write_text("{}")
     with pytest.raises(ValueError, match=r"stray\.json is no DecodeRecord"):
@@ -270,9 +260,7 @@ def test_the_command_writes_the_same_bytes_again(tmp_path: Path, repo_root: Path
     assert done.returncode == 0, done.stderr
     plots = ["training-baseline.png", "training-split.png", "wer-layers.png", "wer-macs.png"]
     written = [tmp_path / "RESULTS.md", *(tmp_path / name for name in plots)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["exp", "results", "RESULTS.md", *plots]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["exp", "results", "RESULTS.md", *plots])
     assert set(map(str, written)) < set(done.stdout.split())
     text = written[0].read_text()
     assert "`python -m splitformer.bin.report --corpus toy" in text
@@ -334,4 +322,6 @@ def test_json_of_results_has_one_record_a_line(tmp_path: Path) -> None:
     path = gather(tmp_path / "exp", tmp_path / "results", "toy")[0]
     values = json.loads(path.read_text())
     assert values["shared"]["system"] == "baseline" and "wer" not in values["shared"]
+    assert values["shared"]["config"] == {"optim": {"base_lr": 0.123456789}}
+    assert values["decode"][0]["config"] == {"decoding": {"beam": 8, "weight": 0.2}}
     assert sum(line.startswith('{"') for line in path.read_text().splitlines()) == 8 + 20
