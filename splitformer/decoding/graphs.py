@@ -74,6 +74,8 @@ def compile_hlg(
 
     # the disambiguation symbols have done their work
     lg.labels = torch.where(lg.labels >= vocab_size, 0, lg.labels)
+    if isinstance(lg.aux_labels, torch.Tensor):  # where no two arcs had to be joined
+        lg.aux_labels = k2.RaggedTensor(lg.aux_labels.unsqueeze(1))
     words_written = lg.aux_labels.values  # shares its memory with lg.aux_labels
     words_written[words_written >= first_word_disambig] = 0
     lg = k2.connect(k2.remove_epsilon(lg))
@@ -137,10 +139,14 @@ def arpa_words(arpa: str | Path) -> set[str]:
                     order, count = line.removeprefix("ngram ").split("=")
                     announced[order.strip()] = int(count)
                 elif section in announced and line:
+                    log10_prob, *fields = line.split()
+                    float(log10_prob)
+                    if len(fields) - int(section) not in (0, 1):  # the words, and perhaps a back-off weight
+                        raise ValueError(f"{line!r} is no {section}-gram")
                     found[section] = found.get(section, 0) + 1
                     if section == "1":
-                        words.add(line.split()[1])
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, ValueError, IndexError) as error:
+                        words.add(fields[0])
+    except (EOFError, gzip.BadGzipFile, ValueError) as error:
         raise ValueError(f"{arpa} is no ARPA file or a damaged one: {error}") from error
     wanted = {order: count for order, count in announced.items() if count}
     if not wanted or not ended or found != wanted:
