@@ -34,7 +34,7 @@ REPORT = ("splitformer.report", "splitformer.plots")
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
 
 IO = {"numpy", "tqdm"}
-DATA_PACKAGES = {"torch", "lhotse", "sentencepiece", "kaldifeat", "soundfile", *IO}
+DATA_PACKAGES = {"torch", "lhotse", "sentencepiece", "kaldifeat", "soundfile", "espeakng_loader", *IO}
 
 # The first pattern that fits a module names its tier.
 TIERS = {
