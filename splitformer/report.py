@@ -102,7 +102,7 @@ def save_run(run: Run, path: str | Path) -> None:
     shared, own = _without_repetition(records)
     # sections of the configuration likewise: the model's are the same, the options of decoding are not
     shared["config"], own_configs = _without_repetition([record.config for record in run.decode])
-    rows = [{**record, "config": config} for record, config in zip(own, own_configs)]
+    rows = [{**record, "config": config} if config else record for record, config in zip(own, own_configs)]
     training = [_rounded(asdict(epoch)) for epoch in run.training]
     with atomic_write(path) as file:
         file.write('{\n"shared": ' + json.dumps(shared, indent=1, sort_keys=True, ensure_ascii=False))
