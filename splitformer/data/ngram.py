@@ -144,8 +144,7 @@ def estimate_ngrams(
             probs[ngram] = seen + backoffs[history] * probs[ngram[1:]]
 
     log10_probs = {ngram: math.log10(prob) for ngram, prob in probs.items()}
-    if order > 1:
-        log10_probs[(BOS,)] = NO_PROBABILITY
+    log10_probs[(BOS,)] = NO_PROBABILITY  # readers want it among the unigrams
     return NgramModel(order, log10_probs, {ngram: math.log10(weight) for ngram, weight in backoffs.items()})
 
 

@@ -154,6 +154,8 @@ def arpa_words(arpa: str | Path) -> set[str]:
             f"{arpa} is no whole ARPA file: n-grams announced by order {announced}, found {found}; make or "
             "download it again"
         )
+    if not words >= {"<s>", "</s>"}:
+        raise ValueError(f"{arpa} lacks the unigrams <s> and </s>; estimate it on sentences with their edges")
     return words
 
 

@@ -85,10 +85,11 @@ def graph_score(model: NgramModel, words: tuple[str, ...]) -> float:
 
 
 @pytest.mark.parametrize("modified", [False, True])
-@pytest.mark.parametrize("hlg_scale", [1.0, 0.4, 2.5])
-def test_one_best_equals_enumeration(small, modified, hlg_scale):
-    lang_dir, words, model = small
-    hlg = compile_hlg(lang_dir, lang_dir / "2.arpa", modified, report=lambda line: None)
+@pytest.mark.parametrize(("order", "hlg_scale"), [(2, 1.0), (2, 0.4), (2, 2.5), (1, 1.0)])
+def test_one_best_equals_enumeration(small, modified, order, hlg_scale):
+    lang_dir, words, _ = small
+    model = estimate_arpa(lang_dir / "text", lang_dir / f"{order}.arpa", order)
+    hlg = compile_hlg(lang_dir, lang_dir / f"{order}.arpa", modified, report=lambda line: None)
     before = hlg.scores.clone()
     for seed in range(6):
         log_probs = random_log_probs(6, len(TOKENS), seed)
@@ -350,6 +351,7 @@ def test_damaged_arpa_files_are_refused(small, tmp_path):
         "empty.arpa": b"",
         "cut.arpa.gz": packed[: len(packed) // 2],
         "plain.arpa.gz": whole,
+        "edgeless.arpa": whole.replace(b"</s>", b"</x>"),
         "wordless.arpa": whole.replace(b"\tA B\n", b"\t\n"),
     }
     for name, content in damaged.items():
