@@ -28,7 +28,16 @@ END
 
 # 0: the corpus's audio and transcripts
 stage_download() {
-    make_artefact "$corpus_dir" "source $corpus_source splits ${splits[*]}" download_corpus
+    local stamp=$data_dir/corpus_dir # beside the corpus, which may lie where nothing can be written
+    [[ -d $corpus_dir ]] || rm -f "$stamp"
+    make_artefact "$stamp" "corpus $corpus_dir source $corpus_source splits ${splits[*]}" bring_corpus "$stamp"
+}
+
+bring_corpus() {
+    download_corpus
+    [[ -d $corpus_dir ]] || die "download_corpus of egs/$corpus/corpus.sh made no $corpus_dir"
+    printf '%s\n' "$corpus_dir" >"$1.tmp"
+    mv -f "$1.tmp" "$1"
 }
 
 # 1: Lhotse manifests, checked
@@ -71,12 +80,14 @@ make_fbank() {
 
 # 3: tokens
 stage_bpe() {
-    local split made_from supervisions=()
+    local split inputs made_from supervisions=()
     for split in "${train_list[@]}"; do supervisions+=("$(supervisions_of "$split")"); done
-    make_artefact "$train_text" "manifests $(checksum "${supervisions[@]}")" \
+    inputs=$(checksum "${supervisions[@]}")
+    make_artefact "$train_text" "manifests $inputs" \
         run_python local/export_text.py --supervisions "${supervisions[@]}" --output "$train_text"
-    make_artefact "$extra_words_file" "corpus $corpus source $corpus_source" make_extra_words
-    made_from="text $(checksum "$train_text") $token_type"
+    make_artefact "$extra_words_file" "corpus $corpus source $corpus_source lm $lm_arpa_url" make_extra_words
+    inputs=$(checksum "$train_text")
+    made_from="text $inputs $token_type"
     [[ $token_type == char ]] || made_from+=" $vocab_size"
     make_artefact "$lang_dir/bpe.model" "$made_from" \
         run_python local/train_bpe.py --text "$train_text" --lang-dir "$lang_dir" --model-type "$token_type" \
@@ -90,19 +101,23 @@ make_extra_words() {
 
 # 4: lexicon and lexicon transducers
 stage_lang() {
-    make_artefact "$lang_dir/L_disambig.pt" \
-        "tokens $(made_from "$lang_dir/bpe.model") words $(checksum "$train_text" "$extra_words_file")" \
+    local tokens words
+    tokens=$(made_from "$lang_dir/bpe.model")
+    words=$(checksum "$train_text" "$extra_words_file")
+    make_artefact "$lang_dir/L_disambig.pt" "tokens $tokens words $words" \
         run_python local/prepare_lang.py --lang-dir "$lang_dir" --text "$train_text" --extra-words "$extra_words_file"
 }
 
 # 5: n-gram language model, downloaded or estimated from the training text
 stage_lm() {
+    local words
     if [[ -n $lm_arpa_url ]]; then
         make_artefact "$arpa" "url $lm_arpa_url" \
             run_python local/fetch_archive.py --url "$lm_arpa_url" --archive "$download_dir/${lm_arpa_url##*/}" \
             --unpack "$arpa"
     else
-        make_artefact "$arpa" "order $lm_order words $(checksum "$train_text" "$extra_words_file")" \
+        words=$(checksum "$train_text" "$extra_words_file")
+        make_artefact "$arpa" "order $lm_order words $words" \
             run_python local/estimate_lm.py --text "$train_text" --order "$lm_order" --arpa "$arpa" \
             --extra-words "$extra_words_file"
     fi
@@ -110,7 +125,10 @@ stage_lm() {
 
 # 6: the decoding graph HLG
 stage_graphs() {
-    make_artefact "$lang_dir/HLG.pt" "lang $(made_from "$lang_dir/L_disambig.pt") lm $(made_from "$arpa")" \
+    local lang lm
+    lang=$(made_from "$lang_dir/L_disambig.pt")
+    lm=$(made_from "$arpa")
+    make_artefact "$lang_dir/HLG.pt" "lang $lang lm $lm" \
         run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa"
 }
 

@@ -5,7 +5,7 @@
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
     lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
-corpus_flags=(strict)
+corpus_flags=(strict estimate_lm)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: mini)
   --work-dir DIR           where data/, exp/ and results/ go (default: egs/NAME)
@@ -17,11 +17,12 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: mini)
                            instead of what the corpus says
   --fbank lhotse|kaldifeat what computes the features (default: lhotse)
   --num-jobs N             processes for data preparation (default: one per core)
+  --estimate-lm            make the language model from the training text, even where the corpus brings one
   --strict                 unreadable audio and bad transcripts are fatal, not skipped"
 
 # Defaults of the options above.
 corpus=mini work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
-num_jobs=$(nproc) strict=false
+num_jobs=$(nproc) strict=false estimate_lm=false
 
 # Defaults of the corpus's description.
 train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
@@ -75,6 +76,7 @@ load_corpus() {
     [[ -z $subset ]] || contains "$subset" "${subset_list[@]}" ||
         option_error "unknown subset '$subset'; egs/$corpus has: ${subsets:-no subsets}"
     reapply_options
+    [[ $estimate_lm == false ]] || lm_arpa_url=''
     [[ ! -v "given[train_splits]" ]] || subset_tag+=_${train_splits// /+}
     check_choice token_type bpe char
     check_choice speed_perturb true false

@@ -14,11 +14,13 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, required=True, help="the file; taken as it is where it exists")
     parser.add_argument("--md5", help="its checksum")
     parser.add_argument("--member", help="the folder of a tar archive to unpack; without it, a gzip file is unpacked")
-    parser.add_argument("--unpack", type=Path, required=True, help="folder or file that the content becomes")
+    parser.add_argument("--unpack", type=Path, help="folder or file that the content becomes (default: none)")
     args = parser.parse_args()
     try:
         archive = fetch(args.url, args.archive, args.md5)
-        if args.member:
+        if args.unpack is None:
+            print(archive)
+        elif args.member:
             count = unpack_tar(archive, args.member, args.unpack)
             print(f"{args.unpack}: {count} files from {archive}")
         else:

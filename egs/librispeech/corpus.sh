@@ -1,0 +1,79 @@
+# shellcheck shell=bash disable=SC2034,SC2154  # variables are shared with the drivers
+# LibriSpeech (OpenSLR 12), or Mini LibriSpeech (OpenSLR 31) by --subset mini; read English books. See README.md.
+
+subsets="mini 100 960"
+subset=${subset:-960}
+[[ $subset == 960 ]] || subset_tag=_$subset
+corpus_dir=$download_dir/LibriSpeech
+corpus_source="OpenSLR 12 and 31"
+
+case $subset in
+    mini)
+        train_splits="train-clean-5"
+        dev_splits="dev-clean-2"
+        test_splits="dev-clean-2" # Mini LibriSpeech has no test set
+        ;;
+    100)
+        train_splits="train-clean-100"
+        dev_splits="dev-clean dev-other"
+        test_splits="test-clean test-other"
+        ;;
+    *)
+        train_splits="train-clean-100 train-clean-360 train-other-500"
+        dev_splits="dev-clean dev-other"
+        test_splits="test-clean test-other"
+        ;;
+esac
+lhotse_recipe=librispeech
+
+token_type=bpe
+vocab_size=256
+speed_perturb=true
+default_config=splitformer
+
+# Language models of the corpus's authors (OpenSLR 11); the 4-gram is for rescoring, too large for a graph.
+openslr=https://www.openslr.org/resources
+lm_order=3
+if [[ ${given[lm_order]:-3} == 4 ]]; then
+    lm_arpa_url=$openslr/11/4-gram.arpa.gz
+else
+    lm_arpa_url=$openslr/11/3-gram.pruned.1e-7.arpa.gz
+fi
+
+declare -A archive_md5=(
+    [dev-clean]=42e2234ba48799c1f50f24a7926300a1
+    [dev-other]=c8d0bcc9cca99d4f8b62fcc847357931
+    [test-clean]=32fa31d27d2e1cad72775fee3f4849a9
+    [test-other]=fb5a50374b501bb3bac4815ee91d3135
+    [train-clean-100]=2a93770f6d5c6c964bc36631d331a522
+    [train-clean-360]=c0e676e450a7ff2f54aeade5171606fa
+    [train-other-500]=d1a0fd59409feb2c614ce4d30c387708
+    [dev-clean-2]=6d7ab67ac6a1d2c993d050e16d61080d
+    [train-clean-5]=5df7d4e78065366204ca6845bb08f490
+)
+
+# A split that is there already is used as it is. One that is unpacked here appears when it is complete.
+download_corpus() {
+    local split resource
+    for split in "${splits[@]}"; do
+        if [[ -d $corpus_dir/$split ]]; then
+            log "$corpus_dir/$split is there"
+            continue
+        fi
+        [[ -v "archive_md5[$split]" ]] || die "LibriSpeech has no split '$split'; it has: ${!archive_md5[*]}"
+        resource=12
+        case $split in *-2 | *-5) resource=31 ;; esac
+        run_python local/fetch_archive.py --url "$openslr/$resource/$split.tar.gz" \
+            --archive "$download_dir/$split.tar.gz" --md5 "${archive_md5[$split]}" \
+            --member "LibriSpeech/$split" --unpack "$corpus_dir/$split"
+    done
+}
+
+# The vocabulary of the language models.
+extra_words() {
+    local words=$download_dir/librispeech-vocab.txt
+    if [[ -n $lm_arpa_url ]]; then
+        run_python local/fetch_archive.py --url "$openslr/11/librispeech-vocab.txt" --archive "$words" >&2
+        cat "$words"
+    fi
+}

@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# The whole recipe: set-up, data preparation, training, averaging, decoding at every exit, report.
+# A second run does nothing, and one that was interrupted goes on where it stopped.
+set -euo pipefail
+called_from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=local/parse_options.sh
+source local/parse_options.sh
+# shellcheck source=local/stages.sh
+source local/stages.sh
+# shellcheck source=local/corpus.sh
+source local/corpus.sh
+
+config='' seed=42 num_processes='' exp_dir='' stage=0 stop_stage=report
+known_methods=(greedy_search ctc-decoding 1best)
+methods=("${known_methods[@]}")
+set=()
+value_options=(config seed num_processes exp_dir stage stop_stage "${corpus_options[@]}")
+flag_options=("${corpus_flags[@]}")
+list_options=(methods set)
+prepare_stages=(download manifests fbank bpe lang lm graphs)
+
+usage() {
+    cat <<END
+usage: ./run.sh [options]
+
+  --config NAME            a conf of egs/CORPUS/conf/, or a TOML file (default: as the corpus says)
+  --set SECTION.KEY=VALUE ...
+                           override values of the conf
+  --seed N                 (default: 42)
+  --num-processes N        training processes (default: one per GPU; without GPU, 2 where there are 2 cores)
+  --exp-dir DIR            for checkpoints and decoding (default: WORK_DIR/exp/CONFIG-seedN)
+  --methods NAME ...       decoding methods (default: ${methods[*]})
+$corpus_usage
+  --stage A, --stop-stage B
+                           first and last stage, by number or name: those of prepare.sh (0 to 6), 7 train,
+                           8 average, 9 decode, 10 report
+END
+}
+
+# 0 to 6: prepare.sh, with the options given
+run_prepare() {
+    local name options=(--corpus "$corpus" --stage "$first_stage")
+    ((last_stage < ${#prepare_stages[@]})) && options+=(--stop-stage "$last_stage")
+    for name in "${corpus_options[@]}"; do
+        if [[ $name != corpus && -v "given[$name]" ]]; then options+=("--${name//_/-}" "${given[$name]}"); fi
+    done
+    for name in "${corpus_flags[@]}"; do
+        [[ ${!name} == false ]] || options+=("--${name//_/-}")
+    done
+    ./prepare.sh "${options[@]}"
+}
+
+# 7: training; what a run was started from is kept with it, because a run cannot go on from something else
+stage_train() {
+    local split train_cuts=() dev_cuts=() started_from=$exp_dir/.started-from
+    local cuts tokens made_from
+    for split in "${train_list[@]}"; do train_cuts+=("$(cuts_of "$split")"); done
+    for split in "${dev_list[@]}"; do dev_cuts+=("$(cuts_of "$split")"); done
+    cuts=$(made_from "${train_cuts[@]}" "${dev_cuts[@]}")
+    tokens=$(made_from "$lang_dir/bpe.model")
+    made_from="config $config_checksum seed $seed cuts $cuts tokens $tokens"
+    if [[ -f $started_from && $(<"$started_from") != "$made_from" ]]; then
+        die "$exp_dir holds a run that was started from other data or another configuration:
+  then: $(<"$started_from")
+  now:  $made_from
+remove the folder to train anew, or give this run another --seed or --exp-dir"
+    fi
+    mkdir -p "$exp_dir"
+    printf '%s\n' "$made_from" >"$started_from.tmp"
+    mv -f "$started_from.tmp" "$started_from"
+    make_artefact "$exp_dir/training.jsonl" "$made_from" run_training \
+        --config "$config_path" --exp-dir "$exp_dir" --train-cuts "${train_cuts[@]}" --dev-cuts "${dev_cuts[@]}" \
+        --lang-dir "$lang_dir" --seed "$seed" --resume "${set_flags[@]}"
+}
+
+run_training() {
+    local gpus processes=$num_processes
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    if ((gpus == 0)); then export OMP_NUM_THREADS=1; fi # one process per core is faster than one with many threads
+    if [[ -z $processes ]]; then
+        if ((gpus > 0)); then processes=$gpus; else processes=$(($(nproc) >= 2 ? 2 : 1)); fi
+    fi
+    log "training in $processes processes, on $gpus GPUs"
+    if ((processes == 1)); then
+        run_python -m splitformer.bin.train "$@"
+    else
+        run_python -m torch.distributed.run --standalone --nproc_per_node "$processes" -m splitformer.bin.train "$@"
+    fi
+}
+
+# 8: the mean of the weights over the last epochs
+stage_average() {
+    local training
+    training=$(made_from "$exp_dir/training.jsonl")
+    make_artefact "$exp_dir/averaged.pt" "training $training" \
+        run_python -m splitformer.bin.average --exp-dir "$exp_dir"
+}
+
+# 9: every exit, every method; dev sets too, on which choices are made
+stage_decode() {
+    local split model sets graph cuts=() names=()
+    for split in "${dev_list[@]}" "${test_list[@]}"; do
+        contains "$split" "${names[@]}" && continue # one split may serve as both
+        names+=("$split")
+        cuts+=("$split=$(cuts_of "$split")")
+    done
+    model=$(made_from "$exp_dir/averaged.pt")
+    sets=$(made_from "${cuts[@]#*=}")
+    graph=$(made_from "$lang_dir/HLG.pt")
+    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graph $graph methods ${methods[*]}" \
+        run_decoding --cuts "${cuts[@]}"
+}
+
+run_decoding() {
+    rm -rf "$exp_dir/decode" # records of another model must not stay among the new ones
+    run_python -m splitformer.bin.decode --checkpoint "$exp_dir/averaged.pt" "$@" --lang-dir "$lang_dir" \
+        --methods "${methods[@]}" --tune-set "${dev_list[0]}" --output-dir "$exp_dir/decode" --corpus "$corpus"
+}
+
+# 10: tables and plots of all runs
+stage_report() {
+    local published=egs/$corpus/published.toml each flags=() records inputs dev_only=()
+    for each in "${dev_list[@]}"; do
+        contains "$each" "${test_list[@]}" || dev_only+=("$each") # a corpus without test set reports its dev set
+    done
+    if [[ -f $published ]]; then flags=(--published "$published"); fi
+    records=("$exp_root"/*/decode/*.json "$exp_root"/*/training.jsonl)
+    inputs=$(checksum "${records[@]}" "${flags[@]:1}")
+    make_artefact "$report_dir/RESULTS.md" "records $inputs" \
+        run_python -m splitformer.bin.report --corpus "$corpus" --exp-root "$exp_root" \
+        --results-dir "$report_dir/results" --output "$report_dir/RESULTS.md" --dev-sets "${dev_only[@]}" "${flags[@]}"
+}
+
+parse_options "$@"
+select_stages "${prepare_stages[@]}" train average decode report
+load_corpus
+check_number seed
+check_number num_processes empty
+for each in "${methods[@]}"; do
+    contains "$each" "${known_methods[@]}" || option_error "unknown method '$each'; methods are: ${known_methods[*]}"
+done
+
+# The configuration, and where its run lies.
+config=${config:-$default_config}
+if [[ $config == *.toml ]]; then
+    config_path=$(absolute_path "$config")
+    config=$(basename "$config" .toml)
+else
+    config_path=egs/$corpus/conf/$config.toml
+fi
+if [[ ! -f $config_path ]]; then
+    choices=''
+    for each in "egs/$corpus/conf"/*.toml; do choices+=" $(basename "$each" .toml)"; done
+    option_error "unknown config '$config'; egs/$corpus/conf has:$choices"
+fi
+set_flags=()
+system=$config
+for each in "${set[@]}"; do
+    set_flags+=(--set "$each")
+    system+=+${each//[^A-Za-z0-9._=-]/_}
+done
+((${#system} <= 100)) || system=$config+$(printf '%s\n' "${set[@]}" | sha256sum | cut -c 1-8)
+variant=${subset_tag#_}${limit_utterances:+limit-$limit_utterances} # not the corpus as it is published
+exp_root=$work_dir/exp${variant:+/$variant}
+report_dir=$work_dir
+[[ -z $variant ]] || report_dir=$exp_root
+if [[ -n $exp_dir ]]; then
+    exp_dir=$(absolute_path "$exp_dir")
+    exp_root=$(dirname "$exp_dir")
+else
+    exp_dir=$exp_root/$system-seed$seed
+fi
+
+# Another environment, where one is named, is not ours to set up.
+[[ -n ${SPLITFORMER_PYTHON:-} ]] || ./setup.sh
+
+# Checked before hours of work: an unknown key in the configuration is fatal.
+config_checksum=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}" | sha256sum | cut -c 1-16)
+
+if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
+for name in train average decode report; do run_stage "$name"; done
+((last_stage < 10)) || log "results are in $report_dir/RESULTS.md"
