@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -21,9 +22,19 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(path: str | Path, contents: Mapping[str, Any]) -> None:
-    """Write `contents` (tensors, numbers, strings and containers of these) so that `path` is whole or untouched."""
+    """Write `contents` so that `path` is whole or untouched.
+
+    Each value is either plain (whatever JSON holds) or tensors in dictionaries. Plain values are stored as JSON: the
+    restricted unpickler of torch 1.13 knows tensors and strings, but not a float.
+    """
+    plain, tensors = {}, {}
+    for name, value in contents.items():
+        try:
+            plain[name] = json.dumps(value)
+        except TypeError:
+            tensors[name] = value
     with atomic_write(path, "wb") as file:
-        torch.save(dict(contents), file)
+        torch.save({"plain": plain, "tensors": tensors}, file)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -36,11 +47,14 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}")
     try:
-        contents = torch.load(path, map_location=device, weights_only=True)
+        stored = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it and use an earlier one") from error
-    if not isinstance(contents, dict) or "model" not in contents or "config" not in contents:
-        raise CheckpointError(f"{path} is no checkpoint of this project: it lacks `model` or `config`")
+    if not isinstance(stored, dict) or not {"plain", "tensors"} <= stored.keys():
+        raise CheckpointError(f"{path} is no checkpoint of this project: it lacks `plain` or `tensors`")
+    contents = {name: json.loads(value) for name, value in stored["plain"].items()} | stored["tensors"]
+    if missing := {"model", "config"} - contents.keys():
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
     return contents
 
 

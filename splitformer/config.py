@@ -1,6 +1,6 @@
 """Configuration: what changes a published number, as frozen dataclasses.
 
-The defaults are the published LibriSpeech system (arXiv 2506.18035). A conf file (TOML) states only what departs
+The defaults are the published system (arXiv 2506.18035). A conf file (TOML) states only what departs
 from them; an unknown key or a value of the wrong type is fatal. Paths, devices, workers and seeds are flags of the
 commands, never configuration. The resolved configuration travels inside every checkpoint.
 """
@@ -179,17 +179,12 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a conf file and apply `section.key=value` overrides, whose values are TOML (bare words count as strings).
 
+    A conf may begin with `base = "other.toml"`, a file beside it from which it departs.
+
     Raises:
       ConfigError: see `Config.from_dict`; also a file that is missing or is not TOML.
     """
-    path = Path(path)
-    try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        beside = sorted(p.stem for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise ConfigError(f"no conf {path}; there are: {', '.join(beside) or 'none'}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    tables = _read_tables(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
@@ -197,6 +192,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"--set {override!r}: expected section.key=value, such as optim.base_lr=0.03")
         tables.setdefault(section, {})[name] = _parse_value(text.strip())
     return Config.from_dict(tables, source=str(path))
+
+
+def _read_tables(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of `path`, laid over those of its base; `derived` are the files that name it as theirs."""
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = sorted(p.stem for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise ConfigError(f"no conf {path}; there are: {', '.join(beside) or 'none'}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    base = tables.pop("base", None)
+    if base is None:
+        return tables
+    if path in derived:
+        raise ConfigError(f"{path} is its own base, by way of {', '.join(map(str, derived))}")
+    merged = _read_tables(path.parent / str(base), (*derived, path))
+    for section, table in tables.items():
+        both = isinstance(table, Mapping) and isinstance(merged.get(section), Mapping)
+        merged[section] = {**merged[section], **table} if both else table
+    return merged
 
 
 def _parse_value(text: str) -> Any:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
-import shlex
 import sys
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,23 @@ from tqdm import tqdm
 
 from splitformer.checkpoint import CheckpointError, load_model
 from splitformer.config import ConfigError
-from splitformer.data.datamodule import evaluation_batches, load_cuts
+from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.decode import (
+from splitformer.decoding.searches import (
     METHODS,
-    Decoded,
     Search,
     ctc_topology_search,
-    decode_cuts,
     greedy_search,
     one_best_searches,
 )
+from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import complexity
-from splitformer.results import DecodeRecord, git_commit
+from splitformer.results import DecodeRecord, command_line, git_commit
 from splitformer.scoring import score, write_errs, write_recogs
 
 log = logging.getLogger(__name__)
 HLG_SCALES = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
@@ -80,13 +81,17 @@ def decode(args: argparse.Namespace) -> None:
     if args.tune_set and args.tune_set not in sets:
         raise ValueError(f"--tune-set {args.tune_set} is not among --cuts: {', '.join(sets)}")
     searches: dict[Hashable, Search] = {}
+
+    def spell(tokens: list[int]) -> list[str]:
+        return tokenizer.decode(tokens).split()
+
     if "greedy_search" in args.methods:
-        searches["greedy_search"] = greedy_search(tokenizer)
+        searches["greedy_search"] = greedy_search(spell)
     if "ctc-decoding" in args.methods:
-        searches["ctc-decoding"] = ctc_topology_search(tokenizer, device)
+        searches["ctc-decoding"] = ctc_topology_search(spell, tokenizer.vocab_size, device)
     if "1best" in args.methods:
         scales = args.hlg_scales if args.tune_set else (1.0,)
-        for scale, search in one_best_searches(args.lang_dir, tokenizer, device, scales).items():
+        for scale, search in one_best_searches(args.lang_dir, spell, device, scales).items():
             searches["1best", scale] = search
 
     costs = complexity(model.encoder, model.ctc_heads, config.model.num_mel_bins)
@@ -132,8 +137,8 @@ def decode(args: argparse.Namespace) -> None:
                 world_size=checkpoint["world_size"],
                 device=checkpoint["device"],
                 config=config.to_dict() | {"decoding": options},
-                commit=git_commit(Path(__file__).parent),
-                command=f"python -m splitformer.bin.decode {shlex.join(sys.argv[1:])}",
+                commit=git_commit(ROOT),
+                command=command_line(ROOT),
                 date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             )
             stem = f"{name}-exit-{layer:02d}-{method}"
@@ -141,7 +146,60 @@ def decode(args: argparse.Namespace) -> None:
             write_errs(args.output_dir / f"errs-{stem}.txt", scored)
             record.save(args.output_dir / f"{stem}.json")
             lost = f", {found.fallbacks} empty lattices decoded greedily" if found.fallbacks else ""
-            log.info("%s exit %d %s: WER %.2f %% of %d words%s", name, layer, method, scored.wer, scored.ref_words, lost)
+            log.info(
+                "%s exit %d %s: WER %.2f %% of %d words%s", name, layer, method, scored.wer, scored.ref_words, lost
+            )
+
+
+@dataclass
+class Decoded:
+    """What one search found at one exit."""
+
+    results: list[tuple[str, list[str], list[str]]] = field(default_factory=list)
+    """(cut id, reference words, decoded words)"""
+    fallbacks: int = 0
+    seconds: float = 0.0
+    """front end, encoder up to this exit, its head and the search"""
+    audio_seconds: float = 0.0
+
+
+@torch.no_grad()  # not inference_mode: k2 asks tensors for their version
+def decode_cuts(
+    model: AsrModel, batches: Iterable[Batch], searches: Mapping[Hashable, Search], device: torch.device
+) -> dict[tuple[int, Hashable], Decoded]:
+    """{(exit layer, key of the search): what it found}; every batch passes the encoder once.
+
+    The time of an exit leaves out other exits' heads and other searches.
+    """
+    decoded: dict[tuple[int, Hashable], Decoded] = {}
+    for batch in (b.to(device) for b in batches):
+        references = [text.split() for text in batch.texts]
+        encoder_seconds = 0.0
+        exits = model.encoder(batch.x, batch.x_lens)
+        while True:
+            exit_output, seconds = _timed(device, lambda exits=exits: next(exits, None))
+            if exit_output is None:
+                break
+            encoder_seconds += seconds
+            log_probs, head_seconds = _timed(device, lambda out=exit_output: model.ctc_log_probs(out))
+            for key, search in searches.items():
+                (words, fallen_back), search_seconds = _timed(
+                    device, lambda s=search, p=log_probs, out=exit_output: s(p, out.lengths)
+                )
+                entry = decoded.setdefault((exit_output.layer, key), Decoded())
+                entry.results += zip(batch.cut_ids, references, words, strict=True)
+                entry.fallbacks += len(fallen_back)
+                entry.seconds += encoder_seconds + head_seconds + search_seconds
+                entry.audio_seconds += batch.seconds
+    return decoded
+
+
+def _timed(device: torch.device, call: Callable) -> tuple:
+    started = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - started
 
 
 def _named_path(item: str) -> tuple[str, Path]:

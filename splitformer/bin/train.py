@@ -1,6 +1,6 @@
 """Train one system: CTC at every exit, on cuts that prepare.sh made.
 
-    python -m splitformer.bin.train --config egs/mini/conf/splitformer.toml --exp-dir EXP --train-cuts CUTS \
+    python -m splitformer.bin.train --config CONF --exp-dir EXP --train-cuts CUTS \
         --dev-cuts CUTS --lang-dir LANG [--seed 42] [--resume] [--set optim.base_lr=0.003]
 
 Under `torchrun --standalone --nproc_per_node N` it trains on N GPUs, or on N CPU processes.
@@ -34,9 +34,7 @@ def main() -> int:
     args = parser.parse_args()
 
     with process_group() as ranks:
-        logging.basicConfig(
-            level=logging.INFO if ranks.is_main else logging.WARNING, format="%(asctime)s %(message)s"
-        )
+        logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, format="%(asctime)s %(message)s")
         options = RunOptions(
             exp_dir=args.exp_dir,
             train_cuts=args.train_cuts,

@@ -24,9 +24,7 @@ class DevResult:
 
 
 @torch.no_grad()
-def evaluate(
-    loss: MultiExitCtcLoss, batches: Iterable[Batch], tokenizer: Tokenizer, device: torch.device
-) -> DevResult:
+def evaluate(loss: MultiExitCtcLoss, batches: Iterable[Batch], tokenizer: Tokenizer, device: torch.device) -> DevResult:
     """Run `loss.model` over `batches` in evaluation mode and leave it in training mode."""
     model = loss.model.eval()
     total_loss: dict[int, float] = defaultdict(float)

@@ -106,7 +106,9 @@ class Trainer:
         )
         self.average = RunningAverage(model.state_dict(), self.config.training.average_period)
         if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.load_state_dict(
+                {"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]}
+            )
             self.average = RunningAverage(
                 {name: tensor.to(ranks.device) for name, tensor in checkpoint["average"].items()},
                 self.config.training.average_period,
@@ -162,9 +164,7 @@ class Trainer:
 
     def _step(self, batch: Batch) -> Any:
         self.progress.step += 1
-        rate = learning_rate(
-            self.config.optim, self.progress.step, self.total_steps, self.config.model.d_model
-        )
+        rate = learning_rate(self.config.optim, self.progress.step, self.total_steps, self.config.model.d_model)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with _autocast(self.ranks.device):
@@ -195,13 +195,15 @@ class Trainer:
 
     def _save(self) -> None:
         exp_dir, epoch = self.options.exp_dir, self.progress.epoch
+        optimizer = self.optimizer.state_dict()
         save_checkpoint(
             exp_dir / f"epoch-{epoch}.pt",
             {
                 "model": self.loss.model.state_dict(),
                 "average": self.average.state,
                 "average_step": self.average.step,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer["state"],
+                "param_groups": optimizer["param_groups"],
                 "config": self.config.to_dict(),
                 "progress": vars(self.progress),
                 "seed": self.options.seed,

@@ -1,0 +1,263 @@
+"""The training loop on data made here: it learns, repeats itself, goes on after a kill, and says what it drops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from lhotse import CutSet
+
+from splitformer.bin.average import average
+from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, load_model
+from splitformer.config import Config, ConfigError
+from splitformer.data.datamodule import TrainingData, evaluation_batches, load_cuts
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.losses.ctc import MultiExitCtcLoss
+from splitformer.results import read_training_log
+from splitformer.training.distributed import Ranks
+from splitformer.training.evaluate import evaluate
+from splitformer.training.loop import RunOptions, Trainer, TrainingError
+from tests.factories import make_cuts, make_lang_dir, make_texts
+
+SYSTEM = """
+[model]
+feature_norm = "utterance"
+subsampling = "conv2d"
+subsampling_channels = 8
+d_model = 32
+num_heads = 2
+feedforward_dim = 64
+conv_kernel = 7
+num_layers = 2
+exit_layers = [1, 2]
+parallel_exits = [1, 2]
+parallel_gate = true
+[optim]
+schedule = "cosine"
+base_lr = 5e-3
+[data]
+max_duration = 15.0
+[augment]
+time_warp_factor = 0
+num_frame_masks = 1
+frames_mask_size = 5
+features_mask_size = 5
+[training]
+num_epochs = 2
+average_epochs = 1
+average_period = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """(folder, train cuts, dev cuts, lang_dir)"""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = make_texts(80)
+    return (
+        folder,
+        make_cuts(folder, "train", texts),
+        make_cuts(folder, "dev", make_texts(20, seed=1), seed=1),
+        make_lang_dir(folder, texts),
+    )
+
+
+def command(corpus, tmp_path, exp_dir, *more):
+    _, train, dev, lang_dir = corpus
+    conf = tmp_path / "system.toml"
+    conf.write_text(SYSTEM)
+    flags = ["--config", conf, "--exp-dir", exp_dir, "--train-cuts", train, "--dev-cuts", dev]
+    flags += ["--lang-dir", lang_dir, "--num-workers", "0", "--seed", "7", *more]
+    return [sys.executable, "-m", "splitformer.bin.train", *map(str, flags)]
+
+
+def train(corpus, tmp_path, exp_dir, *more):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=env)
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.smoke
+def test_it_learns_to_spell(corpus, tmp_path):
+    run = train(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=12")
+    assert run.returncode == 0, run.stderr
+    epochs = read_training_log(tmp_path / "exp" / "training.jsonl")
+    assert [e.epoch for e in epochs] == list(range(1, 13))
+    assert epochs[-1].train_loss < 0.3 * epochs[0].train_loss
+    assert set(epochs[-1].dev_wer_per_exit) == {1, 2}
+    assert epochs[-1].dev_wer_per_exit[2] < 40.0
+    assert 0.0 <= epochs[-1].data_wait_share <= 1.0
+    assert "training data: 80 utterances" in run.stderr
+
+
+def test_a_seed_gives_the_same_weights_and_a_resumed_run_too(corpus, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert train(corpus, tmp_path, straight).returncode == 0
+    process = subprocess.Popen(
+        command(corpus, tmp_path, killed), stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "epoch-1.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(epoch_checkpoints(killed)) == [1]
+    assert "add --resume" in train(corpus, tmp_path, killed).stderr
+    assert train(corpus, tmp_path, killed, "--resume").returncode == 0
+    assert same(weights(straight / "epoch-2.pt"), weights(killed / "epoch-2.pt"))
+    log = read_training_log(killed / "training.jsonl")
+    assert [e.epoch for e in log] == [1, 2]
+    again = train(corpus, tmp_path, killed, "--resume")
+    assert again.returncode == 0 and "nothing to train" in again.stderr
+
+
+def test_two_ranks_share_the_work_and_agree(corpus, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        torchrun + command(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=1")[1:],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert load_checkpoint(tmp_path / "exp" / "epoch-1.pt")["world_size"] == 2
+    assert len(read_training_log(tmp_path / "exp" / "training.jsonl")) == 1
+
+
+def options(corpus, exp_dir, resume=True):
+    _, train_cuts, dev_cuts, lang_dir = corpus
+    return RunOptions(exp_dir, [train_cuts], [dev_cuts], lang_dir, seed=7, num_workers=0, resume=resume)
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def small_config(**training):
+    import tomli
+
+    tables = tomli.loads(SYSTEM)
+    tables["training"] |= training
+    return Config.from_dict(tables)
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(corpus, tmp_path, caplog):
+    Trainer(small_config(), options(corpus, tmp_path), ALONE).train()
+    newest = tmp_path / "epoch-2.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    trainer = Trainer(small_config(), options(corpus, tmp_path), ALONE)
+    assert trainer.progress.epoch == 1
+    assert "epoch-2.pt cannot be read" in caplog.text
+    (tmp_path / "epoch-1.pt").write_bytes(b"")
+    with pytest.raises(TrainingError, match="no checkpoint of .* can be read"):
+        Trainer(small_config(), options(corpus, tmp_path), ALONE)
+
+
+def test_another_configuration_in_the_same_exp_dir_is_refused(corpus, tmp_path):
+    Trainer(small_config(num_epochs=1), options(corpus, tmp_path), ALONE).train()
+    with pytest.raises(ConfigError, match=r"training\.average_period: 2 there, 3 now"):
+        Trainer(small_config(num_epochs=1, average_period=3), options(corpus, tmp_path), ALONE)
+
+
+def test_the_average_is_the_mean_of_the_weights_over_the_steps(corpus, tmp_path):
+    config = small_config(num_epochs=3, average_epochs=2, average_period=1)
+    trainer = Trainer(config, options(corpus, tmp_path), ALONE)
+    seen = []
+    step = trainer._step
+    name = "ctc_heads.2.weight"
+
+    def remember(batch):
+        result = step(batch)
+        seen.append((trainer.progress.step, trainer.loss.model.state_dict()[name].double().clone()))
+        return result
+
+    trainer._step = remember
+    trainer.train()
+    after = load_checkpoint(tmp_path / "epoch-1.pt")["progress"]["step"]
+    expected = torch.stack([w for s, w in seen if s > after]).mean(dim=0)
+    average(tmp_path, None, None)
+    model, loaded, checkpoint = load_model(tmp_path / "averaged.pt")
+    assert (checkpoint["epoch"], checkpoint["avg"]) == (3, 2)
+    assert loaded.training == config.training
+    torch.testing.assert_close(model.state_dict()[name].double(), expected, atol=1e-5, rtol=0)
+    average(tmp_path, 3, 3)
+    expected = torch.stack([w for _, w in seen]).mean(dim=0)
+    torch.testing.assert_close(
+        load_model(tmp_path / "averaged.pt")[0].state_dict()[name].double(), expected, atol=1e-5, rtol=0
+    )
+    with pytest.raises(ValueError, match=r"has no epoch-9\.pt; there are epochs 1, 2, 3"):
+        average(tmp_path, 9, None)
+
+
+def test_averaging_nothing_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="train first"):
+        average(tmp_path, None, None)
+
+
+def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, tmp_path):
+    _, train_cuts, _, lang_dir = corpus
+    bad = list(CutSet.from_file(train_cuts).subset(first=8))
+    bad[0].supervisions[0].text = "  "
+    bad[1].supervisions[0].text = "AB ÆØ"
+    bad[2].supervisions[0].text = "ABCDEFGH" * 20
+    bad[3] = bad[3].truncate(duration=0.1)
+    bad[4].supervisions.append(bad[4].supervisions[0])
+    bad[5].supervisions[0].text = None
+    CutSet.from_cuts(bad).to_file(tmp_path / "bad.jsonl.gz")
+    config = small_config()
+    data = TrainingData(
+        load_cuts([train_cuts, tmp_path / "bad.jsonl.gz"]), Tokenizer(lang_dir), config.data, config.augment, seed=1
+    )
+    assert data.report.kept == 82
+    assert dict(data.report.dropped) == {
+        "empty transcript": 2,
+        "transcript has characters that the tokens lack: Æ Ø": 1,
+        "more labels than output frames": 1,
+        "shorter than data.min_utterance_seconds = 0.2": 1,
+        "2 supervisions instead of one": 1,
+    }
+    ids = [cut_id for batch in data.epoch(1) for cut_id in batch.cut_ids]
+    assert len(ids) == 82
+    with pytest.raises(ValueError, match="0 utterances are left"):
+        TrainingData(CutSet.from_cuts(bad[:2]), Tokenizer(lang_dir), config.data, config.augment, seed=1)
+    with pytest.raises(FileNotFoundError, match=r"run prepare\.sh"):
+        load_cuts([tmp_path / "none.jsonl.gz"])
+
+
+def test_ranks_take_disjoint_shares_and_as_many_steps(corpus):
+    _, train_cuts, _, lang_dir = corpus
+    config = small_config()
+    shares = []
+    for rank in range(2):
+        data = TrainingData(
+            load_cuts([train_cuts]), Tokenizer(lang_dir), config.data, config.augment, seed=1, rank=rank, world_size=2
+        )
+        shares.append([batch.cut_ids for batch in data.epoch(3)])
+    assert len(shares[0]) == len(shares[1])
+    first, second = ([cut_id for batch in share for cut_id in batch] for share in shares)
+    assert len(set(first) | set(second)) == 80
+    assert len(set(first) & set(second)) <= 8  # the last batch may be filled up with repeats
+
+
+def test_evaluation_sees_every_cut_and_does_not_depend_on_the_batches(corpus, tmp_path):
+    _, _, dev_cuts, lang_dir = corpus
+    tokenizer = Tokenizer(lang_dir)
+    Trainer(small_config(num_epochs=1), options(corpus, tmp_path), ALONE).train()
+    loss = MultiExitCtcLoss(load_model(tmp_path / "epoch-1.pt")[0])
+    results = [
+        evaluate(loss, evaluation_batches(load_cuts([dev_cuts]), tokenizer, seconds), tokenizer, ALONE.device)
+        for seconds in (0.5, 100.0)
+    ]
+    assert results[0].wer_per_exit == results[1].wer_per_exit
+    assert results[0].loss_per_exit == pytest.approx(results[1].loss_per_exit, rel=1e-4)
