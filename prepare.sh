@@ -94,8 +94,9 @@ stage_bpe() {
         "${vocab_flag[@]}"
 }
 
+# A few utterances may lack letters that the corpus's own dictionary has: it serves the whole corpus only.
 make_extra_words() {
-    extra_words >"$extra_words_file.tmp"
+    if [[ -z $limit_utterances ]]; then extra_words; fi >"$extra_words_file.tmp"
     mv -f "$extra_words_file.tmp" "$extra_words_file"
 }
 

@@ -55,6 +55,17 @@ def test_overrides_and_missing_files_are_checked(tmp_path):
         load_config(tmp_path / "sistem.toml")
 
 
+def test_a_conf_departs_from_its_base(tmp_path):
+    write(tmp_path, "[model]\nd_model = 96\nnum_heads = 4\n[training]\nnum_epochs = 7\n")
+    variant = tmp_path / "variant.toml"
+    variant.write_text("base = 'system.toml'\n[model]\nparallel_exits = []\n[optim]\nbase_lr = 2.0\n")
+    config = load_config(variant)
+    assert (config.model.d_model, config.model.parallel_exits, config.training.num_epochs) == (96, (), 7)
+    variant.write_text("base = 'variant.toml'")
+    with pytest.raises(ConfigError, match="is its own base"):
+        load_config(variant)
+
+
 def test_every_shipped_conf_builds_its_model(repo_root):
     from splitformer.model.asr import AsrModel
 

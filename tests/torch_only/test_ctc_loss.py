@@ -36,9 +36,7 @@ def test_loss_equals_enumeration_at_every_exit(weights):
     result = loss(x, x_lens, y, torch.tensor([3, 2, 1]))
     expected = []
     for exit_output, log_probs in model(x, x_lens):
-        losses = [
-            brute_force(log_probs[i, : int(exit_output.lengths[i])].detach(), labels[i]) for i in range(3)
-        ]
+        losses = [brute_force(log_probs[i, : int(exit_output.lengths[i])].detach(), labels[i]) for i in range(3)]
         expected.append(sum(losses) / 6)
     assert result.per_exit.tolist() == pytest.approx(expected, rel=1e-4)
     shares = weights or (1.0, 1.0, 1.0)
@@ -48,6 +46,4 @@ def test_loss_equals_enumeration_at_every_exit(weights):
 
 def test_the_deployable_state_is_the_models_own():
     model = AsrModel(SMALL)
-    assert {name.removeprefix("model.") for name in MultiExitCtcLoss(model).state_dict()} == set(
-        model.state_dict()
-    )
+    assert {name.removeprefix("model.") for name in MultiExitCtcLoss(model).state_dict()} == set(model.state_dict())

@@ -9,7 +9,7 @@ import torch
 
 from splitformer.config import ModelConfig
 from splitformer.model.asr import AsrModel
-from splitformer.model.conformer import ConformerLayer, MaskedBatchNorm
+from splitformer.model.conformer import ConformerLayer, Dropout, MaskedBatchNorm
 from splitformer.model.subsampling import MIN_FRAMES, subsampled_lengths
 
 SMALL = ModelConfig(
@@ -76,9 +76,7 @@ def test_an_utterance_gives_the_same_alone_and_in_any_padded_batch(config):
 
 
 def test_iterating_to_the_first_exit_runs_two_of_twelve_layers():
-    config = dataclasses.replace(
-        SMALL, num_layers=12, exit_layers=(2, 4, 6, 8, 10, 12), parallel_exits=(2, 12)
-    )
+    config = dataclasses.replace(SMALL, num_layers=12, exit_layers=(2, 4, 6, 8, 10, 12), parallel_exits=(2, 12))
     model = build(config)
     calls = []
     for name, module in model.encoder.named_modules():
@@ -138,3 +136,19 @@ def test_output_lengths_are_those_of_the_convolutions():
             exit_output = next(model.encoder(torch.zeros(1, frames, 20), torch.tensor([frames])))
             assert exit_output.encoder_out.size(1) == int(exit_output.lengths)
     assert subsampled_lengths(torch.tensor([0, 1, 2, MIN_FRAMES - 1])).tolist() == [0, 0, 0, 0]
+
+
+def test_dropout_on_a_cpu_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(6)
+    x = torch.ones(401, 1003)
+    for p, share in ((0.1, 26 / 256), (0.5, 0.5)):
+        dropped = Dropout(p).train()(x)
+        assert float((dropped == 0).float().mean()) == pytest.approx(share, abs=0.003)
+        assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+        assert dropped.unique().numel() == 2
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    layer = Dropout(0.3).train()
+    first, second = (torch.manual_seed(7), layer(x))[1], layer(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)
+    assert torch.equal(first, layer(x))

@@ -160,7 +160,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(corpus, tm
     assert trainer.progress.epoch == 1
     assert "epoch-2.pt cannot be read" in caplog.text
     (tmp_path / "epoch-1.pt").write_bytes(b"")
-    with pytest.raises(TrainingError, match="no checkpoint of .* can be read"):
+    with pytest.raises(TrainingError, match=r"no checkpoint of .* can be read"):
         Trainer(small_config(), options(corpus, tmp_path), ALONE)
 
 
