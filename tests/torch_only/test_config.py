@@ -47,9 +47,9 @@ def test_mistakes_are_fatal_and_named(tmp_path, text, message):
 
 def test_overrides_and_missing_files_are_checked(tmp_path):
     path = write(tmp_path, "")
-    with pytest.raises(ConfigError, match="expected section.key=value"):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
         load_config(path, ["base_lr=3"])
-    with pytest.raises(ConfigError, match="unknown key optim.lr"):
+    with pytest.raises(ConfigError, match=r"unknown key optim\.lr"):
         load_config(path, ["optim.lr=3"])
     with pytest.raises(ConfigError, match="there are: system"):
         load_config(tmp_path / "sistem.toml")
