@@ -22,16 +22,12 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     try:
-        hlg = compile_hlg(
-            args.lang_dir, args.arpa, args.modified_topology, lambda line: print(line, flush=True)
-        )
+        hlg = compile_hlg(args.lang_dir, args.arpa, args.modified_topology, lambda line: print(line, flush=True))
         path = save_hlg(hlg, args.lang_dir)
     except (ValueError, OSError) as error:
         sys.exit(f"compile_graphs: {error}")
     states = hlg.shape[0]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1 << 20 if sys.platform != "darwin" else 1 << 30
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
     print(
         f"{path}: {states} states, {hlg.num_arcs} arcs, {path.stat().st_size / 1e6:.1f} MB on disk, "
         f"{time.monotonic() - start:.1f} s, peak memory {peak:.1f} GiB"

@@ -154,9 +154,7 @@ def _counts(sentences: Iterable[Sequence[str]], order: int) -> dict[int, Counter
     for sentence in sentences:
         for reserved in (BOS, EOS):
             if reserved in sentence:
-                raise ValueError(
-                    f"{reserved} is a sentence's edge and cannot be a word of: {' '.join(sentence)}"
-                )
+                raise ValueError(f"{reserved} is a sentence's edge and cannot be a word of: {' '.join(sentence)}")
         words = (BOS, *sentence, EOS)
         for end in range(2, len(words) + 1):
             # the longest n-gram that ends here is counted; the shorter ones follow from the longer ones below

@@ -35,8 +35,7 @@ class Tokenizer:
             piece = self._model.id_to_piece(piece_id)
             if piece != expected:
                 raise ValueError(
-                    f"{model}: token {piece_id} is {piece!r}, expected {expected!r}; "
-                    "train it with local/train_bpe.py"
+                    f"{model}: token {piece_id} is {piece!r}, expected {expected!r}; train it with local/train_bpe.py"
                 )
         self.blank_id = 0
         self.unknown_id = 2

@@ -44,8 +44,9 @@ class Beam:
 # which finds all tokens alike, costs seconds and not gigabytes (256 tokens, 800 frames, one core: 1 s; with
 # search_beam 8 and 1000 states 2.3 s, and 13 s and 4.6 GB where all log-probabilities are equal).
 CTC_BEAM = Beam(search_beam=4.0, output_beam=0.5, min_active_states=1, max_active_states=50)
-# On synthetic posteriors with a third of the sentences wrong, 3-gram, 100 words, a search_beam of 12 or more
-# gave the words of search_beam 30 everywhere; 8 changed 2 of 64 sentences.
+# The words of search_beam 30 and 20000 states in a sixth to a third of the time, at hlg_scale 0.2 to 1: 100 words,
+# 3-gram, half-trained exits (WER 33 to 48 %), 98 utterances, 6000 frames in 0.4 to 2.5 s on one core. From
+# search_beam 8 downwards the words begin to change.
 HLG_BEAM = Beam(search_beam=15.0, output_beam=1.0, min_active_states=30, max_active_states=3000)
 
 

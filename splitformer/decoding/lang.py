@@ -127,9 +127,7 @@ def read_symbols(path: str | Path) -> list[str]:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if len(fields) != 2 or not fields[1].isdigit() or int(fields[1]) in symbols:
-                raise ValueError(
-                    f"{path}, line {number}: {line.rstrip()!r} is not a symbol with an id of its own"
-                )
+                raise ValueError(f"{path}, line {number}: {line.rstrip()!r} is not a symbol with an id of its own")
             symbols[int(fields[1])] = fields[0]
     if not symbols or max(symbols) != len(symbols) - 1:
         raise ValueError(f"{path}: {len(symbols)} symbols; their ids are to be 0, 1, 2, ... without a gap")
@@ -143,8 +141,8 @@ def save_graph(graph: k2.Fsa, path: str | Path) -> None:
 
 
 def load_graph(path: str | Path, device: torch.device | str = "cpu") -> k2.Fsa:
-    """Read what save_graph wrote."""
-    # weights_only=False: a dictionary with k2's ragged tensors is more than weights
+    """Read what save_graph wrote. As all pickles, only files from a source that you trust."""
+    # weights_only=False: k2's ragged tensors are no weights to torch
     return k2.Fsa.from_dict(torch.load(path, map_location=device, weights_only=False))
 
 
@@ -153,9 +151,7 @@ def _check_words(vocabulary: list[str]) -> None:
         raise ValueError("no words: the text that the lexicon is made of is empty")
     reserved = [w for w in vocabulary if w in RESERVED_WORDS or (w.startswith("#") and w[1:].isdigit())]
     if reserved:
-        raise ValueError(
-            f"{', '.join(reserved)}: reserved for graphs and cannot be words; normalise the text"
-        )
+        raise ValueError(f"{', '.join(reserved)}: reserved for graphs and cannot be words; normalise the text")
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
