@@ -1,0 +1,189 @@
+"""Features: what is stored, in how many jobs, after which faults."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, Fbank, FbankConfig, Recording, SupervisionSegment
+
+from splitformer.data.features import SHARD_CUTS, FbankOptions, FbankSummary, compute_fbank
+from splitformer.data.manifests import ManifestError, read_cuts, write_split
+
+RATE = 16000
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_split(folder: Path, seconds: list[float], rate: int = RATE) -> tuple[Path, Path]:
+    """A split of noise, one utterance for each duration; returns recordings and supervisions."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for number, duration in enumerate(seconds):
+        path = folder / "audio" / f"u{number:03d}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(int(duration * rate)), rate)
+        recording = Recording.from_file(path)
+        segment = SupervisionSegment(path.stem, path.stem, 0.0, recording.duration, 0, "NOISE")
+        pairs.append((recording, [segment]))
+    files = folder / "recordings.jsonl.gz", folder / "supervisions.jsonl.gz"
+    write_split(pairs, *files)
+    return files
+
+
+def fbank(
+    files: tuple[Path, Path], out: Path, num_jobs: int = 1, speed_perturb: bool = False, **options: object
+) -> FbankSummary:
+    return compute_fbank(
+        *files,
+        out / "cuts.jsonl.gz",
+        out / "feats",
+        FbankOptions(**options),  # type: ignore[arg-type]
+        num_jobs=num_jobs,
+        speed_perturb=speed_perturb,
+    )
+
+
+def stored(out: Path) -> CutSet:
+    return read_cuts(out / "cuts.jsonl.gz")
+
+
+def test_stored_features_are_those_of_lhotse(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.5, 1.03])
+    summary = fbank(files, tmp_path)
+    assert summary.num_cuts == 2 and summary.seconds == pytest.approx(1.53) and not summary.skipped
+    for cut in stored(tmp_path):
+        expected = Fbank(FbankConfig(num_filters=80)).extract(cut.load_audio(), RATE)
+        features = cut.load_features()
+        assert features.shape == expected.shape == (cut.num_frames, 80)
+        # lilcom rounds to multiples of 2 ** -5
+        assert np.abs(features - expected).max() < 2**-5
+        assert cut.supervisions[0].text == "NOISE"
+
+
+def test_the_number_of_jobs_changes_nothing(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * (2 * SHARD_CUTS + 5))
+    contents = []
+    for jobs in (1, 3):
+        fbank(files, tmp_path / str(jobs), num_jobs=jobs)
+        cuts = stored(tmp_path / str(jobs))
+        contents.append([(c.id, c.load_features().tobytes()) for c in cuts])
+    assert contents[0] == contents[1] and len(contents[0]) == 2 * SHARD_CUTS + 5
+
+
+def test_more_jobs_than_cuts(tmp_path: Path) -> None:
+    assert fbank(make_split(tmp_path, [0.3, 0.3]), tmp_path, num_jobs=64).num_cuts == 2
+
+
+def test_speed_perturbation_adds_two_copies(tmp_path: Path) -> None:
+    summary = fbank(make_split(tmp_path, [0.9]), tmp_path, speed_perturb=True)
+    cuts = {cut.id: cut for cut in stored(tmp_path)}
+    assert summary.num_cuts == 3 and list(cuts) == ["u000", "u000_sp0.9", "u000_sp1.1"]
+    assert [round(c.duration, 3) for c in cuts.values()] == [0.9, 1.0, round(0.9 / 1.1, 3)]
+    assert [c.load_features().shape[0] for c in cuts.values()] == [90, 100, 82]
+    assert all(c.supervisions[0].text == "NOISE" for c in cuts.values())
+
+
+def test_other_sampling_rates_are_resampled(tmp_path: Path) -> None:
+    fbank(make_split(tmp_path, [0.5], rate=8000), tmp_path)
+    (cut,) = stored(tmp_path)
+    assert cut.sampling_rate == RATE and cut.load_features().shape == (50, 80)
+
+
+def test_number_of_mel_bins(tmp_path: Path) -> None:
+    fbank(make_split(tmp_path, [0.5]), tmp_path, num_mel_bins=40)
+    assert next(iter(stored(tmp_path))).load_features().shape == (50, 40)
+
+
+def test_audio_that_ends_early_is_named_and_skipped(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [1.0, 1.0, 0.01])
+    damaged = tmp_path / "audio/u001.flac"
+    damaged.write_bytes(damaged.read_bytes()[:3000])  # the header is whole, and promises a second
+    summary = fbank(files, tmp_path / "out")
+    assert [cut.id for cut in stored(tmp_path / "out")] == ["u000"]
+    assert summary.skipped.keys() == {"u001", "u002"}
+    assert "u001.flac" in summary.skipped["u001"] and "less than one window" in summary.skipped["u002"]
+    # told again where the shard is there already
+    assert fbank(files, tmp_path / "out").skipped == summary.skipped
+    with pytest.raises(ManifestError, match=r"u001.*--strict"):
+        fbank(files, tmp_path / "strict", strict=True)
+
+
+def test_no_readable_audio_at_all_is_an_error(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [1.0])
+    (tmp_path / "audio/u000.flac").write_bytes(b"")
+    with pytest.raises(ManifestError, match="none of 1 cuts"):
+        fbank(files, tmp_path)
+    assert not (tmp_path / "cuts.jsonl.gz").exists()
+
+
+def test_a_shard_is_kept_while_its_cuts_and_options_are_the_same(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * (SHARD_CUTS + 3))
+    fbank(files, tmp_path)
+    first = [os.stat(tmp_path / "feats" / name).st_ino for name in ("00000", "00001")]
+    fbank(files, tmp_path, num_jobs=2)
+    assert [os.stat(tmp_path / "feats" / name).st_ino for name in ("00000", "00001")] == first
+    fbank(files, tmp_path, num_mel_bins=20)
+    assert {cut.load_features().shape[1] for cut in stored(tmp_path)} == {20}
+    fbank(make_split(tmp_path / "shorter", [0.1]), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "feats").iterdir()) == ["00000"]
+
+
+def test_unknown_extractor_names_the_choices() -> None:
+    with pytest.raises(ValueError, match="'torch': choose one of lhotse, kaldifeat"):
+        FbankOptions("torch")
+
+
+def run_script(
+    files: tuple[Path, Path], out: Path, limit: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "local/compute_fbank.py"), "--num-jobs", "2"]
+    command += ["--recordings", str(files[0]), "--supervisions", str(files[1])]
+    command += ["--output-cuts", str(out / "cuts.jsonl.gz"), "--storage-dir", str(out / "feats")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, text=True, capture_output=True, preexec_fn=limit)
+
+
+def check_what_is_left(out: Path, failed: subprocess.CompletedProcess[str]) -> None:
+    assert failed.returncode == 1, failed.stderr
+    assert "1 of 2 shards are complete and kept" in failed.stderr and "run the same command again" in failed.stderr
+    assert [p.name for p in (out / "feats").iterdir()] == ["00000"], "only the complete shard is left"
+    assert not (out / "cuts.jsonl.gz").exists()
+
+
+def test_a_file_size_limit_while_features_are_written(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * SHARD_CUTS + [4.0] * 16)
+    limit = 1 << 18  # the second shard needs more, the first less
+    failed = run_script(files, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    check_what_is_left(tmp_path, failed)
+    kept = os.stat(tmp_path / "feats/00000").st_ino
+    again = run_script(files, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert os.stat(tmp_path / "feats/00000").st_ino == kept
+    assert [cut.load_features().shape[0] for cut in stored(tmp_path)] == [10] * SHARD_CUTS + [400] * 16
+
+
+def test_a_full_disk_while_features_are_written(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * SHARD_CUTS + [4.0] * 16)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], text=True, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small disk ({mounted.stderr.strip()}); the file size limit is tested")
+    try:
+        failed = run_script(files, disk)
+        check_what_is_left(disk, failed)
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        again = run_script(files, disk)
+        assert again.returncode == 0, again.stderr
+        assert sum(1 for _ in stored(disk)) == SHARD_CUTS + 16
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
