@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source local/parse_options.sh
 # shellcheck source=local/stages.sh
 source local/stages.sh
+corpus=mini
 # shellcheck source=local/corpus.sh
 source local/corpus.sh
 

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source local/parse_options.sh
 # shellcheck source=local/stages.sh
 source local/stages.sh
+corpus=mini
 # shellcheck source=local/corpus.sh
 source local/corpus.sh
 
@@ -79,7 +80,7 @@ run_training() {
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     if ((gpus == 0)); then export OMP_NUM_THREADS=1; fi # one process per core is faster than one with many threads
     if [[ -z $processes ]]; then
-        if ((gpus > 0)); then processes=$gpus; else processes=$(($(nproc) >= 2 ? 2 : 1)); fi
+        if ((gpus > 0)); then processes=$gpus; else processes=$(($(cores) >= 2 ? 2 : 1)); fi
     fi
     log "training in $processes processes, on $gpus GPUs"
     if ((processes == 1)); then

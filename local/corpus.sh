@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # What both drivers know about a corpus: its description in egs/NAME/corpus.sh, and where its files lie.
-# Needs parse_options.sh and stages.sh, and `called_from`, the folder in which the user stands.
+# Needs parse_options.sh and stages.sh; `called_from`, the folder in which the user stands; `corpus`, the default.
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
     lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
 corpus_flags=(strict estimate_lm)
 
-corpus_usage="  --corpus NAME            a folder of egs/ (default: mini)
+corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --work-dir DIR           where data/, exp/ and results/ go (default: egs/NAME)
   --download-dir DIR       archives that are there already, or that are downloaded (default: WORK_DIR/download)
   --subset NAME            part of the corpus, where it has parts
@@ -21,8 +21,8 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: mini)
   --strict                 unreadable audio and bad transcripts are fatal, not skipped"
 
 # Defaults of the options above.
-corpus=mini work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
-num_jobs=$(nproc) strict=false estimate_lm=false
+work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
+num_jobs=$(cores) strict=false estimate_lm=false
 
 # Defaults of the corpus's description.
 train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256

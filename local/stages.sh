@@ -8,6 +8,9 @@
 # In a log file, where a progress bar cannot be redrawn, once in a while is enough.
 [[ -t 2 ]] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
 
+# nproc counts no more than OMP_NUM_THREADS, which is about threads of one process
+cores() { env -u OMP_NUM_THREADS nproc; }
+
 log() {
     printf '%(%H:%M:%S)T %s: %s\n' -1 "${0##*/}" "$*"
 }

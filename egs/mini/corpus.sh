@@ -3,7 +3,7 @@
 # Its files lie as LibriSpeech's do, and Lhotse's recipe for LibriSpeech reads them. See README.md.
 
 corpus_seed=42
-corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml splitformer/data/synthesis.py) seed $corpus_seed"
+corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml) seed $corpus_seed"
 [[ -z $limit_utterances ]] || corpus_source+=" limit $limit_utterances"
 
 train_splits="train"

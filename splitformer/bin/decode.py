@@ -3,21 +3,21 @@
     python -m splitformer.bin.decode --checkpoint EXP/averaged.pt --cuts dev=CUTS test=CUTS --lang-dir LANG \
         --methods greedy_search ctc-decoding 1best --tune-set dev --output-dir EXP/decode --corpus NAME
 
-The model is rebuilt from the checkpoint alone. The weight of the language model in `1best` is chosen for each exit on
-the --tune-set, which is decoded first; no other set has a say.
+The model is rebuilt from the checkpoint alone. The weights of `1best` (of the language model, and a
+penalty on blanks) are chosen for each exit on the --tune-set, which is decoded first; no other set has a say.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import logging
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.searches import (
     METHODS,
+    OneBestWeights,
     Search,
     ctc_topology_search,
     greedy_search,
@@ -39,7 +40,8 @@ from splitformer.results import DecodeRecord, command_line, git_commit
 from splitformer.scoring import score, write_errs, write_recogs
 
 log = logging.getLogger(__name__)
-HLG_SCALES = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+HLG_SCALES = (0.3, 0.5, 0.7, 1.0, 1.4)
+BLANK_PENALTIES = (0.0, 1.0, 2.0)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,9 +51,12 @@ def main() -> int:
     parser.add_argument("--cuts", nargs="+", required=True, metavar="NAME=PATH", help="the sets to decode")
     parser.add_argument("--lang-dir", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--tune-set", metavar="NAME", help="the set on which 1best's LM weight is chosen, of --cuts")
+    parser.add_argument("--tune-set", metavar="NAME", help="the set on which 1best's weights are chosen, of --cuts")
     parser.add_argument(
         "--hlg-scales", type=float, nargs="+", default=HLG_SCALES, help="LM weights to choose from (1: as trained)"
+    )
+    parser.add_argument(
+        "--blank-penalties", type=float, nargs="+", default=BLANK_PENALTIES, help="nats, to choose from (0: none)"
     )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--corpus", required=True, help="the name that the records carry")
@@ -90,26 +95,27 @@ def decode(args: argparse.Namespace) -> None:
     if "ctc-decoding" in args.methods:
         searches["ctc-decoding"] = ctc_topology_search(spell, tokenizer.vocab_size, device)
     if "1best" in args.methods:
-        scales = args.hlg_scales if args.tune_set else (1.0,)
-        for scale, search in one_best_searches(args.lang_dir, spell, device, scales).items():
-            searches["1best", scale] = search
+        weights = [OneBestWeights()]
+        if args.tune_set:
+            weights = list(itertools.starmap(OneBestWeights, itertools.product(args.hlg_scales, args.blank_penalties)))
+        searches |= one_best_searches(args.lang_dir, spell, device, weights)
 
     costs = complexity(model.encoder, model.ctc_heads, config.model.num_mel_bins)
-    chosen: dict[int, float] = dict.fromkeys(config.model.exit_layers, 1.0)
+    chosen = dict.fromkeys(config.model.exit_layers, OneBestWeights())
     for name in sorted(sets, key=lambda name: name != args.tune_set):
         batches = evaluation_batches(load_cuts([sets[name]]), tokenizer, args.max_duration)
         bar = tqdm(batches, desc=f"decoding {name}", unit="batch", disable=None, leave=False)
         needed = searches if name == args.tune_set else _only(searches, set(chosen.values()))
         decoded = decode_cuts(model, bar, needed, device)
         if name == args.tune_set:
-            chosen = _choose_scales(decoded, chosen)
+            chosen |= _choose_weights(decoded)
         for (layer, key), found in decoded.items():
-            method = key if isinstance(key, str) else key[0]
-            options: dict[str, Any] = {"max_duration": args.max_duration}
-            if method == "1best":
-                if key[1] != chosen[layer]:
+            method, options = str(key), {"max_duration": args.max_duration}
+            if isinstance(key, OneBestWeights):
+                if key != chosen[layer]:
                     continue
-                options |= {"hlg_scale": chosen[layer], "tuned_on": args.tune_set}
+                method = "1best"
+                options |= {**key._asdict(), "tuned_on": args.tune_set}
             scored = score(found.results)
             record = DecodeRecord(
                 corpus=args.corpus,
@@ -209,18 +215,19 @@ def _named_path(item: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _only(searches: dict[Hashable, Search], scales: set[float]) -> dict[Hashable, Search]:
-    return {key: search for key, search in searches.items() if isinstance(key, str) or key[1] in scales}
+def _only(searches: dict[Hashable, Search], weights: set[OneBestWeights]) -> dict[Hashable, Search]:
+    return {key: s for key, s in searches.items() if not isinstance(key, OneBestWeights) or key in weights}
 
 
-def _choose_scales(decoded: dict[tuple[int, Hashable], Decoded], fallback: dict[int, float]) -> dict[int, float]:
-    """For each exit the scale with the fewest errors; of equals the one nearest to 1."""
-    best: dict[int, tuple[int, float, float]] = {}
+def _choose_weights(decoded: dict[tuple[int, Hashable], Decoded]) -> dict[int, OneBestWeights]:
+    """For each exit the weights with the fewest errors; of equals those nearest to none at all."""
+    best: dict[int, tuple[int, float, OneBestWeights]] = {}
     for (layer, key), found in decoded.items():
-        if not isinstance(key, str):
-            candidate = (score(found.results).errors, abs(key[1] - 1.0), key[1])
+        if isinstance(key, OneBestWeights):
+            distance = abs(key.hlg_scale - 1.0) + key.blank_penalty
+            candidate = (score(found.results).errors, distance, key)
             best[layer] = min(best.get(layer, candidate), candidate)
-    return fallback | {layer: scale for layer, (_, _, scale) in best.items()}
+    return {layer: weights for layer, (_, _, weights) in best.items()}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A small speech corpus that espeak-ng speaks: sentences from a grammar, voices from a list, LibriSpeech's layout.
+"""A small speech corpus that espeak-ng speaks: sentences from a grammar, voices from a list.
 
-A specification (TOML, see CorpusSpec) and a seed determine every byte of the corpus, whatever the number of jobs:
-sentences and voices are drawn in one place, and each utterance is spoken by a fresh copy of a newly started engine,
-because espeak-ng carries state (pitch flutter, phase) from one utterance to the next.
+It is written as `<split>/<speaker>/<chapter>/<utterance>.flac` with `<speaker>-<chapter>.trans.txt`, the layout that
+Lhotse's most used recipe reads. A specification (TOML, see CorpusSpec) and a seed determine every byte, whatever the
+number of jobs: sentences and voices are drawn in one place, and each utterance is spoken by a fresh copy of a newly
+started engine, because espeak-ng carries state (pitch flutter, phase) from one utterance to the next.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class CorpusSpec:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A voice. `id` is a number, as in LibriSpeech."""
+    """A voice. `id` is a number, as that layout wants it."""
 
     id: int
     voice: str

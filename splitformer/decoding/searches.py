@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,20 +44,27 @@ def ctc_topology_search(spell: Spell, vocab_size: int, device: torch.device) -> 
     return search
 
 
+class OneBestWeights(NamedTuple):
+    """What `1best` is tuned by; see `one_best`."""
+
+    hlg_scale: float = 1.0
+    blank_penalty: float = 0.0
+
+
 def one_best_searches(
-    lang_dir: Path, spell: Spell, device: torch.device, hlg_scales: Iterable[float]
-) -> dict[float, Search]:
-    """`1best`: the best path through `lang_dir/HLG.pt`, one search for each weight of the graph's scores."""
+    lang_dir: Path, spell: Spell, device: torch.device, weights: Iterable[OneBestWeights]
+) -> dict[OneBestWeights, Search]:
+    """`1best`: the best path through `lang_dir/HLG.pt`, one search for each of `weights`."""
     path = lang_dir / "HLG.pt"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: prepare.sh's graphs stage makes it; or leave 1best out of --methods")
     hlg = load_graph(path).to(device)
     words = read_symbols(lang_dir / "words.txt")
 
-    def weighted(hlg_scale: float) -> Search:
+    def weighted(weight: OneBestWeights) -> Search:
         def search(log_probs: Tensor, lengths: Tensor) -> tuple[list[list[str]], list[int]]:
-            return one_best(log_probs, lengths, hlg, words, spell, hlg_scale=hlg_scale)
+            return one_best(log_probs, lengths, hlg, words, spell, **weight._asdict())
 
         return search
 
-    return {hlg_scale: weighted(hlg_scale) for hlg_scale in hlg_scales}
+    return {weight: weighted(weight) for weight in weights}
