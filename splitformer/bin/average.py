@@ -57,6 +57,7 @@ def average(exp_dir: Path, epoch: int | None, avg: int | None) -> None:
         {
             "model": model,
             "config": last["config"],
+            "tokens": last["tokens"],
             "progress": last["progress"],
             "epoch": epoch,
             "avg": avg,

@@ -77,10 +77,10 @@ def decode(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, checkpoint = load_model(args.checkpoint, device)
     tokenizer = Tokenizer(args.lang_dir)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.tokens != checkpoint["tokens"]:
         raise ValueError(
-            f"{args.lang_dir} has {tokenizer.vocab_size} tokens, {args.checkpoint} was trained with "
-            f"{config.model.vocab_size}: give the lang_dir of the training"
+            f"{args.checkpoint} was trained with other tokens than those of {args.lang_dir} ({tokenizer.vocab_size} of "
+            f"them, {config.model.vocab_size} in training): give the lang_dir of the training"
         )
     sets = dict(_named_path(item) for item in args.cuts)
     if args.tune_set and args.tune_set not in sets:

@@ -74,6 +74,8 @@ class Trainer:
         self.tokenizer = Tokenizer(options.lang_dir)
         self.config = _with_vocabulary(config, self.tokenizer.vocab_size)
         checkpoint = _latest_checkpoint(options, self.config)
+        if checkpoint and checkpoint["tokens"] != self.tokenizer.tokens:
+            raise TrainingError(f"{options.exp_dir} was trained with other tokens than those of {options.lang_dir}")
         self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
         if self.is_finished:
             return
@@ -205,6 +207,7 @@ class Trainer:
                 "optimizer": optimizer["state"],
                 "param_groups": optimizer["param_groups"],
                 "config": self.config.to_dict(),
+                "tokens": self.tokenizer.tokens,
                 "progress": vars(self.progress),
                 "seed": self.options.seed,
                 "world_size": self.ranks.world_size,
