@@ -30,7 +30,7 @@ LOSSES = (*INFERENCE, "splitformer.losses.ctc")
 SCORING = (*BASE, "splitformer.scoring")
 DATA = (*MODEL, "splitformer.data.*")
 TRAINING = (*LOSSES, *SCORING, *DATA, "splitformer.training.*")
-REPORT = ("splitformer.report", "splitformer.plots")
+REPORT = ("splitformer.report", "splitformer.plots", "splitformer.readme")
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
 
 IO = {"numpy", "tqdm"}
