@@ -15,10 +15,10 @@ source local/corpus.sh
 config='' seed=42 num_processes='' exp_dir='' stage=0 stop_stage=report
 known_methods=(greedy_search ctc-decoding 1best)
 methods=("${known_methods[@]}")
-set=()
+set=() hlg_scales=() blank_penalties=()
 value_options=(config seed num_processes exp_dir stage stop_stage "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
-list_options=(methods set)
+list_options=(methods set hlg_scales blank_penalties)
 prepare_stages=(download manifests fbank bpe lang lm graphs)
 
 usage() {
@@ -32,6 +32,8 @@ usage: ./run.sh [options]
   --num-processes N        training processes (default: one per GPU; without GPU, 2 where there are 2 cores)
   --exp-dir DIR            for checkpoints and decoding (default: WORK_DIR/exp/CONFIG-seedN)
   --methods NAME ...       decoding methods (default: ${methods[*]})
+  --hlg-scales N ..., --blank-penalties N ...
+                           weights that 1best chooses from on the dev set; one of each: no choice, and faster
 $corpus_usage
   --stage A, --stop-stage B
                            first and last stage, by number or name: those of prepare.sh (0 to 6), 7 train,
@@ -100,7 +102,9 @@ stage_average() {
 
 # 9: every exit, every method; dev sets too, on which choices are made
 stage_decode() {
-    local split model sets graph cuts=() names=()
+    local split model sets graph cuts=() names=() weights=()
+    ((${#hlg_scales[@]} == 0)) || weights+=(--hlg-scales "${hlg_scales[@]}")
+    ((${#blank_penalties[@]} == 0)) || weights+=(--blank-penalties "${blank_penalties[@]}")
     for split in "${dev_list[@]}" "${test_list[@]}"; do
         contains "$split" "${names[@]}" && continue # one split may serve as both
         names+=("$split")
@@ -109,8 +113,8 @@ stage_decode() {
     model=$(made_from "$exp_dir/averaged.pt")
     sets=$(made_from "${cuts[@]#*=}")
     graph=$(made_from "$lang_dir/HLG.pt")
-    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graph $graph methods ${methods[*]}" \
-        run_decoding --cuts "${cuts[@]}"
+    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graph $graph methods ${methods[*]} ${weights[*]}" \
+        run_decoding --cuts "${cuts[@]}" "${weights[@]}"
 }
 
 run_decoding() {
