@@ -88,7 +88,9 @@ run_training() {
     if ((processes == 1)); then
         run_python -m splitformer.bin.train "$@"
     else
-        run_python -m torch.distributed.run --standalone --nproc_per_node "$processes" -m splitformer.bin.train "$@"
+        # as --standalone, but on a free port: that of torch 1.13 is always 29400, so two runs would meet
+        run_python -m torch.distributed.run --nnodes 1 --nproc_per_node "$processes" \
+            --rdzv_backend c10d --rdzv_endpoint localhost:0 -m splitformer.bin.train "$@"
     fi
 }
 

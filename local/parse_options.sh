@@ -24,54 +24,55 @@ contains() {
     return 1
 }
 
+# Locals begin with an underscore: an option of the same name would be set here, not in the driver.
 parse_options() {
-    local argument name all value
-    all=("${value_options[@]}" "${flag_options[@]}" "${list_options[@]}")
+    local _argument _name _all _value
+    _all=("${value_options[@]}" "${flag_options[@]}" "${list_options[@]}")
     while (($#)); do
-        argument=$1
+        _argument=$1
         shift
-        if [[ $argument == --help || $argument == -h ]]; then
+        if [[ $_argument == --help || $_argument == -h ]]; then
             usage
             exit 0
         fi
-        [[ $argument == --?* ]] || option_error "unexpected argument '$argument'; options begin with --, see --help"
-        name=${argument#--}
-        if [[ $name == *=* ]]; then # --name=value is --name value
-            set -- "${name#*=}" "$@"
-            name=${name%%=*}
-            contains "${name//-/_}" "${flag_options[@]}" && option_error "--$name takes no value"
+        [[ $_argument == --?* ]] || option_error "unexpected argument '$_argument'; options begin with --, see --help"
+        _name=${_argument#--}
+        if [[ $_name == *=* ]]; then # --name=value is --name value
+            set -- "${_name#*=}" "$@"
+            _name=${_name%%=*}
+            contains "${_name//-/_}" "${flag_options[@]}" && option_error "--$_name takes no value"
         fi
-        name=${name//-/_}
-        contains "$name" "${all[@]}" ||
-            option_error "unknown option '$argument'; options are: $(printf -- '--%s ' "${all[@]//_/-}")"
-        if contains "$name" "${flag_options[@]}"; then
-            given[$name]=true
-            printf -v "$name" true
-        elif contains "$name" "${value_options[@]}"; then
-            (($#)) || option_error "$argument needs a value"
-            value=$1
+        _name=${_name//-/_}
+        contains "$_name" "${_all[@]}" ||
+            option_error "unknown option '$_argument'; options are: $(printf -- '--%s ' "${_all[@]//_/-}")"
+        if contains "$_name" "${flag_options[@]}"; then
+            given[$_name]=true
+            printf -v "$_name" true
+        elif contains "$_name" "${value_options[@]}"; then
+            (($#)) || option_error "$_argument needs a value"
+            _value=$1
             shift
-            [[ $value != --* ]] || option_error "$argument needs a value, and '$value' is an option"
-            given[$name]=$value
-            printf -v "$name" %s "$value"
+            [[ $_value != --* ]] || option_error "$_argument needs a value, and '$_value' is an option"
+            given[$_name]=$_value
+            printf -v "$_name" %s "$_value"
         else
-            (($#)) && [[ $1 != --* ]] || option_error "$argument needs one or more values"
-            local -n list=$name
-            [[ -v "given[$name]" ]] || list=()
-            given[$name]=list
+            (($#)) && [[ $1 != --* ]] || option_error "$_argument needs one or more values"
+            local -n _list=$_name
+            [[ -v "given[$_name]" ]] || _list=()
+            given[$_name]=list
             while (($#)) && [[ $1 != --* ]]; do
-                list+=("$1")
+                _list+=("$1")
                 shift
             done
-            unset -n list
+            unset -n _list
         fi
     done
 }
 
 reapply_options() {
-    local name
-    for name in "${!given[@]}"; do
-        if ! contains "$name" "${list_options[@]}"; then printf -v "$name" %s "${given[$name]}"; fi
+    local _name
+    for _name in "${!given[@]}"; do
+        if ! contains "$_name" "${list_options[@]}"; then printf -v "$_name" %s "${given[$_name]}"; fi
     done
 }
 

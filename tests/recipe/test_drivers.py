@@ -1,0 +1,193 @@
+"""prepare.sh and run.sh on cut-down corpora, twice: the second time, nothing is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from splitformer.data.manifests import read_cuts
+
+# A model that trains in seconds, and learns nothing worth knowing.
+SMALL = ["--set", "training.num_epochs=1", "training.average_epochs=1", "model.d_model=32", "model.num_heads=2"]
+SMALL += ["model.feedforward_dim=64", "--hlg-scales", "0.7", "--blank-penalties", "0", "--num-processes", "2"]
+
+
+@pytest.fixture
+def driver(repo_root: Path):
+    """Run a driver in the interpreter that runs the tests."""
+
+    def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [f"./{script}", *map(str, arguments)],
+            cwd=repo_root,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "SPLITFORMER_PYTHON": sys.executable, **environment},
+        )
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Every file's time of modification; the folders' too, which tell of files that came and went."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def check_whole_recipe(driver, work: Path, *arguments: object) -> Path:
+    """prepare.sh, then run.sh, then both again; returns the folder of the experiment."""
+    common = [*arguments, "--work-dir", work, "--num-jobs", 2]
+    first = driver("prepare.sh", *common)
+    assert first.returncode == 0, first.stdout + first.stderr
+    prepared = snapshot(work)
+    again = driver("prepare.sh", *common)
+    assert again.returncode == 0 and snapshot(work) == prepared, again.stdout + again.stderr
+
+    first = driver("run.sh", *common, *SMALL)
+    assert first.returncode == 0, first.stdout + first.stderr
+    (done,) = (work / "data").rglob("HLG.pt")
+    assert str(done.relative_to(work)) in prepared, "run.sh prepared the same data again"
+    made = snapshot(work)
+    again = driver("run.sh", *common, *SMALL)
+    assert again.returncode == 0 and snapshot(work) == made, again.stdout + again.stderr
+    assert all("made already" in line or "stage" in line for line in again.stdout.splitlines()[:-1]), again.stdout
+
+    (results,) = work.rglob("RESULTS.md")
+    assert "test" in results.read_text()
+    (experiment,) = (path.parent for path in work.rglob("averaged.pt"))
+    return experiment
+
+
+def check_records(experiment: Path, methods: set[str]) -> None:
+    """Every exit, method and set has a record; all utterances of the set are in it."""
+    records = [json.loads(path.read_text()) for path in (experiment / "decode").glob("*.json")]
+    exits = {record["exit_layer"] for record in records}
+    assert exits == {1, 2, 3, 4, 5, 6}
+    assert {(r["test_set"], r["exit_layer"], r["method"]) for r in records} == {
+        (name, layer, method) for name in ("dev", "test") for layer in exits for method in methods
+    }
+    assert len({(r["test_set"], r["num_utterances"], r["ref_words"]) for r in records}) == 2
+
+
+def test_synthesised_corpus(driver, tmp_path: Path) -> None:
+    experiment = check_whole_recipe(driver, tmp_path / "work", "--corpus", "mini", "--limit-utterances", 40)
+    check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
+    # without --set and with another method: another experiment, another decoding
+    more = driver(
+        "run.sh", "--corpus", "mini", "--limit-utterances", 40, "--work-dir", tmp_path / "work", *SMALL,
+        "--methods", "greedy_search", "--stage", "decode",
+    )  # fmt: skip
+    assert more.returncode == 0, more.stderr
+    check_records(experiment, {"greedy_search"})
+
+
+def test_real_speech(driver, tmp_path: Path, shared: Path) -> None:
+    arguments = ["--corpus", "an4", "--limit-utterances", 50, "--download-dir", shared / "data"]
+    experiment = check_whole_recipe(driver, tmp_path / "work", *arguments)
+    check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
+
+
+def test_an_interrupted_run_goes_on(driver, tmp_path: Path) -> None:
+    """A run that ends between two epochs resumes; one that was started from something else is refused."""
+    arguments = ["--corpus", "mini", "--limit-utterances", 30, "--work-dir", tmp_path, "--exp-dir", tmp_path / "exp/x"]
+    first = driver("run.sh", *arguments, *SMALL, "--stop-stage", "train")
+    assert first.returncode == 0, first.stdout + first.stderr
+    (tmp_path / "exp/x/.training.jsonl.done").unlink()  # as if it had been killed at its very end
+    epoch = (tmp_path / "exp/x/epoch-1.pt").stat().st_mtime_ns
+    again = driver("run.sh", *arguments, *SMALL, "--stop-stage", "train")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "exp/x/epoch-1.pt").stat().st_mtime_ns == epoch
+    assert (tmp_path / "exp/x/.training.jsonl.done").exists()
+
+    other = driver("run.sh", *arguments, *SMALL, "optim.base_lr=0.5", "--seed", 7, "--stop-stage", "train")
+    assert other.returncode == 2, "an argument that belongs to no option"
+    other = driver("run.sh", *arguments, *SMALL, "--seed", 7, "--stop-stage", "train")
+    assert other.returncode == 1 and "was started from other data or another configuration" in other.stderr
+
+
+def test_five_utterances_in_another_layout(driver, tmp_path: Path, shared: Path) -> None:
+    """Folders that are there already are used as they are, read-only too."""
+    arguments = ["--corpus", "librispeech", "--download-dir", shared / "data", "--work-dir", tmp_path]
+    arguments += ["--train-splits", "test-clean", "--dev-splits", "dev-clean", "--test-splits", "dev-clean"]
+    arguments += ["--vocab-size", 80, "--estimate-lm", "--num-jobs", 8]
+    for _ in range(2):
+        result = driver("prepare.sh", *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+    lang_dir = tmp_path / "data/lang_bpe_80_test-clean"
+    assert {"bpe.model", "tokens.txt", "words.txt", "L.pt", "L_disambig.pt", "HLG.pt"} <= set(os.listdir(lang_dir))
+    cuts = {
+        split: list(read_cuts(tmp_path / f"data/fbank/{split}_cuts.jsonl.gz")) for split in ("test-clean", "dev-clean")
+    }
+    assert len(cuts["test-clean"]) == 3 * 4 and len(cuts["dev-clean"]) == 1
+    assert cuts["dev-clean"][0].load_features().shape == (cuts["dev-clean"][0].num_frames, 80)
+    assert cuts["dev-clean"][0].supervisions[0].text.isupper()
+
+
+@pytest.mark.parametrize("script", ["prepare.sh", "run.sh"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--corpus", "nonesuch"], "unknown corpus 'nonesuch'; there are: an4 librispeech mini"),
+        (["--stage", "cook"], "unknown stage 'cook' for --stage; stages are: 0 download, 1 manifests"),
+        (["--colour", "red"], "unknown option '--colour'; options are: "),
+        (["--corpus", "librispeech", "--subset", "10"], "unknown subset '10'; egs/librispeech has: mini 100 960"),
+        (["--corpus", "an4", "--subset", "10"], "egs/an4 has: no subsets"),
+        (["--token-type", "word"], "--token-type is 'word'; choose one of: bpe char"),
+        (["--num-jobs", "0"], "--num-jobs is '0'; it takes a whole number from 1 up"),
+        (["--fbank", "torch"], "--fbank is 'torch'; choose one of: lhotse kaldifeat"),
+    ],
+)
+def test_bad_arguments_name_the_choices(driver, script: str, arguments: list[str], message: str) -> None:
+    result = driver(script, *arguments)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+def test_bad_configurations_are_told_before_any_work(driver, tmp_path: Path) -> None:
+    result = driver("run.sh", "--work-dir", tmp_path, "--config", "nonesuch")
+    assert result.returncode == 2 and "unknown config 'nonesuch'; egs/mini/conf has: " in result.stderr
+    result = driver("run.sh", "--work-dir", tmp_path, "--set", "model.nonesuch=1")
+    assert result.returncode != 0 and "unknown key model.nonesuch" in result.stderr
+    result = driver("run.sh", "--work-dir", tmp_path, "--methods", "nonesuch")
+    assert result.returncode == 2 and "unknown method 'nonesuch'; methods are: greedy_search" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_environment_the_remedy_is_named(driver, tmp_path: Path) -> None:
+    result = driver("prepare.sh", "--work-dir", tmp_path, SPLITFORMER_PYTHON=str(tmp_path / "none/python"))
+    assert result.returncode == 1 and "run ./setup.sh first" in result.stderr
+
+
+def test_a_truncated_archive_is_refused(driver, tmp_path: Path) -> None:
+    (tmp_path / "an4_sphere.tar.gz").write_bytes(b"\x1f\x8b truncated")
+    result = driver("prepare.sh", "--corpus", "an4", "--work-dir", tmp_path / "work", "--download-dir", tmp_path)
+    assert result.returncode == 1
+    assert "an4_sphere.tar.gz (12 bytes) is truncated or another file: its md5 is" in result.stderr
+    assert not (tmp_path / "work/data/corpus").exists()
+
+
+def test_damaged_audio_is_skipped_or_fatal(driver, tmp_path: Path) -> None:
+    """Empty and corrupt files of a corpus are named, counted and left out; with --strict they end the run."""
+    arguments = ["--corpus", "mini", "--limit-utterances", 6, "--work-dir", tmp_path]
+    assert driver("prepare.sh", *arguments, "--stop-stage", "download").returncode == 0
+    files = sorted((tmp_path / "data/limit-6/corpus/test").rglob("*.flac"))
+    files[0].write_bytes(b"")
+    files[1].write_bytes(files[1].read_bytes()[:200])  # the header says more than there is
+
+    strict = driver("prepare.sh", *arguments, "--stage", 1, "--stop-stage", "fbank", "--strict")
+    assert strict.returncode == 1 and files[0].name in strict.stderr and "--strict" in strict.stderr
+
+    result = driver("prepare.sh", *arguments, "--stage", 1, "--stop-stage", "fbank")
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = result.stdout + result.stderr
+    assert files[0].name in told and files[1].stem in told and "1 skipped" in told
+    kept = {cut.id for cut in read_cuts(tmp_path / "data/limit-6/fbank/test_cuts.jsonl.gz")}
+    assert kept == {path.stem for path in files[2:]}
+
+
+def test_a_stage_alone_names_the_one_before(driver, tmp_path: Path) -> None:
+    result = driver("prepare.sh", "--work-dir", tmp_path, "--stage", "fbank")
+    assert result.returncode == 1 and "an earlier stage makes it" in result.stderr

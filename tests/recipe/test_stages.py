@@ -1,0 +1,120 @@
+"""The drivers' bookkeeping: what is made once, what is made again, what stops a run; and options."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PRELUDE = """
+set -euo pipefail
+called_from=$PWD
+source local/parse_options.sh
+source local/stages.sh
+value_options=(stage stop_stage name) flag_options=(strict) list_options=(set)
+stage=0 stop_stage=2 name=none strict=false set=(default)
+usage() { echo usage; }
+"""
+
+
+@pytest.fixture
+def bash(repo_root: Path):
+    """Run a script after PRELUDE, in the repository's root."""
+
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-c", PRELUDE + script, "driver.sh", *arguments]
+        return subprocess.run(command, cwd=repo_root, text=True, capture_output=True)
+
+    return run
+
+
+MAKE = 'build() { echo "building"; echo "$1" >"$target"; }; make_artefact "$target" "option $value" build "$value"'
+
+
+def test_an_artefact_is_made_once_for_the_same_options(bash, tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "a.txt"
+    outputs = [bash(f"target={target} value={value}; {MAKE}").stdout for value in (1, 1, 2)]
+    assert ["building" in output for output in outputs] == [True, False, True]
+    assert "is made already" in outputs[1] and "was made from something else" in outputs[2]
+    assert target.read_text() == "2\n"
+    assert (target.parent / ".a.txt.done").read_text() == "option 2\n"
+    target.unlink()
+    assert "building" in bash(f"target={target} value=2; {MAKE}").stdout
+
+
+def test_a_folder_holds_its_own_mark(bash, tmp_path: Path) -> None:
+    script = 'build() { mkdir -p "$1"; }; make_artefact "$1" from build "$1"'
+    assert bash(script, str(tmp_path / "lang")).returncode == 0
+    assert (tmp_path / "lang" / ".done").read_text() == "from\n"
+    assert "made already" in bash(script, str(tmp_path / "lang")).stdout
+
+
+@pytest.mark.parametrize("fault", ["false", "cat /nonexistent | cat", "exit 3", "undefined_command", "echo $undefined"])
+def test_an_artefact_that_failed_is_not_marked(bash, tmp_path: Path, fault: str) -> None:
+    target = tmp_path / "a.txt"
+    result = bash(
+        f'build() {{ echo half >"{target}"; {fault}; echo on; }}; make_artefact "{target}" x build; echo after'
+    )
+    assert result.returncode != 0 and "after" not in result.stdout and "on\n" not in result.stdout
+    assert not (tmp_path / ".a.txt.done").exists()
+    repaired = bash(f'build() {{ echo whole >"{target}"; }}; make_artefact "{target}" x build')
+    assert repaired.returncode == 0 and target.read_text() == "whole\n"
+
+
+def test_a_command_that_makes_nothing_is_an_error(bash, tmp_path: Path) -> None:
+    result = bash(f'make_artefact "{tmp_path / "a"}" x true')
+    assert result.returncode == 1 and "is not there" in result.stderr
+
+
+def test_stages_by_number_and_by_name(bash) -> None:
+    stages = (
+        'select_stages one two three; for n in one two three; do eval "stage_$n() { echo run-$n; }"; run_stage $n; done'
+    )
+    script = 'parse_options "$@"; ' + stages
+    assert "run-" in bash(script).stdout
+    for arguments in (("--stage", "1", "--stop-stage", "1"), ("--stage", "two", "--stop-stage=two")):
+        result = bash(script, *arguments)
+        assert "run-two" in result.stdout and "run-one" not in result.stdout and "run-three" not in result.stdout
+    result = bash(script, "--stage", "four")
+    assert result.returncode == 2
+    assert "unknown stage 'four' for --stage; stages are: 0 one, 1 two, 2 three" in result.stderr
+    assert "comes after" in bash(script, "--stage", "2", "--stop-stage", "0").stderr
+
+
+def test_a_missing_input_stops_the_run(bash, tmp_path: Path) -> None:
+    result = bash(f'inputs=$(checksum "{tmp_path / "none"}"); echo after')
+    assert result.returncode == 1 and "after" not in result.stdout
+    assert "an earlier stage makes it" in result.stderr
+
+
+def test_options(bash) -> None:
+    show = 'parse_options "$@"; echo "$name $strict ${#set[@]} ${set[*]}"'
+    assert bash(show).stdout == "none false 1 default\n"
+    assert bash(show, "--name", "a b", "--strict", "--set", "x=[1, 2]", "y=3", "--set", "z=4").stdout == (
+        "a b true 3 x=[1, 2] y=3 z=4\n"
+    )
+    assert bash(show, "--help").stdout == "usage\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nmae", "x"], "unknown option '--nmae'; options are: --stage --stop-stage --name --strict --set"),
+        (["x"], "unexpected argument 'x'"),
+        (["--name"], "--name needs a value"),
+        (["--name", "--strict"], "--name needs a value, and '--strict' is an option"),
+        (["--strict=true"], "--strict takes no value"),
+        (["--set"], "--set needs one or more values"),
+    ],
+)
+def test_bad_options_are_named(bash, arguments: list[str], message: str) -> None:
+    result = bash('parse_options "$@"; echo after', *arguments)
+    assert result.returncode == 2 and message in result.stderr and not result.stdout
+
+
+def test_what_was_given_stands_above_what_a_corpus_says(bash) -> None:
+    result = bash(
+        'parse_options "$@"; name=corpus strict=false; reapply_options; echo "$name $strict"', "--name", "mine"
+    )
+    assert result.stdout == "mine false\n"
