@@ -169,7 +169,8 @@ def compute_fbank(
                 summary.num_cuts += stored
                 bar.update(stored + len(skipped))
             if not summary.num_cuts:
-                raise ManifestError(f"{recordings}: none of {num_cuts} cuts has readable audio")
+                cut, reason = next(iter(summary.skipped.items()))
+                raise ManifestError(f"{recordings}: none of {num_cuts} cuts has readable audio; {cut}: {reason}")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             complete = sum(1 for path in storage_dir.iterdir() if not path.name.startswith("."))
@@ -248,6 +249,8 @@ def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], optio
             samples = cut.load_audio()[0]
             if len(samples) < WINDOW_SAMPLES:
                 raise ManifestError(f"{len(samples)} samples are less than one window of {WINDOW_SAMPLES}")
+        except ImportError:
+            raise  # not the file's fault
         except Exception as error:  # whatever a decoder raises on a damaged file
             sources = ", ".join(str(source.source)[:300] for source in cut.recording.sources)
             reason = f"cannot read {sources}: {' '.join(str(error).split())[:300]}"
