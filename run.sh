@@ -62,16 +62,16 @@ stage_train() {
     for split in "${dev_list[@]}"; do dev_cuts+=("$(cuts_of "$split")"); done
     cuts=$(made_from "${train_cuts[@]}" "${dev_cuts[@]}")
     tokens=$(made_from "$lang_dir/bpe.model")
-    made_from="config $config_checksum seed $seed cuts $cuts tokens $tokens"
-    if [[ -f $started_from && $(<"$started_from") != "$made_from" ]]; then
-        die "$exp_dir holds a run that was started from other data or another configuration:
-  then: $(<"$started_from")
-  now:  $made_from
+    made_from=$(printf '%s\n' "seed $seed" "cuts $cuts" "tokens $tokens" "$resolved_config")
+    if [[ ! -f $started_from ]]; then
+        mkdir -p "$exp_dir"
+        printf '%s\n' "$made_from" >"$started_from.tmp"
+        mv -f "$started_from.tmp" "$started_from"
+    elif [[ $(<"$started_from") != "$made_from" ]]; then
+        die "$exp_dir holds a run that was started from other data or another configuration (<: then, >: now):
+$(diff "$started_from" - <<<"$made_from" | grep '^[<>]')
 remove the folder to train anew, or give this run another --seed or --exp-dir"
     fi
-    mkdir -p "$exp_dir"
-    printf '%s\n' "$made_from" >"$started_from.tmp"
-    mv -f "$started_from.tmp" "$started_from"
     make_artefact "$exp_dir/training.jsonl" "$made_from" run_training \
         --config "$config_path" --exp-dir "$exp_dir" --train-cuts "${train_cuts[@]}" --dev-cuts "${dev_cuts[@]}" \
         --lang-dir "$lang_dir" --seed "$seed" --resume "${set_flags[@]}"
@@ -183,7 +183,7 @@ fi
 [[ -n ${SPLITFORMER_PYTHON:-} ]] || ./setup.sh
 
 # Checked before hours of work: an unknown key in the configuration is fatal.
-config_checksum=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}" | sha256sum | cut -c 1-16)
+resolved_config=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}")
 
 if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
 for name in train average decode report; do run_stage "$name"; done

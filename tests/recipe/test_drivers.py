@@ -74,39 +74,33 @@ def check_records(experiment: Path, methods: set[str]) -> None:
 
 
 def test_synthesised_corpus(driver, tmp_path: Path) -> None:
-    experiment = check_whole_recipe(driver, tmp_path / "work", "--corpus", "mini", "--limit-utterances", 40)
+    arguments = ["--corpus", "mini", "--limit-utterances", 30]
+    experiment = check_whole_recipe(driver, tmp_path, *arguments)
     check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
-    # without --set and with another method: another experiment, another decoding
-    more = driver(
-        "run.sh", "--corpus", "mini", "--limit-utterances", 40, "--work-dir", tmp_path / "work", *SMALL,
-        "--methods", "greedy_search", "--stage", "decode",
-    )  # fmt: skip
-    assert more.returncode == 0, more.stderr
+    arguments += ["--work-dir", tmp_path, "--exp-dir", experiment, *SMALL]
+
+    # other methods: another decoding of the same model
+    more = driver("run.sh", *arguments, "--methods", "greedy_search", "--stage", "train")
+    assert more.returncode == 0, more.stdout + more.stderr
     check_records(experiment, {"greedy_search"})
+
+    # as if it had been killed at its very end: it resumes, and does not train again
+    (experiment / ".training.jsonl.done").unlink()
+    epoch = (experiment / "epoch-1.pt").stat().st_mtime_ns
+    again = driver("run.sh", *arguments, "--stage", "train", "--stop-stage", "train")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (experiment / ".training.jsonl.done").exists()
+    assert (experiment / "epoch-1.pt").stat().st_mtime_ns == epoch
+
+    other = driver("run.sh", *arguments, "--seed", 7, "--stage", "train")
+    assert other.returncode == 1 and "was started from other data or another configuration" in other.stderr
+    assert "< seed 42\n> seed 7\n" in other.stderr
 
 
 def test_real_speech(driver, tmp_path: Path, shared: Path) -> None:
     arguments = ["--corpus", "an4", "--limit-utterances", 50, "--download-dir", shared / "data"]
     experiment = check_whole_recipe(driver, tmp_path / "work", *arguments)
     check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
-
-
-def test_an_interrupted_run_goes_on(driver, tmp_path: Path) -> None:
-    """A run that ends between two epochs resumes; one that was started from something else is refused."""
-    arguments = ["--corpus", "mini", "--limit-utterances", 30, "--work-dir", tmp_path, "--exp-dir", tmp_path / "exp/x"]
-    first = driver("run.sh", *arguments, *SMALL, "--stop-stage", "train")
-    assert first.returncode == 0, first.stdout + first.stderr
-    (tmp_path / "exp/x/.training.jsonl.done").unlink()  # as if it had been killed at its very end
-    epoch = (tmp_path / "exp/x/epoch-1.pt").stat().st_mtime_ns
-    again = driver("run.sh", *arguments, *SMALL, "--stop-stage", "train")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert (tmp_path / "exp/x/epoch-1.pt").stat().st_mtime_ns == epoch
-    assert (tmp_path / "exp/x/.training.jsonl.done").exists()
-
-    other = driver("run.sh", *arguments, *SMALL, "optim.base_lr=0.5", "--seed", 7, "--stop-stage", "train")
-    assert other.returncode == 2, "an argument that belongs to no option"
-    other = driver("run.sh", *arguments, *SMALL, "--seed", 7, "--stop-stage", "train")
-    assert other.returncode == 1 and "was started from other data or another configuration" in other.stderr
 
 
 def test_five_utterances_in_another_layout(driver, tmp_path: Path, shared: Path) -> None:
