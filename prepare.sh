@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Data preparation: from a corpus to features, tokens and decoding graphs. A second run does nothing.
+# shellcheck disable=SC2329  # run_stage and make_artefact call the functions
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -134,14 +135,20 @@ stage_graphs() {
         run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa"
 }
 
-parse_options "$@"
-select_stages download manifests fbank bpe lang lm graphs
-load_corpus
-extra_words_file=$lm_dir/extra_words.txt
-strict_flag=()
-[[ $strict == false ]] || strict_flag=(--strict)
-vocab_flag=()
-[[ $token_type == char ]] || vocab_flag=(--vocab-size "$vocab_size")
+# Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.
+main() {
+    parse_options "$@"
+    select_stages download manifests fbank bpe lang lm graphs
+    load_corpus
+    extra_words_file=$lm_dir/extra_words.txt
+    strict_flag=()
+    [[ $strict == false ]] || strict_flag=(--strict)
+    vocab_flag=()
+    [[ $token_type == char ]] || vocab_flag=(--vocab-size "$vocab_size")
 
-for name in "${stage_names[@]}"; do run_stage "$name"; done
-log "$corpus: stages $first_stage to $last_stage are done; data are in $data_dir"
+    for name in "${stage_names[@]}"; do run_stage "$name"; done
+    log "$corpus: stages $first_stage to $last_stage are done; data are in $data_dir"
+}
+
+main "$@"
+exit

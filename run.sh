@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe: set-up, data preparation, training, averaging, decoding at every exit, report.
 # A second run does nothing, and one that was interrupted goes on where it stopped.
+# shellcheck disable=SC2329  # run_stage and make_artefact call the functions
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -139,52 +140,58 @@ stage_report() {
         --results-dir "$report_dir/results" --output "$report_dir/RESULTS.md" --dev-sets "${dev_only[@]}" "${flags[@]}"
 }
 
-parse_options "$@"
-select_stages "${prepare_stages[@]}" train average decode report
-load_corpus
-check_number seed
-check_number num_processes empty
-for each in "${methods[@]}"; do
-    contains "$each" "${known_methods[@]}" || option_error "unknown method '$each'; methods are: ${known_methods[*]}"
-done
+# Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.
+main() {
+    parse_options "$@"
+    select_stages "${prepare_stages[@]}" train average decode report
+    load_corpus
+    check_number seed
+    check_number num_processes empty
+    for each in "${methods[@]}"; do
+        contains "$each" "${known_methods[@]}" || option_error "unknown method '$each'; methods are: ${known_methods[*]}"
+    done
 
-# The configuration, and where its run lies.
-config=${config:-$default_config}
-if [[ $config == *.toml ]]; then
-    config_path=$(absolute_path "$config")
-    config=$(basename "$config" .toml)
-else
-    config_path=egs/$corpus/conf/$config.toml
-fi
-if [[ ! -f $config_path ]]; then
-    choices=''
-    for each in "egs/$corpus/conf"/*.toml; do choices+=" $(basename "$each" .toml)"; done
-    option_error "unknown config '$config'; egs/$corpus/conf has:$choices"
-fi
-set_flags=()
-system=$config
-for each in "${set[@]}"; do
-    set_flags+=(--set "$each")
-    system+=+${each//[^A-Za-z0-9._=-]/_}
-done
-((${#system} <= 100)) || system=$config+$(printf '%s\n' "${set[@]}" | sha256sum | cut -c 1-8)
-variant=${subset_tag#_}${limit_utterances:+limit-$limit_utterances} # not the corpus as it is published
-exp_root=$work_dir/exp${variant:+/$variant}
-report_dir=$work_dir
-[[ -z $variant ]] || report_dir=$exp_root
-if [[ -n $exp_dir ]]; then
-    exp_dir=$(absolute_path "$exp_dir")
-    exp_root=$(dirname "$exp_dir")
-else
-    exp_dir=$exp_root/$system-seed$seed
-fi
+    # The configuration, and where its run lies.
+    config=${config:-$default_config}
+    if [[ $config == *.toml ]]; then
+        config_path=$(absolute_path "$config")
+        config=$(basename "$config" .toml)
+    else
+        config_path=egs/$corpus/conf/$config.toml
+    fi
+    if [[ ! -f $config_path ]]; then
+        choices=''
+        for each in "egs/$corpus/conf"/*.toml; do choices+=" $(basename "$each" .toml)"; done
+        option_error "unknown config '$config'; egs/$corpus/conf has:$choices"
+    fi
+    set_flags=()
+    system=$config
+    for each in "${set[@]}"; do
+        set_flags+=(--set "$each")
+        system+=+${each//[^A-Za-z0-9._=-]/_}
+    done
+    ((${#system} <= 100)) || system=$config+$(printf '%s\n' "${set[@]}" | sha256sum | cut -c 1-8)
+    variant=${subset_tag#_}${limit_utterances:+limit-$limit_utterances} # not the corpus as it is published
+    exp_root=$work_dir/exp${variant:+/$variant}
+    report_dir=$work_dir
+    [[ -z $variant ]] || report_dir=$exp_root
+    if [[ -n $exp_dir ]]; then
+        exp_dir=$(absolute_path "$exp_dir")
+        exp_root=$(dirname "$exp_dir")
+    else
+        exp_dir=$exp_root/$system-seed$seed
+    fi
 
-# Another environment, where one is named, is not ours to set up.
-[[ -n ${SPLITFORMER_PYTHON:-} ]] || ./setup.sh
+    # Another environment, where one is named, is not ours to set up.
+    [[ -n ${SPLITFORMER_PYTHON:-} ]] || ./setup.sh
 
-# Checked before hours of work: an unknown key in the configuration is fatal.
-resolved_config=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}")
+    # Checked before hours of work: an unknown key in the configuration is fatal.
+    resolved_config=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}")
 
-if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
-for name in train average decode report; do run_stage "$name"; done
-((last_stage < 10)) || log "results are in $report_dir/RESULTS.md"
+    if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
+    for name in train average decode report; do run_stage "$name"; done
+    ((last_stage < 10)) || log "results are in $report_dir/RESULTS.md"
+}
+
+main "$@"
+exit
