@@ -141,9 +141,9 @@ def test_unknown_extractor_names_the_choices() -> None:
 
 
 def run_script(
-    files: tuple[Path, Path], out: Path, limit: Callable[[], None] | None = None
+    files: tuple[Path, Path], out: Path, limit: Callable[[], None] | None = None, num_jobs: int = 2
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "local/compute_fbank.py"), "--num-jobs", "2"]
+    command = [sys.executable, str(ROOT / "local/compute_fbank.py"), "--num-jobs", str(num_jobs)]
     command += ["--recordings", str(files[0]), "--supervisions", str(files[1])]
     command += ["--output-cuts", str(out / "cuts.jsonl.gz"), "--storage-dir", str(out / "feats")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -179,7 +179,7 @@ def test_a_full_disk_while_features_are_written(tmp_path: Path) -> None:
     if mounted.returncode != 0:
         pytest.skip(f"cannot mount a small disk ({mounted.stderr.strip()}); the file size limit is tested")
     try:
-        failed = run_script(files, disk)
+        failed = run_script(files, disk, num_jobs=1)  # two would fill the disk for each other
         check_what_is_left(disk, failed)
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
         again = run_script(files, disk)
