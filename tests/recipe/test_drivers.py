@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from splitformer.checkpoint import save_checkpoint
+from splitformer.config import Config, ModelConfig
 from splitformer.data.manifests import read_cuts
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.model.asr import AsrModel
 
 # A model that trains in seconds, and learns nothing worth knowing.
 SMALL = ["--set", "training.num_epochs=1", "training.average_epochs=1", "model.d_model=32", "model.num_heads=2"]
@@ -119,6 +124,38 @@ def test_five_utterances_in_another_layout(driver, tmp_path: Path, shared: Path)
     assert len(cuts["test-clean"]) == 3 * 4 and len(cuts["dev-clean"]) == 1
     assert cuts["dev-clean"][0].load_features().shape == (cuts["dev-clean"][0].num_frames, 80)
     assert cuts["dev-clean"][0].supervisions[0].text.isupper()
+
+    checkpoint = untrained_published_model(lang_dir, tmp_path / "exp/untrained-seed1/averaged.pt")
+    decode = [sys.executable, "-m", "splitformer.bin.decode", "--checkpoint", checkpoint, "--lang-dir", lang_dir]
+    decode += ["--cuts", f"dev-clean={tmp_path}/data/fbank/dev-clean_cuts.jsonl.gz", "--corpus", "librispeech"]
+    decode += ["--output-dir", tmp_path / "decode"]
+    result = subprocess.run(list(map(str, decode)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "decode").glob("*.json")]
+    assert {(r["exit_layer"], r["method"]) for r in records} == {
+        (layer, method) for layer in (2, 4, 6, 8, 10, 12) for method in ("greedy_search", "ctc-decoding", "1best")
+    }
+    assert {r["ref_words"] for r in records} == {len(cuts["dev-clean"][0].supervisions[0].text.split())}
+
+
+def untrained_published_model(lang_dir: Path, path: Path) -> Path:
+    """A checkpoint of the default configuration with the weights it starts from."""
+    tokens = Tokenizer(lang_dir).tokens
+    config = Config(model=ModelConfig(vocab_size=len(tokens)))
+    torch.manual_seed(1)
+    save_checkpoint(
+        path,
+        {
+            "model": AsrModel(config.model).state_dict(),
+            "config": config.to_dict(),
+            "tokens": tokens,
+            "progress": {"epoch": 0, "step": 0, "seconds": 0.0},
+            "seed": 1,
+            "world_size": 1,
+            "device": "none",
+        },
+    )
+    return path
 
 
 @pytest.mark.parametrize("script", ["prepare.sh", "run.sh"])
