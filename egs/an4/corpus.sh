@@ -37,5 +37,5 @@ prepare_manifests() {
 
 # The corpus has a closed dictionary: all words that its test may ask for, some of which are not in the training text.
 extra_words() {
-    awk '{ sub(/\([0-9]+\)$/, "", $1); print $1 }' "$corpus_dir/etc/an4.dic" | sort -u
+    run_python local/words_from_sphinx.py --dictionary "$corpus_dir/etc/an4.dic"
 }

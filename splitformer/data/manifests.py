@@ -233,6 +233,23 @@ def sphinx_pairs(
         yield recording, [segment]
 
 
+def sphinx_words(dictionary: str | Path) -> list[str]:
+    """The words of a sphinx dictionary, sorted; `WORD(2)` is another pronunciation of WORD.
+
+    Raises:
+      ValueError: a line without a pronunciation.
+    """
+    words = set()
+    with open(dictionary, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.split()
+            if len(fields) == 1:
+                raise ValueError(f"{dictionary}:{number}: {fields[0]!r} has no pronunciation")
+            if fields:
+                words.add(re.sub(r"\(\d+\)$", "", fields[0]))
+    return sorted(words)
+
+
 def _sphinx_texts(transcription: Path) -> dict[str, str]:
     """Utterance -> text."""
     texts: dict[str, str] = {}

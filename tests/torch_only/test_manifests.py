@@ -19,6 +19,7 @@ from splitformer.data.manifests import (
     read_pairs,
     recipe_pairs,
     sphinx_pairs,
+    sphinx_words,
     write_split,
 )
 from splitformer.data.validation import validate_split
@@ -247,3 +248,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
     peak(10)
     assert peak(3000) < peak(300) + 100_000
+
+
+def test_words_of_a_dictionary_are_listed_once(tmp_path: Path) -> None:
+    dictionary = tmp_path / "words.dic"
+    dictionary.write_text("B B IY\nA AH\nA(2) EY\n\nO'CLOCK AX K L AA K\n")
+    assert sphinx_words(dictionary) == ["A", "B", "O'CLOCK"]
+    dictionary.write_text("A AH\nB\n")
+    with pytest.raises(ValueError, match=r"words\.dic:2: 'B' has no pronunciation"):
+        sphinx_words(dictionary)
