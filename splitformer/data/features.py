@@ -172,16 +172,22 @@ def compute_fbank(
                 cut, reason = next(iter(summary.skipped.items()))
                 raise ManifestError(f"{recordings}: none of {num_cuts} cuts has readable audio; {cut}: {reason}")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if _is_disk_full(error):
             complete = sum(1 for path in storage_dir.iterdir() if not path.name.startswith("."))
             raise DiskFullError(
-                error.errno,
-                f"{error.strerror} while writing to {storage_dir}; {complete} of {num_shards} shards are complete "
+                error.errno or errno.ENOSPC,
+                f"{error.strerror or error} while writing to {storage_dir}; {complete} of {num_shards} shards are complete "
                 "and kept. Free some space and run the same command again: it goes on from there",
             ) from error
         raise
     _remove_leftovers(storage_dir, num_shards)
     return summary
+
+
+def _is_disk_full(error: OSError) -> bool:
+    # numpy.save's own error has no number, only "32000 requested and 6112 written"
+    short_write = error.errno is None and "requested and" in str(error)
+    return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _groups(items: Iterable[MonoCut], size: int) -> Iterator[list[MonoCut]]:

@@ -161,7 +161,7 @@ class Trainer:
                 bar.update()
                 if self.tensorboard and self.progress.step % 20 == 0:
                     bar.set_postfix(loss=f"{totals.loss:.3f}", refresh=False)
-                    self.tensorboard.add_scalar("train/loss_step", float(loss.total), self.progress.step)
+                    self.tensorboard.add_scalar("train/loss_step", float(loss.total.detach()), self.progress.step)
         return totals
 
     def _step(self, batch: Batch) -> Any:
@@ -293,7 +293,7 @@ class EpochTotals:
         tokens = int(batch.y_lens.sum())
         self.frames += int(batch.x_lens.sum())
         self.tokens += tokens
-        self._loss += float(loss.total) * tokens
+        self._loss += float(loss.total.detach()) * tokens
         self._loss_per_exit += loss.per_exit.cpu() * tokens
 
     @property

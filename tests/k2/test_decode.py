@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import tomli
 import torch
 
 from splitformer.bin.average import average
 from splitformer.bin.decode import Decoded, _choose_weights
-from splitformer.config import Config
+from splitformer.config import Config, tomllib
 from splitformer.decoding.searches import OneBestWeights
 from splitformer.results import DecodeRecord
 from splitformer.training.distributed import Ranks
@@ -35,7 +34,7 @@ def trained(tmp_path_factory):
         ("compile_graphs", "--lang-dir", lang_dir, "--arpa", folder / "2gram.arpa"),
     ):
         subprocess.run([sys.executable, "-m", f"local.{script}", *map(str, flags)], check=True, capture_output=True)
-    tables = tomli.loads(SYSTEM)
+    tables = tomllib.loads(SYSTEM)
     tables["training"]["num_epochs"] = 8
     tables["augment"]["p"] = 0.0
     options = RunOptions(folder / "system-seed7", [train], [dev], lang_dir, seed=7, num_workers=0, resume=True)

@@ -158,15 +158,15 @@ def check_what_is_left(out: Path, failed: subprocess.CompletedProcess[str]) -> N
 
 
 def test_a_file_size_limit_while_features_are_written(tmp_path: Path) -> None:
-    files = make_split(tmp_path, [0.1] * SHARD_CUTS + [4.0] * 16)
-    limit = 1 << 18  # the second shard needs more, the first less
+    files = make_split(tmp_path, [0.1] * SHARD_CUTS + [12.0] * 6)
+    limit = 1 << 18  # lilcom's or numpy's files of the second shard need more, the first's less
     failed = run_script(files, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     check_what_is_left(tmp_path, failed)
     kept = os.stat(tmp_path / "feats/00000").st_ino
     again = run_script(files, tmp_path)
     assert again.returncode == 0, again.stderr
     assert os.stat(tmp_path / "feats/00000").st_ino == kept
-    assert [cut.load_features().shape[0] for cut in stored(tmp_path)] == [10] * SHARD_CUTS + [400] * 16
+    assert [cut.load_features().shape[0] for cut in stored(tmp_path)] == [10] * SHARD_CUTS + [1200] * 6
 
 
 def test_a_full_disk_while_features_are_written(tmp_path: Path) -> None:

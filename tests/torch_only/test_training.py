@@ -14,7 +14,7 @@ from lhotse import CutSet
 
 from splitformer.bin.average import average
 from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, load_model
-from splitformer.config import Config, ConfigError
+from splitformer.config import Config, ConfigError, tomllib
 from splitformer.data.datamodule import TrainingData, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.losses.ctc import MultiExitCtcLoss
@@ -145,9 +145,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def small_config(**training):
-    import tomli
-
-    tables = tomli.loads(SYSTEM)
+    tables = tomllib.loads(SYSTEM)
     tables["training"] |= training
     return Config.from_dict(tables)
 
