@@ -176,8 +176,8 @@ def compute_fbank(
             complete = sum(1 for path in storage_dir.iterdir() if not path.name.startswith("."))
             raise DiskFullError(
                 error.errno or errno.ENOSPC,
-                f"{error.strerror or error} while writing to {storage_dir}; {complete} of {num_shards} shards are complete "
-                "and kept. Free some space and run the same command again: it goes on from there",
+                f"{error.strerror or error} while writing to {storage_dir}; {complete} of {num_shards} shards are "
+                "complete and kept. Free some space and run the same command again: it goes on from there",
             ) from error
         raise
     _remove_leftovers(storage_dir, num_shards)
