@@ -48,8 +48,18 @@ class ModelConfig:
     parallel_gate: bool = False
     """Multiply each parallel branch by a learned scalar that starts at zero (ours, not published)."""
     dropout: float = 0.1
+    heads: tuple[Literal["ctc", "transducer"], ...] = ("ctc",)
+    """What every exit ends in: the published CTC, a transducer's joiner (ours), or both."""
+    decoder_dim: int = 512
+    joiner_dim: int = 512
+    context_size: int = 2
+    """Tokens that the transducer's stateless decoder sees."""
 
     def __post_init__(self) -> None:
+        if not self.heads or len(set(self.heads)) < len(self.heads):
+            raise ConfigError(f"model.heads = {list(self.heads)} must name ctc, transducer, or each of them once")
+        if self.context_size < 1:
+            raise ConfigError(f"model.context_size = {self.context_size} must be at least 1 token")
         exits = self.exit_layers
         if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] != self.num_layers:
             raise ConfigError(
@@ -76,6 +86,23 @@ class LossConfig:
 
     exit_weights: tuple[float, ...] = ()
     """One weight per exit, in the order of model.exit_layers; () weighs all alike."""
+    ctc_scale: float = 0.2
+    """Weight of CTC beside the transducer once that is warm; it falls from 1. Without a transducer it is 1."""
+    simple_scale: float = 0.5
+    """Weight of the simple (smoothed) transducer loss once it is warm (arXiv 2206.13236, section 2.3)."""
+    lm_scale: float = 0.25
+    """Smoothing of the simple loss by its LM part alone, and by its AM part alone (section 2.2)."""
+    am_scale: float = 0.0
+    prune_range: int = 5
+    """Symbols per frame for which the joiner is computed."""
+    ctc_only_epochs: int = 0
+    """Train CTC alone for so many epochs: a transducer learns slowly before the encoder hears anything."""
+    warm_steps: int = 2000
+    """Steps of the transducer in which the scales go to their final values, from simple 1, pruned 0.1, CTC 1."""
+
+    def __post_init__(self) -> None:
+        if self.prune_range < 2:
+            raise ConfigError(f"loss.prune_range = {self.prune_range} must be at least 2, or no path is left")
 
 
 @dataclass(frozen=True)
@@ -144,6 +171,11 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        if self.loss.ctc_only_epochs and set(self.model.heads) != {"ctc", "transducer"}:
+            raise ConfigError(
+                f"loss.ctc_only_epochs = {self.loss.ctc_only_epochs} needs both heads, and model.heads = "
+                f"{list(self.model.heads)}"
+            )
         weights, exits = self.loss.exit_weights, self.model.exit_layers
         if weights and (len(weights) != len(exits) or min(weights) < 0 or sum(weights) <= 0):
             raise ConfigError(
@@ -245,7 +277,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} = {value!r} must be a list of {item.__name__}")
+            raise ConfigError(f"{where} = {value!r} must be a list of {getattr(item, '__name__', 'names')}")
         return tuple(_coerce(v, item, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -14,12 +14,14 @@ class Hypothesis:
 
     tokens: token ids, blanks and repetitions already removed.
     timestamps: for each token the output frame at which it starts (an output frame is four feature frames).
-    score: log-probability of the best path, in nats.
+    score: log-probability of the best path, in nats, with whatever weights the search gave to its parts.
+    words: where a graph with a lexicon chose them; elsewhere the tokens are to be spelled.
     """
 
     tokens: list[int]
     timestamps: list[int]
     score: float
+    words: list[str] | None = None
 
 
 def check_log_probs(log_probs: Tensor, lengths: Tensor) -> None:
