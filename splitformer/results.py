@@ -13,9 +13,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 # What `bin/report` writes and git tracks: a fresh table does not change the code that computes the next one.
 GENERATED = ("egs/*/results/*", "egs/*/RESULTS.md", "egs/*/*.png")
@@ -60,8 +60,9 @@ def _checked(kind: type, values: object, source: str) -> dict[str, Any]:
     """`values` where it is an object with exactly the fields of the dataclass `kind`, else a ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"{source}: a {kind.__name__} is a JSON object, this is {type(values).__name__}")
-    expected = {field.name for field in fields(kind)}
-    unknown, missing = sorted(values.keys() - expected), sorted(expected - values.keys())
+    expected = {each.name for each in fields(kind)}
+    required = {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
+    unknown, missing = sorted(values.keys() - expected), sorted(required - values.keys())
     if unknown or missing:
         raise ValueError(
             f"{source} is no {kind.__name__} of this version: unknown keys {unknown}, missing {missing}. "
@@ -149,8 +150,16 @@ class EpochRecord:
     seconds: wall-clock time of the epoch, the evaluation on dev included.
     frames_per_second: feature frames trained on per second.
     data_wait_share: share (0..1) of the training time spent waiting for data.
-    dev_wer_per_exit: percent, greedy.
+    dev_wer_per_exit, dev_transducer_wer_per_exit: percent, greedy, of the CTC and of the transducer heads; empty for
+      a head that the system lacks or has not begun to train.
     """
+
+    PER_EXIT: ClassVar = (
+        "train_loss_per_exit",
+        "dev_loss_per_exit",
+        "dev_wer_per_exit",
+        "dev_transducer_wer_per_exit",
+    )
 
     epoch: int
     seconds: float
@@ -161,13 +170,14 @@ class EpochRecord:
     train_loss_per_exit: dict[int, float]
     dev_loss_per_exit: dict[int, float]
     dev_wer_per_exit: dict[int, float]
+    dev_transducer_wer_per_exit: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: object, source: str = "record") -> EpochRecord:
         """The record that `values` describes; exits may be strings, as JSON has them."""
         values = dict(_checked(cls, values, source))
-        for name in ("train_loss_per_exit", "dev_loss_per_exit", "dev_wer_per_exit"):
-            values[name] = {int(layer): value for layer, value in values[name].items()}
+        for name in cls.PER_EXIT:
+            values[name] = {int(layer): value for layer, value in values.get(name, {}).items()}
         return cls(**values)
 
 

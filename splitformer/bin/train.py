@@ -1,4 +1,4 @@
-"""Train one system: CTC at every exit, on cuts that prepare.sh made.
+"""Train one system: the losses of its heads at every exit, on cuts that prepare.sh made.
 
     python -m splitformer.bin.train --config CONF --exp-dir EXP --train-cuts CUTS \
         --dev-cuts CUTS --lang-dir LANG [--seed 42] [--resume] [--set optim.base_lr=0.003]
@@ -13,7 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-from splitformer.config import ConfigError, load_config
+from splitformer.config import Config, ConfigError, load_config
 from splitformer.training.distributed import process_group
 from splitformer.training.loop import RunOptions, Trainer, TrainingError
 
@@ -45,11 +45,26 @@ def main() -> int:
             resume=args.resume,
         )
         try:
-            Trainer(load_config(args.config, args.set), options, ranks).train()
+            config = load_config(args.config, args.set)
+            Trainer(config, options, ranks, _transducer_loss(config)).train()
         except (ConfigError, TrainingError, FileNotFoundError, ValueError) as error:
             print(f"train: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def _transducer_loss(config: Config) -> type | None:
+    """The class of the transducer's loss, where `config` has transducer heads: CTC trains without k2."""
+    if "transducer" not in config.model.heads:
+        return None
+    try:
+        from splitformer.losses.pruned_transducer import PrunedTransducerLoss
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"model.heads = {list(config.model.heads)} trains a transducer, whose loss needs k2 ({error}): use the "
+            'environment of ./setup.sh, or heads = ["ctc"]'
+        ) from None
+    return PrunedTransducerLoss
 
 
 if __name__ == "__main__":

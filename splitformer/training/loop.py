@@ -7,7 +7,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,10 @@ from splitformer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from splitformer.config import Config, ConfigError
+from splitformer.config import Config, ConfigError, LossConfig
 from splitformer.data.datamodule import Batch, TrainingData, evaluation_batches, feature_deviation, load_cuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.losses.ctc import MultiExitCtcLoss
+from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import UtteranceNorm
 from splitformer.results import EpochRecord, append_epoch
@@ -69,7 +69,15 @@ class Progress:
 class Trainer:
     """Trains one system from cuts on disk to `exp_dir/epoch-N.pt`."""
 
-    def __init__(self, config: Config, options: RunOptions, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: Config,
+        options: RunOptions,
+        ranks: Ranks,
+        transducer_loss: Callable[[AsrModel, LossConfig], TransducerLoss] | None = None,
+    ) -> None:
+        """`transducer_loss` makes the loss of a system with transducer heads; it comes from the caller because it needs
+        k2, and this module does not."""
         self.options, self.ranks = options, ranks
         self.tokenizer = Tokenizer(options.lang_dir)
         self.config = _with_vocabulary(config, self.tokenizer.vocab_size)
@@ -98,7 +106,15 @@ class Trainer:
             model.encoder.feature_norm.set_deviation(feature_deviation(load_cuts(options.train_cuts)))
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
-        self.loss = MultiExitCtcLoss(model, self.config.loss.exit_weights).to(ranks.device).train()
+        self.loss = MultiExitLoss(
+            model,
+            self.config.loss,
+            transducer_loss(model, self.config.loss) if transducer_loss else None,
+            transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch,
+        )
+        if checkpoint:
+            self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
+        self.loss.to(ranks.device).train()
         optim = self.config.optim
         self.optimizer = torch.optim.AdamW(
             self.loss.parameters(),
@@ -170,7 +186,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with _autocast(self.ranks.device):
-            loss = self.wrapped(batch.x, batch.x_lens, batch.y, batch.y_lens)
+            loss = self.wrapped(batch.x, batch.x_lens, batch.y, batch.y_lens, self.progress.step)
         if not torch.isfinite(loss.total):
             raise TrainingError(
                 f"the loss is {float(loss.total)} at step {self.progress.step}, per exit {loss.per_exit.tolist()}; "
@@ -193,7 +209,8 @@ class Trainer:
             max_duration=min(600.0, self.config.data.max_duration),
             num_workers=self.options.num_workers,
         )
-        return evaluate(self.loss, batches, self.tokenizer, self.ranks.device)
+        heads = [h for h in self.config.model.heads if h == "ctc" or self.progress.step > self.loss.transducer_from]
+        return evaluate(self.loss, batches, self.tokenizer, self.ranks.device, heads)
 
     def _save(self) -> None:
         exp_dir, epoch = self.options.exp_dir, self.progress.epoch
@@ -202,6 +219,7 @@ class Trainer:
             exp_dir / f"epoch-{epoch}.pt",
             {
                 "model": self.loss.model.state_dict(),
+                "training_only": self.loss.training_only_state(),
                 "average": self.average.state,
                 "average_step": self.average.step,
                 "optimizer": optimizer["state"],
@@ -229,24 +247,27 @@ class Trainer:
             train_loss=training.loss,
             train_loss_per_exit=dict(zip(exits, training.loss_per_exit, strict=True)),
             dev_loss_per_exit=dev.loss_per_exit,
-            dev_wer_per_exit=dev.wer_per_exit,
+            dev_wer_per_exit=dev.wer_per_exit.get("ctc", {}),
+            dev_transducer_wer_per_exit=dev.wer_per_exit.get("transducer", {}),
         )
         append_epoch(self.options.exp_dir / "training.jsonl", record)
         assert self.tensorboard is not None
         for name in ("frames_per_second", "data_wait_share", "train_loss"):
             self.tensorboard.add_scalar(f"epoch/{name}", getattr(record, name), record.epoch)
-        for name in ("train_loss_per_exit", "dev_loss_per_exit", "dev_wer_per_exit"):
+        for name in EpochRecord.PER_EXIT:
             for layer, value in getattr(record, name).items():
                 self.tensorboard.add_scalar(f"{name}/{layer:02d}", value, record.epoch)
         self.tensorboard.flush()
-        wers = " ".join(f"{layer}:{wer:.1f}" for layer, wer in dev.wer_per_exit.items())
+        told = [f"dev loss {list(dev.loss_per_exit.values())[-1]:.3f}"] if dev.loss_per_exit else []
+        for head, by_layer in dev.wer_per_exit.items():
+            wers = " ".join(f"{layer}:{wer:.1f}" for layer, wer in by_layer.items())
+            told.append(f"dev WER% by exit{' (transducer)' if head == 'transducer' else ''} {wers}")
         log.info(
-            "epoch %d/%d  loss %.3f  dev loss %.3f  dev WER%% by exit %s  lr %.1e  %.0f s  %.0f frames/s  data %.0f%%",
+            "epoch %d/%d  loss %.3f  %s  lr %.1e  %.0f s  %.0f frames/s  data %.0f%%",
             record.epoch,
             self.config.training.num_epochs,
             record.train_loss,
-            list(dev.loss_per_exit.values())[-1],
-            wers,
+            "  ".join(told),
             record.learning_rate,
             seconds,
             record.frames_per_second,

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from splitformer.losses.ctc import MultiExitCtcLoss
+from splitformer.config import LossConfig
+from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from tests.torch_only.test_encoder import SMALL
 
@@ -29,7 +30,7 @@ def brute_force(log_probs, labels):
 def test_loss_equals_enumeration_at_every_exit(weights):
     torch.manual_seed(5)
     model = AsrModel(dataclasses.replace(SMALL, vocab_size=3, dropout=0.0)).eval()
-    loss = MultiExitCtcLoss(model, weights)
+    loss = MultiExitLoss(model, LossConfig(exit_weights=weights))
     x, x_lens = torch.randn(3, 27, 20), torch.tensor([27, 19, 23])  # 6, 4 and 5 output frames
     labels = [[1, 2, 1], [2, 2], [1]]
     y = torch.tensor([[1, 2, 1], [2, 2, 0], [1, 0, 0]])
@@ -46,4 +47,5 @@ def test_loss_equals_enumeration_at_every_exit(weights):
 
 def test_the_deployable_state_is_the_models_own():
     model = AsrModel(SMALL)
-    assert {name.removeprefix("model.") for name in MultiExitCtcLoss(model).state_dict()} == set(model.state_dict())
+    names = {name.removeprefix("model.") for name in MultiExitLoss(model, LossConfig()).state_dict()}
+    assert names == set(model.state_dict())

@@ -14,10 +14,10 @@ from lhotse import CutSet
 
 from splitformer.bin.average import average
 from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, load_model
-from splitformer.config import Config, ConfigError, tomllib
+from splitformer.config import Config, ConfigError, LossConfig, tomllib
 from splitformer.data.datamodule import TrainingData, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.losses.ctc import MultiExitCtcLoss
+from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.results import read_training_log
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import evaluate
@@ -252,7 +252,7 @@ def test_evaluation_sees_every_cut_and_does_not_depend_on_the_batches(corpus, tm
     _, _, dev_cuts, lang_dir = corpus
     tokenizer = Tokenizer(lang_dir)
     Trainer(small_config(num_epochs=1), options(corpus, tmp_path), ALONE).train()
-    loss = MultiExitCtcLoss(load_model(tmp_path / "epoch-1.pt")[0])
+    loss = MultiExitLoss(load_model(tmp_path / "epoch-1.pt")[0], LossConfig())
     results = [
         evaluate(loss, evaluation_batches(load_cuts([dev_cuts]), tokenizer, seconds), tokenizer, ALONE.device)
         for seconds in (0.5, 100.0)
