@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import SelfAttention
+from splitformer.model.decoder import Decoder
+from splitformer.model.joiner import Joiner
 
 FRAMES_PER_SECOND = 100
 """Feature frames in a second of audio: fbank with a frame shift of 10 ms."""
@@ -18,7 +21,7 @@ FRAMES_PER_SECOND = 100
 
 @dataclass(frozen=True)
 class ExitCost:
-    """The cost of one exit: everything that runs before it and its own CTC head, other exits' heads left out.
+    """The cost of one exit: everything that runs before it and its own head, other exits' heads left out.
 
     parameters: of the modules that ran.
     macs_per_second: multiply-accumulates per second of audio.
@@ -30,7 +33,7 @@ class ExitCost:
 
 
 def complexity(
-    encoder: nn.Module, ctc_heads: Mapping[str, nn.Module], num_mel_bins: int, seconds: float = 10.0
+    encoder: nn.Module, heads: Mapping[str, nn.Module], num_mel_bins: int, seconds: float = 10.0
 ) -> dict[int, ExitCost]:
     """Measure the cost of every exit on one utterance.
 
@@ -40,7 +43,8 @@ def complexity(
 
     Args:
       encoder: yields `ExitOutput`s for features (1, T, C) and their lengths (1,).
-      ctc_heads: the head of each exit under `str(layer)`, as `AsrModel.ctc_heads`.
+      heads: for each exit, under `str(layer)`, a module that takes the encoder's output, such as
+        `AsrModel.ctc_heads`, or `transducer_heads(model)`.
       num_mel_bins: C.
       seconds: length of the utterance.
     Returns:
@@ -58,7 +62,7 @@ def complexity(
     try:
         with torch.no_grad(), _count(encoder) as upto:
             for exit_output in encoder(x, x_lens):
-                head = ctc_heads[str(exit_output.layer)]
+                head = heads[str(exit_output.layer)]
                 with _count(head) as own:
                     head(exit_output.encoder_out)
                 costs[exit_output.layer] = ExitCost(
@@ -69,6 +73,26 @@ def complexity(
     finally:
         encoder.train(was_training)
     return costs
+
+
+def transducer_heads(model: AsrModel) -> dict[str, nn.Module]:
+    """The transducer's cost as that of greedy search: joiner and decoder once for each output frame.
+
+    That is more than a search needs which runs the decoder once a token, and less than a beam's.
+    """
+    return {layer: _TransducerHead(model.decoder, joiner) for layer, joiner in model.joiners.items()}
+
+
+class _TransducerHead(nn.Module):
+    def __init__(self, decoder: Decoder, joiner: Joiner) -> None:
+        super().__init__()
+        self.decoder, self.joiner = decoder, joiner
+
+    def forward(self, encoder_out: Tensor) -> Tensor:
+        n, frames, _ = encoder_out.shape
+        labels = torch.zeros(n, frames - 1, dtype=torch.long, device=encoder_out.device)
+        decoder_out = self.decoder.teacher_forced(labels)
+        return self.joiner(self.joiner.encoder_proj(encoder_out), self.joiner.decoder_proj(decoder_out))
 
 
 class _Tally:
@@ -105,9 +129,11 @@ def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
     if isinstance(module, SelfAttention):
         n, t, d = inputs[0].shape
         return 2 * n * t * t * d
+    if isinstance(module, nn.Embedding):
+        return 0  # a look-up
     if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
         raise TypeError(
-            f"{type(module).__name__} has a weight matrix, and only Linear, Conv1d, Conv2d and SelfAttention "
-            "are counted; add its multiply-accumulates to splitformer.model.complexity"
+            f"{type(module).__name__} has a weight matrix, and only Linear, Conv1d, Conv2d, Embedding and SelfAttention"
+            " are counted; add its multiply-accumulates to splitformer.model.complexity"
         )
     return 0

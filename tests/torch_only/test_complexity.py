@@ -8,7 +8,7 @@ from torch import nn
 
 from splitformer.config import ModelConfig
 from splitformer.model.asr import AsrModel
-from splitformer.model.complexity import complexity
+from splitformer.model.complexity import complexity, transducer_heads
 from splitformer.model.encoder import ExitOutput
 
 SECONDS = 10
@@ -77,6 +77,22 @@ def test_conv2d_front_end_and_gate() -> None:
     assert costs[2].macs_per_second == (front_end + 2 * layer + branch + head) / SECONDS
     # the gate's one scalar is counted with the branch
     assert costs[2].parameters - costs[1].parameters == 2 * conformer_parameters(16, 32, 3) + 1
+
+
+def test_a_transducer_head_costs_a_joiner_and_a_decoder_a_frame() -> None:
+    config = ModelConfig(
+        d_model=16, num_heads=2, feedforward_dim=32, conv_kernel=3, num_layers=2, exit_layers=(1, 2), parallel_exits=(),
+        vocab_size=10, heads=("transducer",), decoder_dim=12, joiner_dim=14, context_size=2,
+    )  # fmt: skip
+    model = AsrModel(config)
+    costs = complexity(model.encoder, transducer_heads(model), 80, SECONDS)
+    front_end = T1 * 16 * 80 * 3 + T2 * 16 * 16 * 3
+    head = T2 * (16 * 14 + 12 * 2 + 12 * 14 + 14 * 10)
+    layer = conformer_macs(T2, 16, 32, 3)
+    assert [costs[n].macs_per_second for n in (1, 2)] == [(front_end + n * layer + head) / SECONDS for n in (1, 2)]
+    # the decoder is every exit's, the other exit's joiner is not
+    joiner = sum(p.numel() for p in model.joiner(1).parameters())
+    assert costs[2].parameters == sum(p.numel() for p in model.parameters()) - joiner
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
