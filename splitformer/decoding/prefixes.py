@@ -26,13 +26,13 @@ class Choice:
     index: where in the V x B candidates of the utterance they were.
     source: the slot of the beam that they were made from.
     symbol: the token that they add; 0 for a prefix that was kept.
-    alive: False where there were fewer candidates than slots: such a slot has log-probability -inf for good.
+
+    Where there are fewer candidates than slots, the last slots hold some of log-probability -inf, and do so for good.
     """
 
     index: Tensor
     source: Tensor
     symbol: Tensor
-    alive: Tensor
 
 
 class Prefixes:
@@ -100,13 +100,13 @@ class Prefixes:
             ranked = candidates + self._bonus.unsqueeze(2) + self._context.score[self._state]
         value, index = ranked.flatten(1).topk(self._beam_size, dim=1)
         source, symbol = torch.div(index, vocab_size, rounding_mode="floor"), index % vocab_size
-        alive, kept = value > -math.inf, symbol == 0
+        possible, kept = value > -math.inf, symbol == 0
 
         key = self._key.gather(1, source)
-        # A slot without a hypothesis may hold a copy of a prefix that is alive. It must not be given the mass of
-        # a parent: it has none.
+        # A slot of log-probability -inf may hold a copy of a prefix that another slot holds: the parent's mass is
+        # for that one alone.
         parent_key = torch.where(kept, self._parent_key.gather(1, source), key)
-        self._parent_key = parent_key.masked_fill(~alive, _NO_KEY)
+        self._parent_key = parent_key.masked_fill(~possible, _NO_KEY)
         self._key = torch.where(kept, key, _extended_key(key, symbol))
         self.last = torch.where(kept, self.last.gather(1, source), symbol)
         self.num_tokens = self.num_tokens.gather(1, source) + (~kept).long()
@@ -114,7 +114,7 @@ class Prefixes:
             state = self._state.gather(1, source)
             self._bonus = self._bonus.gather(1, source) + self._context.score[state, symbol]
             self._state = self._context.next_state[state, symbol]
-        return Choice(index, source, symbol, alive)
+        return Choice(index, source, symbol)
 
     def context_total(self) -> Tensor | float:
         """(N, B), what the prefixes get from the context graph if they end now; 0 without one."""

@@ -88,7 +88,7 @@ def modified_beam_search(
 
         choice = prefixes.advance(candidates)
         log_prob = candidates.flatten(1).gather(1, choice.index)
-        path_log_prob = paths.flatten(1).gather(1, choice.index).masked_fill(~choice.alive, -math.inf)
+        path_log_prob = paths.flatten(1).gather(1, choice.index)
         emits = emits.gather(1, choice.source) & (choice.symbol == 0)
         prefixes.record(
             torch.where(emits, parent.gather(1, choice.source), choice.source),
