@@ -32,6 +32,9 @@ DATA = (*MODEL, "splitformer.data.*")
 TRAINING = (*LOSSES, *SCORING, *DATA, "splitformer.training.*")
 REPORT = ("splitformer.report", "splitformer.plots", "splitformer.readme")
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
+TENSOR_SEARCHES = tuple(
+    f"splitformer.decoding.{name}" for name in ("alignment", "context", "prefix_beam", "prefixes", "transducer")
+)
 
 IO = {"numpy", "tqdm"}
 DATA_PACKAGES = {"torch", "lhotse", "sentencepiece", "kaldifeat", "soundfile", "espeakng_loader", *IO}
@@ -44,6 +47,7 @@ TIERS = {
     "losses": Tier(("splitformer.losses.ctc", "splitformer.losses.multi_exit"), frozenset({"torch"}), LOSSES),
     "transducer": Tier(("splitformer.losses.*",), frozenset({"torch", "k2"}), LOSSES),
     "scoring": Tier(SCORING, frozenset({"kaldialign"}), SCORING),
+    "tensor searches": Tier(TENSOR_SEARCHES, frozenset({"torch"}), (*INFERENCE, *TENSOR_SEARCHES)),
     "decoding": Tier(("splitformer.decoding.*",), frozenset({"torch", "k2", "kaldilm", *IO}), DECODING),
     "data": Tier(("splitformer.data.*",), frozenset(DATA_PACKAGES), DATA),
     "training": Tier(
@@ -152,6 +156,7 @@ def test_imports_stay_within_the_tier(file: Path) -> None:
         ("splitformer.training.loop", "from splitformer.decoding.ctc import one_best"),
         ("splitformer.bin.train", "import splitformer.decoding.graphs"),
         ("splitformer.decoding.lang", "import lhotse"),
+        ("splitformer.decoding.prefix_beam", "import k2"),
         ("splitformer.novelty", "import os"),
     ],
 )

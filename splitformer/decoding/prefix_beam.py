@@ -1,0 +1,89 @@
+"""`prefix_beam_search`: CTC without a graph, summed over alignments. This module needs torch alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from splitformer.decoding.alignment import ctc_alignment
+from splitformer.decoding.context import ContextGraph
+from splitformer.decoding.prefixes import Prefixes, check_no_nan
+from splitformer.greedy import Hypothesis, check_log_probs
+
+
+@torch.no_grad()
+def prefix_beam_search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam_size: int = 8,
+    blank_penalty: float = 0.0,
+    context: ContextGraph | None = None,
+) -> list[Hypothesis]:
+    """The most probable token sequence, which greedy search takes for that of the most probable alignment.
+
+    Prefix search of Graves et al., ICML 2006, section 3.2, with a beam, frame by frame (Hannun et al., "First-pass
+    large vocabulary continuous speech recognition using bi-directional recurrent DNNs", 2014). The B prefixes of all
+    utterances are tensors; the only loop is over frames.
+
+    Args:
+      log_probs: (N, T', V), log-probabilities; symbol 0 is the blank.
+      lengths: (N,), output frames of each utterance, in any order; what lies behind them is ignored.
+      beam_size: B, prefixes kept for each utterance.
+      blank_penalty: subtracted from the blank's log-probability in every frame (nats); above 0, fewer deletions.
+      context: phrases to favour, built for V tokens.
+    Returns:
+      N hypotheses in the order of the batch. `score` is the log of the summed probability of the alignments that
+      survived the beam, less blank_penalty for each blank, plus the score of the context graph. `timestamps` are of
+      the tokens' best alignment (ctc_alignment), which blank_penalty does not change.
+    Raises:
+      ValueError: where shapes, lengths or the context graph's vocabulary do not fit, for NaN, and for beam_size
+        below 1.
+    """
+    check_log_probs(log_probs, lengths)
+    batch, _, vocab_size = log_probs.shape
+    prefixes = Prefixes(batch, beam_size, vocab_size, context, log_probs.device)
+    if batch == 0:
+        return []
+    lengths = lengths.to(log_probs.device)
+    frames = int(lengths.max())
+    inside = torch.arange(frames, device=log_probs.device) < lengths.unsqueeze(1)
+    check_no_nan(log_probs[:, :frames], inside, "log_probs")
+    # behind its end an utterance goes on with a blank of probability 1, which changes nothing
+    certain_blank = torch.full((vocab_size,), -math.inf, dtype=torch.float64, device=log_probs.device)
+    certain_blank[0] = 0.0
+    penalty = torch.zeros_like(certain_blank)
+    penalty[0] = blank_penalty
+
+    # log-probabilities (N, B) of a prefix by alignments that end in a blank, and in its last token
+    ends_in_blank = prefixes.only_first()
+    ends_in_token = torch.full_like(ends_in_blank, -math.inf)
+    for frame in range(frames):
+        symbol_log_prob = log_probs[:, frame].double() - penalty  # (N, V)
+        symbol_log_prob = torch.where(inside[:, frame : frame + 1], symbol_log_prob, certain_blank)
+        last = prefixes.last
+        last_log_prob = symbol_log_prob.gather(1, last)
+        total = torch.logaddexp(ends_in_blank, ends_in_token)
+
+        # extend each prefix by each token; by its last one only after a blank
+        candidates = total.unsqueeze(2) + symbol_log_prob.unsqueeze(1)
+        candidates.scatter_(2, last.unsqueeze(2), (ends_in_blank + last_log_prob).unsqueeze(2))
+        # keep each prefix: by a blank, by its last token once more, or by that token from its parent
+        from_parent = prefixes.through_parents(candidates).logsumexp(dim=1)
+        prefixes.drop_merged(candidates)
+        ends_in_blank = total + symbol_log_prob[:, :1]
+        ends_in_token = torch.logaddexp(ends_in_token + last_log_prob, from_parent)
+        candidates[:, :, 0] = torch.logaddexp(ends_in_blank, ends_in_token)
+
+        choice = prefixes.advance(candidates)
+        prefixes.record(choice.source, choice.symbol)
+        kept = choice.symbol == 0
+        extended = candidates.flatten(1).gather(1, choice.index)
+        ends_in_blank = ends_in_blank.gather(1, choice.source).masked_fill(~kept, -math.inf)
+        ends_in_token = torch.where(kept, ends_in_token.gather(1, choice.source), extended)
+
+    score, slot = (torch.logaddexp(ends_in_blank, ends_in_token) + prefixes.context_total()).max(dim=1)
+    tokens = [found for found, _ in prefixes.trace(slot)]
+    timestamps = ctc_alignment(log_probs, lengths, tokens)
+    return [Hypothesis(*found) for found in zip(tokens, timestamps, score.tolist())]
