@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from splitformer.model.decoder import Decoder
+from splitformer.model.joiner import Joiner
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -65,4 +68,27 @@ def ctc_greedy_search(log_probs: Tensor, lengths: Tensor, blank_id: int = 0) -> 
     for utterance, score in enumerate(scores):
         timestamps = starts[utterance].nonzero().squeeze(1)
         hypotheses.append(Hypothesis(symbols[utterance, timestamps].tolist(), timestamps.tolist(), score))
+    return hypotheses
+
+
+def transducer_greedy_search(
+    decoder: Decoder, joiner: Joiner, encoder_out: Tensor, lengths: Tensor, blank_penalty: float = 0.0
+) -> list[Hypothesis]:
+    """Stand-in: at most one symbol a frame, the best one."""
+    hypotheses = []
+    for encoded, length in zip(joiner.encoder_proj(encoder_out), lengths.tolist()):
+        tokens: list[int] = []
+        timestamps: list[int] = []
+        score, context = 0.0, decoder.start(1)
+        for frame in range(length):
+            logits = joiner(encoded[frame], joiner.decoder_proj(decoder(context)[0, 0]))
+            log_probs = logits.float().log_softmax(dim=0)
+            log_probs[0] -= blank_penalty
+            best = int(log_probs.argmax())
+            score += log_probs[best].item()
+            if best != 0:
+                tokens.append(best)
+                timestamps.append(frame)
+                context = torch.cat([context[:, 1:], context.new_tensor([[best]])], dim=1)
+        hypotheses.append(Hypothesis(tokens, timestamps, score))
     return hypotheses
