@@ -126,13 +126,15 @@ stage_lm() {
     fi
 }
 
-# 6: the decoding graph HLG
+# 6: the decoding graphs: HLG for CTC, LG for transducers
 stage_graphs() {
     local lang lm
     lang=$(made_from "$lang_dir/L_disambig.pt")
     lm=$(made_from "$arpa")
     make_artefact "$lang_dir/HLG.pt" "lang $lang lm $lm" \
         run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa"
+    make_artefact "$lang_dir/LG.pt" "lang $lang lm $lm" \
+        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa" --graph lg
 }
 
 # Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.

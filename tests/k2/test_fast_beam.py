@@ -1,0 +1,475 @@
+"""The transducer's k2 searches against enumeration of every alignment, path of the graph and word sequence."""
+
+import itertools
+import math
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import k2
+import pytest
+import torch
+
+from splitformer.data.ngram import EOS, NgramModel, estimate_arpa
+from splitformer.decoding.fast_beam import (
+    FAST_BEAM,
+    fast_beam_search,
+    fast_beam_search_nbest,
+    fast_beam_search_nbest_LG,
+)
+from splitformer.decoding.graphs import compile_lg, context_graph_fsa, save_lg, trivial_graph
+from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols
+from splitformer.decoding.transducer_lattice import FastBeam
+from splitformer.greedy import transducer_greedy_search
+from splitformer.model.decoder import Decoder
+from splitformer.model.joiner import Joiner
+
+WIDE = FastBeam(beam=1000.0, max_contexts=1000, max_states=100000)
+V, D = 4, 6
+
+TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b"]
+SPELLINGS = {"A": [3], "A2": [3], "AA": [3, 3], "AB": [3, 4], "B": [4], "BA": [4, 3]}
+TEXT = "A B\nA AB BA\nB A2 A2\nAA B\nA B AB\nBA A2 B\nB B\nAB\nA AA\nB A2\n"
+
+
+def transducer(seed: int, vocab_size: int = V, context_size: int = 2, peaky: float = 3.0) -> tuple[Decoder, Joiner]:
+    torch.manual_seed(seed)
+    decoder, joiner = Decoder(vocab_size, 5, context_size), Joiner(D, 5, 7, vocab_size)
+    with torch.no_grad():  # at their initial size the weights would make all tokens alike
+        for weight in (*decoder.parameters(), *joiner.parameters()):
+            weight.mul_(peaky)
+        decoder.embedding.weight[0] = 0.0
+    return decoder, joiner
+
+
+def frames_of(seed: int, batch: int, frames: int) -> torch.Tensor:
+    return torch.randn(batch, frames, D, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+@torch.no_grad()
+def alignments(decoder, joiner, encoded, symbols, blank_penalty=0.0) -> dict[tuple[int, ...], float]:
+    """Every alignment of the frames (T', D), one symbol of `symbols` or a blank each, with its log-probability."""
+    table = {}
+
+    def log_probs(frame: int, context: tuple[int, ...]) -> list[float]:
+        if (frame, context) not in table:
+            predicted = decoder(torch.tensor([context]))[0, 0]
+            logits = joiner(joiner.encoder_proj(encoded[frame]), joiner.decoder_proj(predicted))
+            table[frame, context] = logits.double().log_softmax(dim=0).tolist()
+        return table[frame, context]
+
+    scores = {}
+    for alignment in itertools.product((0, *symbols), repeat=len(encoded)):
+        context, score = (0,) * decoder.context_size, 0.0
+        for frame, symbol in enumerate(alignment):
+            score += log_probs(frame, context)[symbol] - (blank_penalty if symbol == 0 else 0.0)
+            if symbol:
+                context = (*context[1:], symbol)
+        scores[alignment] = score
+    return scores
+
+
+def tokens_of(alignment: tuple[int, ...]) -> list[int]:
+    return [symbol for symbol in alignment if symbol]
+
+
+def frames_spoken(alignment: tuple[int, ...]) -> list[int]:
+    return [frame for frame, symbol in enumerate(alignment) if symbol]
+
+
+def log_sum(scores) -> float:
+    return torch.tensor(list(scores), dtype=torch.float64).logsumexp(dim=0).item()
+
+
+def summed(scores) -> dict[tuple, float]:
+    """(key, score) pairs to the log-sum of each key's scores."""
+    groups = defaultdict(list)
+    for key, score in scores:
+        groups[key].append(score)
+    return {key: log_sum(group) for key, group in groups.items()}
+
+
+def winner(totals: dict) -> tuple:
+    best = max(totals, key=totals.get)
+    # a tie would make the test depend on rounding
+    assert sum(total > totals[best] - 1e-4 for total in totals.values()) == 1
+    return best
+
+
+def single(found):
+    [hypothesis], fallen_back = found
+    assert fallen_back == []
+    return hypothesis
+
+
+@pytest.mark.parametrize("context_size", [1, 2, 3])
+@pytest.mark.parametrize("frames", [1, 4, 5])
+def test_best_path_equals_enumeration(context_size, frames):
+    graph = trivial_graph(V)
+    last_frame_spoken = 0
+    for seed in range(6):
+        decoder, joiner = transducer(seed, context_size=context_size)
+        encoder_out, penalty = frames_of(seed, 1, frames), 0.7 * (seed % 3)
+        scores = alignments(decoder, joiner, encoder_out[0], range(1, V), penalty)
+        best = winner(scores)
+        found = single(
+            fast_beam_search(decoder, joiner, encoder_out, torch.tensor([frames]), graph, WIDE, blank_penalty=penalty)
+        )
+        assert (found.tokens, found.timestamps) == (tokens_of(best), frames_spoken(best))
+        assert found.score == pytest.approx(scores[best], abs=1e-4)
+        assert found.score >= max(scores.values()) - 1e-4 and found.words is None
+        last_frame_spoken += best[-1] != 0
+    assert last_frame_spoken > 0
+
+
+def test_nbest_equals_the_highest_sum_of_alignments():
+    graph, differs = trivial_graph(V), 0
+    for seed in range(12):
+        decoder, joiner = transducer(seed, peaky=1.5)
+        encoder_out = frames_of(seed, 1, 4)
+        scores = alignments(decoder, joiner, encoder_out[0], range(1, V))
+        totals = summed((tuple(tokens_of(alignment)), score) for alignment, score in scores.items())
+        best = winner(totals)
+        own = {alignment: score for alignment, score in scores.items() if tuple(tokens_of(alignment)) == best}
+        found = single(
+            fast_beam_search_nbest(
+                decoder, joiner, encoder_out, torch.tensor([4]), graph, WIDE, num_paths=2000, nbest_scale=0.5
+            )
+        )
+        assert tuple(found.tokens) == best
+        assert found.timestamps == frames_spoken(max(own, key=own.get))
+        assert found.score == pytest.approx(totals[best], abs=1e-4)
+        best_path = tuple(tokens_of(max(scores, key=scores.get)))
+        differs += best_path != best
+        few = single(
+            fast_beam_search_nbest(
+                decoder, joiner, encoder_out, torch.tensor([4]), graph, WIDE, num_paths=1, nbest_scale=0.1
+            )
+        )
+        assert few.score >= totals[best_path] - 1e-4
+    assert differs > 0  # the best path alone is not the answer
+
+
+def write_lang(lang_dir: Path, spellings: dict[str, list[int]] = SPELLINGS, text: str = TEXT) -> NgramModel:
+    (lang_dir / "tokens.txt").write_text("".join(f"{token} {i}\n" for i, token in enumerate(TOKENS)))
+    (lang_dir / "text").write_text(text)
+    prepare_lang(lang_dir, spellings, spellings.__getitem__)
+    return estimate_arpa(lang_dir / "text", lang_dir / "2.arpa", order=2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(LG, words, bigram): in an interpolated bigram no back-off path beats the n-gram itself."""
+    lang_dir = tmp_path_factory.mktemp("lang")
+    model = write_lang(lang_dir)
+    save_lg(compile_lg(lang_dir, lang_dir / "2.arpa", report=lambda line: None), lang_dir)
+    return load_graph(lang_dir / "LG.pt"), read_symbols(lang_dir / "words.txt"), model
+
+
+def test_command_makes_LG(small, tmp_path, repo_root):
+    lg, _, _ = small
+    write_lang(tmp_path)
+
+    def run(*arguments):
+        command = [sys.executable, repo_root / "local" / "compile_graphs.py", "--lang-dir", tmp_path]
+        command += ["--arpa", tmp_path / "2.arpa", "--graph", "lg", *arguments]
+        environment = {"PYTHONPATH": str(repo_root), "PATH": ""}
+        return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert f"LG.pt: {lg.shape[0]} states, {lg.num_arcs} arcs" in done.stdout
+    made = load_graph(tmp_path / "LG.pt")
+    assert torch.equal(made.arcs.values(), lg.arcs.values()) and made.aux_labels == lg.aux_labels
+    assert not (tmp_path / "HLG.pt").exists()
+    assert int(made.labels[made.labels != -1].min()) > 0 and int(made.labels.max()) < len(TOKENS)
+    failed = run("--modified-topology")
+    assert failed.returncode != 0 and "no CTC topology" in failed.stderr
+
+
+def word_sequences(tokens: tuple[int, ...]):
+    """Every word sequence that is spelled so."""
+    if not tokens:
+        yield ()
+    for word, spelling in SPELLINGS.items():
+        if tokens[: len(spelling)] == tuple(spelling):
+            for rest in word_sequences(tokens[len(spelling) :]):
+                yield (word, *rest)
+
+
+def lm_score(model: NgramModel, words: tuple[str, ...]) -> float:
+    history = ["<s>"]
+    total = 0.0
+    for word in (*words, EOS):
+        total += model.log10_prob(word, history) * math.log(10)
+        history.append(word)
+    return total
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4, 2.5])
+def test_LG_best_path_equals_enumeration(small, scale):
+    lg, words, model = small
+    assert lg.vocab_size == len(TOKENS)
+    before = lg.arcs.values().clone(), lg.aux_labels.clone(), lg.labels
+    last_frame_spoken = 0
+    for seed in range(8):
+        decoder, joiner = transducer(seed, len(TOKENS))
+        encoder_out = frames_of(seed, 1, 5)
+        totals = {
+            (alignment, sentence): score + scale * lm_score(model, sentence)
+            for alignment, score in alignments(decoder, joiner, encoder_out[0], (3, 4), 0.5).items()
+            for sentence in word_sequences(tuple(tokens_of(alignment)))
+        }
+        alignment, sentence = best = winner(totals)
+        found = single(
+            fast_beam_search(
+                decoder, joiner, encoder_out, torch.tensor([5]), lg, WIDE, 0.5, words=words, ngram_lm_scale=scale
+            )
+        )
+        assert tuple(found.words) == sentence
+        assert (found.tokens, found.timestamps) == (tokens_of(alignment), frames_spoken(alignment))
+        assert found.score == pytest.approx(totals[best], abs=1e-3)
+        last_frame_spoken += alignment[-1] != 0
+    assert last_frame_spoken > 0
+    assert torch.equal(lg.arcs.values(), before[0]) and lg.aux_labels == before[1]
+    assert not hasattr(lg, "graph_scores")
+
+
+def graph_paths(graph: k2.Fsa, tokens: list[int]) -> list[tuple[tuple[int, ...], float]]:
+    """(words, score) of each path of LG that reads the tokens and ends."""
+    leaving = defaultdict(list)
+    for (source, target, label, _), score, written in zip(
+        graph.arcs.values().tolist(), graph.scores.tolist(), graph.aux_labels.tolist()
+    ):
+        leaving[source, label].append((target, score, tuple(word for word in written if word > 0)))
+    reached = [(0, (), 0.0)]
+    for token in (*tokens, -1):
+        reached = [
+            (target, sentence + written, total + score)
+            for state, sentence, total in reached
+            for target, score, written in leaving[state, token]
+        ]
+    return [(sentence, total) for _, sentence, total in reached]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+def test_nbest_LG_equals_the_highest_sum_of_paths(small, scale):
+    lg, words, _ = small
+    differs = 0
+    for seed in range(8):
+        decoder, joiner = transducer(seed, len(TOKENS), peaky=1.5)
+        encoder_out = frames_of(seed, 1, 4)
+        scores = [
+            ((sentence, alignment), score + scale * graph)
+            for alignment, score in alignments(decoder, joiner, encoder_out[0], (3, 4)).items()
+            for sentence, graph in graph_paths(lg, tokens_of(alignment))
+        ]
+        totals = summed((sentence, score) for (sentence, _), score in scores)
+        best = winner(totals)
+        own = {alignment: score for (sentence, alignment), score in scores if sentence == best}
+        alignment = max(own, key=own.get)
+        found = single(
+            fast_beam_search_nbest_LG(
+                decoder, joiner, encoder_out, torch.tensor([4]), lg, words, WIDE, num_paths=3000, ngram_lm_scale=scale
+            )
+        )
+        assert found.words == [words[i] for i in best]
+        assert (found.tokens, found.timestamps) == (tokens_of(alignment), frames_spoken(alignment))
+        assert found.score == pytest.approx(totals[best], abs=1e-3)
+        differs += max(scores, key=lambda entry: entry[1])[0][0] != best
+    assert differs > 0
+
+
+def biasing(seed: int, states: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arcs in no order, final scores: a complete automaton at random."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.cartesian_prod(torch.arange(states), torch.arange(1, V)).float()
+    to = torch.randint(states, (len(pairs), 1), generator=generator).float()
+    scores = 2 * torch.randn(len(pairs), 1, generator=generator)
+    arcs = torch.cat([pairs[:, :1], to, pairs[:, 1:], scores], dim=1)
+    return arcs[torch.randperm(len(arcs), generator=generator)], 2 * torch.randn(states, generator=generator)
+
+
+@pytest.mark.parametrize("search", ["best", "nbest"])
+def test_context_automaton_equals_enumeration(search):
+    changed = 0
+    for seed in range(10):
+        decoder, joiner = transducer(seed)
+        encoder_out = frames_of(seed, 1, 4)
+        arcs, final_scores = biasing(seed)
+        move = {(int(s), int(token)): (int(to), score) for s, to, token, score in arcs.tolist()}
+        plain = alignments(decoder, joiner, encoder_out[0], range(1, V))
+        scores = {}
+        for alignment, score in plain.items():
+            state = 0
+            for token in tokens_of(alignment):
+                state, bonus = move[state, token]
+                score += bonus
+            scores[alignment] = score + final_scores[state].item()
+        arguments = decoder, joiner, encoder_out, torch.tensor([4]), context_graph_fsa(arcs, final_scores), WIDE
+        if search == "best":
+            best = winner(scores)
+            found = single(fast_beam_search(*arguments))
+            assert (found.tokens, found.timestamps) == (tokens_of(best), frames_spoken(best))
+            assert found.score == pytest.approx(scores[best], abs=1e-4)
+            changed += best != max(plain, key=plain.get)
+        else:
+            totals = summed((tuple(tokens_of(alignment)), score) for alignment, score in scores.items())
+            best = winner(totals)
+            found = single(fast_beam_search_nbest(*arguments, num_paths=2000))
+            assert tuple(found.tokens) == best
+            assert found.score == pytest.approx(totals[best], abs=1e-4)
+            changed += best != tuple(tokens_of(max(plain, key=plain.get)))
+    assert changed > 0
+
+
+def test_incomplete_automata_are_refused():
+    arcs, final_scores = biasing(0)
+    twice, outside, blank = arcs.clone(), arcs.clone(), arcs.clone()
+    twice[0] = twice[1]
+    outside[0, 1] = 3
+    blank[arcs[:, 2] == 1, 2] = 0
+    for wrong in (arcs[1:], twice, outside, blank, torch.cat([arcs, arcs[:1]])):
+        with pytest.raises(ValueError, match="complete deterministic"):
+            context_graph_fsa(wrong, final_scores)
+    with pytest.raises(ValueError, match="complete deterministic"):
+        context_graph_fsa(arcs, final_scores[:-1])
+    with pytest.raises(ValueError, match=r"\(A, 4\)"):
+        context_graph_fsa(arcs[:, :3], final_scores)
+
+
+def same(a, b) -> bool:
+    return (a.tokens, a.timestamps, a.words) == (b.tokens, b.timestamps, b.words) and abs(a.score - b.score) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["best", "nbest", "context", "LG", "nbest_LG"])
+def test_batch_order_and_padding_change_nothing(small, kind):
+    lg, words, _ = small
+    decoder, joiner = transducer(3, len(TOKENS) if "LG" in kind else V)
+    beam = FastBeam(beam=8.0, max_contexts=5, max_states=20)  # narrow enough to cut
+    graph = {"LG": lg, "nbest_LG": lg, "context": context_graph_fsa(*biasing(4))}.get(kind, trivial_graph(V))
+
+    def search(encoder_out, lengths):
+        arguments = decoder, joiner, encoder_out, lengths, graph
+        if kind == "nbest":
+            return fast_beam_search_nbest(*arguments, beam, num_paths=50)
+        if kind == "nbest_LG":
+            return fast_beam_search_nbest_LG(*arguments, words, beam, num_paths=50)
+        return fast_beam_search(*arguments, beam, words=words if kind == "LG" else None)
+
+    encoder_out, lengths = frames_of(7, 6, 12), torch.tensor([7, 12, 0, 1, 12, 3])
+    together, fallen_back = search(encoder_out, lengths)
+    assert together[2].tokens == [] and together[2].score == 0.0 and 2 not in fallen_back
+    assert any(hypothesis.tokens for hypothesis in together)
+    for i, length in enumerate(lengths.tolist()):
+        [alone], fell = search(encoder_out[i : i + 1, :length], lengths[i : i + 1])
+        assert same(alone, together[i]) and (fell == [0]) == (i in fallen_back)
+    noisy = encoder_out.clone()
+    for i, length in enumerate(lengths.tolist()):
+        noisy[i, length:] = math.nan
+    order = [5, 2, 1, 4, 0, 3]
+    shuffled, fell = search(noisy[order], lengths[order])
+    assert all(same(found, together[i]) for found, i in zip(shuffled, order))
+    assert sorted(order[i] for i in fell) == fallen_back
+
+
+def test_empty_lattices_are_named_and_fall_back():
+    """The graph accepts three tokens, no more and no less: two frames are too few for them."""
+    graph = k2.linear_fsa([1, 2, 3])
+    decoder, joiner = transducer(5)
+    with torch.no_grad():
+        joiner.output_linear.bias[0] += 8.0  # greedy search finds blanks, whose score shows the penalty
+    encoder_out, lengths = frames_of(5, 4, 6), torch.tensor([2, 6, 0, 3])
+    for search in (fast_beam_search, fast_beam_search_nbest):
+        found, fallen_back = search(decoder, joiner, encoder_out, lengths, graph, WIDE, 0.5)
+        assert fallen_back == [0]
+        greedy = transducer_greedy_search(decoder, joiner, encoder_out[:1], lengths[:1], blank_penalty=0.5)
+        assert same(found[0], greedy[0])
+        assert found[1].tokens == found[3].tokens == [1, 2, 3] and found[3].timestamps == [0, 1, 2]
+        assert found[2].tokens == []
+        # all of them empty, and a batch without any frame
+        assert search(decoder, joiner, encoder_out, torch.tensor([1, 2, 2, 1]), graph, WIDE)[1] == [0, 1, 2, 3]
+        found, fallen_back = search(decoder, joiner, encoder_out, torch.tensor([0, 0, 0, 0]), graph, WIDE)
+        assert [hypothesis.tokens for hypothesis in found] == [[]] * 4 and fallen_back == []
+
+
+def test_a_narrow_beam_that_ends_inside_a_word_falls_back(tmp_path):
+    """b is no word here, it only begins "b a"."""
+    write_lang(tmp_path, {"BA": [4, 3], "A": [3]}, "BA A BA\nA\n")
+    lg = compile_lg(tmp_path, tmp_path / "2.arpa", report=lambda line: None)
+    words = read_symbols(tmp_path / "words.txt")
+    decoder, joiner = transducer(0, len(TOKENS))
+    with torch.no_grad():
+        joiner.output_linear.bias[4] += 6.0  # b is what it hears most
+    encoder_out, lengths = frames_of(0, 12, 4), torch.full((12,), 4)
+    narrow = FastBeam(beam=20.0, max_contexts=1, max_states=2)
+    for search in (fast_beam_search, fast_beam_search_nbest_LG):
+        found, fallen_back = search(decoder, joiner, encoder_out, lengths, lg, beam=narrow, words=words)
+        assert 0 < len(fallen_back) < 12
+        greedy = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
+        for i, hypothesis in enumerate(found):
+            assert (hypothesis.words is None) == (i in fallen_back)
+            assert i not in fallen_back or same(hypothesis, greedy[i])
+        assert search(decoder, joiner, encoder_out, lengths, lg, beam=WIDE, words=words)[1] == []
+
+
+def test_an_end_beyond_the_beam_is_not_lost():
+    """Each path must pay 50 nats where it ends, more than going on costs; the score of the end counts."""
+    arcs, _ = biasing(0)
+    decoder, joiner = transducer(6)
+    encoder_out, lengths = frames_of(6, 3, 8), torch.tensor([8, 5, 8])
+    narrow = FastBeam(beam=1.0, max_contexts=2, max_states=4)
+    free, _ = fast_beam_search(decoder, joiner, encoder_out, lengths, context_graph_fsa(arcs, torch.zeros(3)), narrow)
+    dear, fallen_back = fast_beam_search(
+        decoder, joiner, encoder_out, lengths, context_graph_fsa(arcs, torch.full((3,), -50.0)), narrow
+    )
+    assert fallen_back == []
+    assert [a.tokens for a in dear] == [b.tokens for b in free]
+    assert [a.score + 50 for a in dear] == pytest.approx([b.score for b in free], abs=1e-3)
+
+
+def test_narrow_beams_still_find_a_path():
+    decoder, joiner = transducer(6)
+    encoder_out, lengths = frames_of(6, 3, 30), torch.tensor([30, 20, 11])
+    wide, _ = fast_beam_search(decoder, joiner, encoder_out, lengths, trivial_graph(V), WIDE)
+    for beam in (FAST_BEAM, FastBeam(1.0, 1, 2), FastBeam(0.01, 1, 2), FastBeam(20.0, 2, 4)):
+        found, fallen_back = fast_beam_search(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam)
+        assert fallen_back == []
+        assert all(a.score <= b.score + 1e-4 for a, b in zip(found, wide))
+    greedy = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
+    assert all(a.score <= b.score + 1e-4 for a, b in zip(greedy, wide))
+
+
+def test_wrong_arguments_are_named(small):
+    lg, words, _ = small
+    decoder, joiner = transducer(0)
+    encoder_out, lengths = frames_of(0, 2, 4), torch.tensor([4, 3])
+    search = fast_beam_search
+    for graph in (
+        lg,
+        trivial_graph(5),
+        context_graph_fsa(torch.tensor([[0, 0, t, 0.0] for t in range(1, 5)]), torch.zeros(1)),
+    ):
+        with pytest.raises(ValueError, match="made for 5 tokens, the decoder has 4"):
+            search(decoder, joiner, encoder_out, lengths, graph)
+    graph = trivial_graph(V)
+    with pytest.raises(ValueError, match=r"0\.\.4"):
+        search(decoder, joiner, encoder_out, torch.tensor([5, 4]), graph)
+    with pytest.raises(ValueError, match="float32"):
+        search(decoder, joiner, encoder_out, lengths.float(), graph)
+    with pytest.raises(ValueError, match=r"\(N, T', D\)"):
+        search(decoder, joiner, encoder_out[0], lengths, graph)
+    with pytest.raises(ValueError, match="NaN"):
+        search(decoder, joiner, encoder_out * math.nan, lengths, graph)
+    with pytest.raises(ValueError, match="ngram_lm_scale 0"):
+        search(decoder, joiner, encoder_out, lengths, graph, ngram_lm_scale=0)
+    with pytest.raises(ValueError, match="writes none"):
+        search(decoder, joiner, encoder_out, lengths, graph, words=words)
+    with pytest.raises(ValueError, match="epsilons"):
+        search(decoder, joiner, encoder_out, lengths, k2.linear_fsa([1, 0, 3]))
+    with pytest.raises(ValueError, match="num_paths 0"):
+        fast_beam_search_nbest(decoder, joiner, encoder_out, lengths, graph, num_paths=0)
+    for wrong in ((0.0, 8, 64), (20.0, 0, 64), (20.0, 8, 8)):
+        with pytest.raises(ValueError, match="FastBeam"):
+            FastBeam(*wrong)
