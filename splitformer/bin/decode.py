@@ -91,14 +91,14 @@ def decode(args: argparse.Namespace) -> None:
         return tokenizer.decode(tokens).split()
 
     if "greedy_search" in args.methods:
-        searches["greedy_search"] = greedy_search(spell)
+        searches["greedy_search"] = greedy_search
     if "ctc-decoding" in args.methods:
-        searches["ctc-decoding"] = ctc_topology_search(spell, tokenizer.vocab_size, device)
+        searches["ctc-decoding"] = ctc_topology_search(tokenizer.vocab_size, device)
     if "1best" in args.methods:
         weights = [OneBestWeights()]
         if args.tune_set:
             weights = list(itertools.starmap(OneBestWeights, itertools.product(args.hlg_scales, args.blank_penalties)))
-        searches |= one_best_searches(args.lang_dir, spell, device, weights)
+        searches |= one_best_searches(args.lang_dir, device, weights)
 
     costs = complexity(model.encoder, model.ctc_heads, config.model.num_mel_bins)
     chosen = dict.fromkeys(config.model.exit_layers, OneBestWeights())
@@ -106,7 +106,7 @@ def decode(args: argparse.Namespace) -> None:
         batches = evaluation_batches(load_cuts([sets[name]]), tokenizer, args.max_duration)
         bar = tqdm(batches, desc=f"decoding {name}", unit="batch", disable=None, leave=False)
         needed = searches if name == args.tune_set else _only(searches, set(chosen.values()))
-        decoded = decode_cuts(model, bar, needed, device)
+        decoded = decode_cuts(model, bar, needed, spell, device)
         if name == args.tune_set:
             chosen |= _choose_weights(decoded)
         for (layer, key), found in decoded.items():
@@ -171,11 +171,16 @@ class Decoded:
 
 @torch.no_grad()  # not inference_mode: k2 asks tensors for their version
 def decode_cuts(
-    model: AsrModel, batches: Iterable[Batch], searches: Mapping[Hashable, Search], device: torch.device
+    model: AsrModel,
+    batches: Iterable[Batch],
+    searches: Mapping[Hashable, Search],
+    spell: Callable[[list[int]], list[str]],
+    device: torch.device,
 ) -> dict[tuple[int, Hashable], Decoded]:
     """{(exit layer, key of the search): what it found}; every batch passes the encoder once.
 
-    The time of an exit leaves out other exits' heads and other searches.
+    `spell` makes words of token ids, for hypotheses without words. The time of an exit leaves out other exits'
+    heads and other searches.
     """
     decoded: dict[tuple[int, Hashable], Decoded] = {}
     for batch in (b.to(device) for b in batches):
@@ -189,9 +194,10 @@ def decode_cuts(
             encoder_seconds += seconds
             log_probs, head_seconds = _timed(device, lambda out=exit_output: model.ctc_log_probs(out))
             for key, search in searches.items():
-                (words, fallen_back), search_seconds = _timed(
+                (hypotheses, fallen_back), search_seconds = _timed(
                     device, lambda s=search, p=log_probs, out=exit_output: s(p, out.lengths)
                 )
+                words = [h.words if h.words is not None else spell(h.tokens) for h in hypotheses]
                 entry = decoded.setdefault((exit_output.layer, key), Decoded())
                 entry.results += zip(batch.cut_ids, references, words, strict=True)
                 entry.fallbacks += len(fallen_back)

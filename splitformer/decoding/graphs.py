@@ -17,7 +17,7 @@ import k2
 import kaldilm
 import torch
 
-from splitformer.decoding.lang import BACKOFF, load_graph, read_symbols, save_graph
+from splitformer.decoding.lang import BACKOFF, load_graph, read_symbols, save_graph, words_checksum
 
 BYTES_PER_ARC = 16  # of k2: two states, a label, a score
 
@@ -45,7 +45,8 @@ def compile_hlg(
       report: is told each step with its size and time.
     Returns:
       HLG: labels are tokens with blanks as the topology has them, aux_labels words (ragged), scores natural
-      logarithms; its attributes `vocab_size` and `modified_topology` say what it was made for.
+      logarithms; its attributes `vocab_size`, `modified_topology` and `words_txt` (words_checksum) say what it was
+      made for. That of the modified topology has `tokens`: what each arc writes of the topology, 0 for nothing.
     Raises:
       FileNotFoundError, ValueError: where a file is missing or damaged, or the ARPA file and words.txt have
       no word in common.
@@ -85,9 +86,11 @@ def compile_hlg(
 
     lg.tokens = lg.labels
     hlg = k2.connect(k2.compose(ctc_topology(vocab_size, modified), lg, inner_labels="tokens"))
-    del hlg.tokens  # a copy of what aux_labels and labels say, the size of the labels
+    if not modified:
+        del hlg.tokens  # labels tell where a token starts; in the modified topology they do not
     hlg.vocab_size = vocab_size
     hlg.modified_topology = modified
+    hlg.words_txt = words_checksum(lang_dir / "words.txt")
     step("HLG", hlg)
     if hlg.num_arcs == 0:
         raise ValueError(f"HLG of {lang_dir} and {arpa} accepts nothing: do they belong to the same corpus?")
@@ -157,6 +160,40 @@ def arpa_words(arpa: str | Path) -> set[str]:
     if not words >= {"<s>", "</s>"}:
         raise ValueError(f"{arpa} lacks the unigrams <s> and </s>; estimate it on sentences with their edges")
     return words
+
+
+def compile_g(lang_dir: str | Path, arpa: str | Path, report: Callable[[str], None] = print) -> k2.Fsa:
+    """G, the n-gram model of an ARPA file as an acceptor of words, for rescoring lattices.
+
+    Returns:
+      an FsaVec of one FSA, arcs sorted by label. Labels are those of words.txt, among them #0, whose number is the
+      attribute `backoff`, on the arcs that back off. Every state but the final one has a loop with label 0, for what
+      a lattice reads between two words: so k2's intersection, to which 0 is a symbol like others, is exact.
+      `lm_scores` are the scores, which an intersection adds to those of the lattice; `words_txt` is words_checksum.
+    Raises:
+      FileNotFoundError, ValueError: as compile_hlg.
+    """
+    words_path = Path(lang_dir) / "words.txt"
+    words = read_symbols(words_path)
+    step = _Steps(report)
+    if not arpa_words(arpa) & set(words[: words.index(BACKOFF)]):
+        raise ValueError(f"{arpa} and {words_path} have no word in common; are they in the same case and language?")
+    g = grammar(arpa, words_path)
+    del g.aux_labels
+    step("G", g)
+    g = k2.create_fsa_vec([k2.arc_sort(k2.add_epsilon_self_loops(g))])
+    g.lm_scores = g.scores.clone()
+    g.backoff = words.index(BACKOFF)
+    g.words_txt = words_checksum(words_path)
+    step("G with loops", g)
+    return g
+
+
+def save_g(g: k2.Fsa, lang_dir: str | Path) -> Path:
+    """Write `lang_dir/G.pt`."""
+    path = Path(lang_dir) / "G.pt"
+    save_graph(g, path)
+    return path
 
 
 class _Steps:
