@@ -104,7 +104,7 @@ def one_best(
     return lattice.hypotheses(lattice.best_paths(), words)
 
 
-class Path(NamedTuple):
+class LatticePath(NamedTuple):
     """A path through a lattice: the arcs of its frames (numbers in Lattice.fsas), and its score in nats."""
 
     arcs: list[int]
@@ -129,7 +129,7 @@ class Lattice:
     log_probs: Tensor
     lengths: Tensor
 
-    def best_paths(self) -> list[Path | None]:
+    def best_paths(self) -> list[LatticePath | None]:
         """The best path of each of `utterances`; None where the lattice is empty."""
         if self.fsas is None:
             return []
@@ -137,7 +137,7 @@ class Lattice:
         return [path and path._replace(score=path.score * self.scale) for path in paths]
 
     def hypotheses(
-        self, paths: Sequence[Path | None], words: Sequence[str] | None = None
+        self, paths: Sequence[LatticePath | None], words: Sequence[str] | None = None
     ) -> tuple[list[Hypothesis], list[int]]:
         """The whole batch's hypotheses from one path, or none, for each of `utterances`.
 
@@ -162,7 +162,7 @@ class Lattice:
         # an utterance without output frames has no lattice to lose
         return result, [i for i in missing if self.lengths[i] > 0]
 
-    def _read(self, paths: Sequence[Path | None]) -> Iterator[tuple[int, Path, list[int], list[int]]]:
+    def _read(self, paths: Sequence[LatticePath | None]) -> Iterator[tuple[int, LatticePath, list[int], list[int]]]:
         """(utterance, path, for each frame the token that starts there or 0, word ids) of every path there is."""
         found = [(utterance, path) for utterance, path in zip(self.utterances, paths, strict=True) if path]
         if not found:
@@ -190,7 +190,7 @@ class Lattice:
             yield utterance, path, tokens, list(itertools.chain(*word_ids[start:end]))
 
 
-def best_paths(fsas: k2.Fsa) -> list[Path | None]:
+def best_paths(fsas: k2.Fsa) -> list[LatticePath | None]:
     """The best path of each FSA of an FsaVec that has the attribute `arc` of a Lattice, top-sorted; None without one.
 
     `score` is the sum of the FSA's scores.
@@ -201,7 +201,7 @@ def best_paths(fsas: k2.Fsa) -> list[Path | None]:
     ends = shape.row_splits(2)[shape.row_splits(1).long()].tolist()
     arcs, scores = paths.arc.tolist(), paths.scores.double().cpu()
     return [
-        Path([arcs[i] - 1 for i in range(first, end - 1) if arcs[i] > 0], scores[first:end].sum().item())
+        LatticePath([arcs[i] - 1 for i in range(first, end - 1) if arcs[i] > 0], scores[first:end].sum().item())
         if end > first
         else None
         for first, end in itertools.pairwise(ends)

@@ -24,7 +24,7 @@ import k2
 import torch
 from torch import Tensor
 
-from splitformer.decoding.ctc import Beam, Lattice, Path, best_paths, make_hlg_lattice
+from splitformer.decoding.ctc import Beam, Lattice, LatticePath, best_paths, make_hlg_lattice
 from splitformer.greedy import Hypothesis
 from splitformer.scoring import word_errors
 
@@ -207,10 +207,10 @@ class Nbest:
         acceptors.labels = torch.where(acceptors.labels == 0, g.backoff, acceptors.labels)
         return _total_scores(_intersect(g, acceptors, torch.zeros_like(self.words.shape.row_ids(1))))
 
-    def best(self, aligned: k2.Fsa, scores: Tensor) -> list[Path | None]:
+    def best(self, aligned: k2.Fsa, scores: Tensor) -> list[LatticePath | None]:
         """For each lattice the sequence of the largest score (the first of equals), by its best path in `aligned`.
 
-        Path.score is what `scores` says. None for lattices without a sequence, and where all scores are -inf.
+        LatticePath.score is what `scores` says. None for lattices without a sequence, and where all scores are -inf.
         """
         listed, splits = scores.tolist(), self.words.shape.row_splits(1).tolist()
         chosen = [

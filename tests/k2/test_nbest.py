@@ -160,14 +160,14 @@ def test_oracle_is_a_lower_bound_of_nbest(graphs, words):
         nbest_oracle(log_probs, lengths, hlg, words, references[:2], **options)
 
 
-def every_search(log_probs, lengths, hlg, words, g, references, beam=ALL):
+def every_search(log_probs, lengths, hlg, words, g, references, **options):
     """{name: (hypotheses, fallbacks)} with few paths, so that drawing others would show."""
     batch = (log_probs, lengths, hlg, words)
     return {
-        "nbest": nbest(*batch, 20, beam=beam),
-        "oracle": nbest_oracle(*batch, references, 20, beam=beam),
-        "rescored nbest": nbest_rescoring(*batch, g, [0.7], 20, beam=beam)[0.7],
-        "rescored lattice": whole_lattice_rescoring(*batch, g, [0.7], beam=beam)[0.7],
+        "nbest": nbest(*batch, 20, **options),
+        "oracle": nbest_oracle(*batch, references, 20, **options),
+        "rescored nbest": nbest_rescoring(*batch, g, [0.7], 20, **options)[0.7],
+        "rescored lattice": whole_lattice_rescoring(*batch, g, [0.7], **options)[0.7],
     }
 
 
@@ -176,9 +176,10 @@ def test_batch_equals_single(graphs, words):
     log_probs = torch.cat([random_log_probs(9, len(TOKENS), seed) for seed in range(4)])
     lengths = torch.tensor([7, 9, 0, 4])
     references = [["A"], ["B", "A"], ["A"], ["AB"]]
-    together = every_search(log_probs, lengths, hlg, words, g, references)
+    together = every_search(log_probs, lengths, hlg, words, g, references, beam=ALL)
     for i, length in enumerate(lengths.tolist()):
-        alone = every_search(log_probs[i : i + 1, :length], lengths[i : i + 1], hlg, words, g, references[i : i + 1])
+        one = slice(i, i + 1)
+        alone = every_search(log_probs[one, :length], lengths[one], hlg, words, g, references[one], beam=ALL)
         for name, ([found], fallbacks) in alone.items():
             expected = together[name][0][i]
             assert fallbacks == [] == together[name][1]
@@ -198,9 +199,10 @@ def test_empty_lattices_fall_back_and_are_counted(graphs, lang_dir, words, tmp_p
     g, _ = graphs(3)
     log_probs = torch.cat([random_log_probs(6, len(TOKENS), seed) for seed in range(4)])
     log_probs[:, :, 0] -= 30  # rather no blank: the empty sentence, which G has too, does not come into it
-    narrow = Beam(search_beam=1.0, output_beam=1.0, min_active_states=0, max_active_states=2)
+    options = {"beam": Beam(search_beam=1.0, output_beam=1.0, min_active_states=0, max_active_states=2)}
+    options |= {"hlg_scale": 0.8, "blank_penalty": 0.1}  # greedy search has neither
     greedy = ctc_greedy_search(log_probs, torch.tensor([2, 6, 0, 1]))
-    found = every_search(log_probs, torch.tensor([2, 6, 0, 1]), hlg, words, g, [["AA"]] * 4, narrow)
+    found = every_search(log_probs, torch.tensor([2, 6, 0, 1]), hlg, words, g, [["AA"]] * 4, **options)
     for name, (hypotheses, fallbacks) in found.items():
         assert fallbacks and 2 not in fallbacks, name
         for i in {*fallbacks, 2}:
@@ -210,7 +212,7 @@ def test_empty_lattices_fall_back_and_are_counted(graphs, lang_dir, words, tmp_p
     for length in (0, 1):
         lengths = torch.full((4,), length)
         for name, (hypotheses, fallbacks) in every_search(
-            log_probs, lengths, hlg, words, g, [["AA"]] * 4, narrow
+            log_probs, lengths, hlg, words, g, [["AA"]] * 4, **options
         ).items():
             assert hypotheses == ctc_greedy_search(log_probs, lengths), name
             assert fallbacks == ([0, 1, 2, 3] if length else []), name
@@ -230,8 +232,8 @@ def test_words_that_g_lacks_are_no_candidates(graphs, lang_dir, words):
         found, fallbacks = search(*batch, g, [0.0, 1.0], beam=ALL)[0.0]
         assert fallbacks == [] and set(found[0].words) <= {"B", "BA", "AB"}
         tight = Beam(search_beam=4.0, output_beam=1.0, min_active_states=1, max_active_states=1000)
-        found, fallbacks = search(*batch, g, [1.0], hlg_scale=0.1, beam=tight)[1.0]
-        assert fallbacks == [0] and found[1].words == ["B"]
+        for found, fallbacks in search(*batch, g, [0.0, 1.0], hlg_scale=0.1, beam=tight).values():
+            assert fallbacks == [0] and found[1].words == ["B"]
 
 
 def test_graphs_of_another_lang_dir_are_refused(graphs, lang_dir, words, tmp_path):
