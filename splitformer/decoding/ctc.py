@@ -105,7 +105,7 @@ def one_best(
 
 
 class LatticePath(NamedTuple):
-    """A path through a lattice: the arcs of its frames (numbers in Lattice.fsas), and its score in nats."""
+    """A path through a lattice: its arcs (numbers in Lattice.fsas), one a frame and the final one; its score (nats)."""
 
     arcs: list[int]
     score: float
@@ -163,7 +163,7 @@ class Lattice:
         return result, [i for i in missing if self.lengths[i] > 0]
 
     def _read(self, paths: Sequence[LatticePath | None]) -> Iterator[tuple[int, LatticePath, list[int], list[int]]]:
-        """(utterance, path, for each frame the token that starts there or 0, word ids) of every path there is."""
+        """(utterance, path, for each arc the token that starts there or <= 0, word ids) of every path there is."""
         found = [(utterance, path) for utterance, path in zip(self.utterances, paths, strict=True) if path]
         if not found:
             return
@@ -201,7 +201,7 @@ def best_paths(fsas: k2.Fsa) -> list[LatticePath | None]:
     ends = shape.row_splits(2)[shape.row_splits(1).long()].tolist()
     arcs, scores = paths.arc.tolist(), paths.scores.double().cpu()
     return [
-        LatticePath([arcs[i] - 1 for i in range(first, end - 1) if arcs[i] > 0], scores[first:end].sum().item())
+        LatticePath([arcs[i] - 1 for i in range(first, end) if arcs[i] > 0], scores[first:end].sum().item())
         if end > first
         else None
         for first, end in itertools.pairwise(ends)

@@ -139,6 +139,18 @@ def test_backing_off_needs_no_frame_of_its_own(graphs, words):
             check(found, fallbacks, totals(log_probs, True, model, 0.6))
 
 
+def test_rescoring_with_the_same_model_changes_nothing(graphs, words):
+    hlg, g = graphs(2, False)[0], graphs(2)[0]
+    batch = torch.cat([random_log_probs(40, len(TOKENS), seed) for seed in range(6)]), torch.full((6,), 40)
+    for scale in (0.5, 2.0):
+        best, _ = one_best(*batch, hlg, words, scale)
+        same, _ = whole_lattice_rescoring(*batch, hlg, words, g, [scale], hlg_scale=scale)[scale]
+        for found, expected in zip(same, best):
+            assert found.words == expected.words and found.score == pytest.approx(expected.score, abs=1e-3)
+        others, _ = whole_lattice_rescoring(*batch, hlg, words, graphs(3)[0], [scale], hlg_scale=scale)[scale]
+        assert [h.words for h in others] != [h.words for h in best]
+
+
 def test_oracle_is_a_lower_bound_of_nbest(graphs, words):
     hlg, _ = graphs(2, False)
     log_probs = torch.cat([random_log_probs(8, len(TOKENS), seed) for seed in range(12)])

@@ -18,6 +18,7 @@ from splitformer.data.tokenizer import Tokenizer, train_tokenizer
 from splitformer.decoding.ctc import HLG_BEAM, Beam, ctc_decoding, one_best
 from splitformer.decoding.graphs import arpa_words, compile_hlg, ctc_topology, save_hlg
 from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols
+from splitformer.decoding.searches import load_lang_graph
 from splitformer.greedy import Hypothesis, ctc_greedy_search
 from tests.k2.enumeration import (
     SPELLINGS,
@@ -345,6 +346,7 @@ def test_commands(tmp_path, repo_root):
         ("train_bpe.py", "--text", tmp_path / "spelling", "--lang-dir", lang, "--model-type", "char"),
         ("prepare_lang.py", "--lang-dir", lang, "--text", text, "--extra-words", tmp_path / "extra"),
         ("estimate_lm.py", "--text", text, "--arpa", arpa, "--extra-words", tmp_path / "extra"),
+        ("compile_graphs.py", "--grammar", "--lang-dir", lang, "--arpa", arpa),
         ("compile_graphs.py", "--lang-dir", lang, "--arpa", arpa),
     ):
         done = run(script, *arguments)
@@ -353,7 +355,8 @@ def test_commands(tmp_path, repo_root):
     assert "peak memory" in done.stdout
 
     tokenizer = Tokenizer(lang)
-    words, hlg = read_symbols(lang / "words.txt"), load_graph(lang / "HLG.pt")
+    words, hlg = read_symbols(lang / "words.txt"), load_lang_graph(lang, "HLG.pt")
+    assert load_lang_graph(lang, "G.pt").words_txt == hlg.words_txt
     found, _ = one_best(*spoken(tokenizer, ["ENTER EIGHT FOUR"]), hlg, words)
     assert found[0].words == ["ENTER", "EIGHT", "FOUR"]
 
