@@ -111,22 +111,27 @@ stage_lang() {
         run_python local/prepare_lang.py --lang-dir "$lang_dir" --text "$train_text" --extra-words "$extra_words_file"
 }
 
-# 5: n-gram language model, downloaded or estimated from the training text
+# 5: n-gram language models, downloaded or estimated from the training text: that of HLG and that of G, often one
 stage_lm() {
+    make_lm "$arpa" "$lm_order" "$lm_arpa_url"
+    if [[ $rescore_arpa != "$arpa" ]]; then make_lm "$rescore_arpa" "$rescore_lm_order" "$rescore_lm_arpa_url"; fi
+}
+
+# make_lm ARPA ORDER URL
+make_lm() {
     local words
-    if [[ -n $lm_arpa_url ]]; then
-        make_artefact "$arpa" "url $lm_arpa_url" \
-            run_python local/fetch_archive.py --url "$lm_arpa_url" --archive "$download_dir/${lm_arpa_url##*/}" \
-            --unpack "$arpa"
+    if [[ -n $3 ]]; then
+        make_artefact "$1" "url $3" \
+            run_python local/fetch_archive.py --url "$3" --archive "$download_dir/${3##*/}" --unpack "$1"
     else
         words=$(checksum "$train_text" "$extra_words_file")
-        make_artefact "$arpa" "order $lm_order words $words" \
-            run_python local/estimate_lm.py --text "$train_text" --order "$lm_order" --arpa "$arpa" \
+        make_artefact "$1" "order $2 words $words" \
+            run_python local/estimate_lm.py --text "$train_text" --order "$2" --arpa "$1" \
             --extra-words "$extra_words_file"
     fi
 }
 
-# 6: the decoding graphs: HLG for CTC, LG for transducers
+# 6: the decoding graphs: HLG for CTC, G to rescore its lattices, LG for transducers
 stage_graphs() {
     local lang lm
     lang=$(made_from "$lang_dir/L_disambig.pt")
@@ -134,7 +139,10 @@ stage_graphs() {
     make_artefact "$lang_dir/HLG.pt" "lang $lang lm $lm" \
         run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa"
     make_artefact "$lang_dir/LG.pt" "lang $lang lm $lm" \
-        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa" --graph lg
+        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa" --graph LG
+    lm=$(made_from "$rescore_arpa")
+    make_artefact "$lang_dir/G.pt" "lang $lang lm $lm" \
+        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$rescore_arpa" --graph G
 }
 
 # Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.

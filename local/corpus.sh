@@ -4,7 +4,7 @@
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
-    lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
+    lm_order rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
 corpus_flags=(strict estimate_lm)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
@@ -13,7 +13,7 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --subset NAME            part of the corpus, where it has parts
   --limit-utterances N     at most N utterances of each split, for a quick look
   --train-splits 'A B', --dev-splits, --test-splits, --token-type bpe|char, --vocab-size N, --lm-order N,
-  --speed-perturb true|false, --num-mel-bins N
+  --rescore-lm-order N, --speed-perturb true|false, --num-mel-bins N
                            instead of what the corpus says
   --fbank lhotse|kaldifeat what computes the features (default: lhotse)
   --num-jobs N             processes for data preparation (default: one per core)
@@ -26,7 +26,9 @@ num_jobs=$(cores) strict=false estimate_lm=false
 
 # Defaults of the corpus's description.
 train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
-lm_order=3 lm_arpa_url='' speed_perturb=false default_config=''
+lm_order=3 lm_arpa_url='' rescore_lm_order='' rescore_lm_arpa_url='' speed_perturb=false default_config=''
+# lm_* is the language model of HLG, rescore_lm_* that of G, which rescores lattices: by default the same one. Models
+# without a URL are estimated from the training text.
 subsets=''       # where the corpus has subsets: their names
 subset_tag=''    # added to the names of what depends on the subset
 corpus_source='' # what the audio and transcripts come from; another source means that they are made again
@@ -76,12 +78,15 @@ load_corpus() {
     [[ -z $subset ]] || contains "$subset" "${subset_list[@]}" ||
         option_error "unknown subset '$subset'; egs/$corpus has: ${subsets:-no subsets}"
     reapply_options
-    [[ $estimate_lm == false ]] || lm_arpa_url=''
+    [[ $estimate_lm == false ]] || lm_arpa_url='' rescore_lm_arpa_url=''
+    rescore_lm_order=${rescore_lm_order:-$lm_order}
+    # models of one order are one file, and one model
+    [[ $rescore_lm_order != "$lm_order" ]] || rescore_lm_arpa_url=$lm_arpa_url
     [[ ! -v "given[train_splits]" ]] || subset_tag+=_${train_splits// /+}
     check_choice token_type bpe char
     check_choice speed_perturb true false
     check_choice fbank lhotse kaldifeat
-    for each in vocab_size lm_order num_mel_bins num_jobs; do check_number "$each"; done
+    for each in vocab_size lm_order rescore_lm_order num_mel_bins num_jobs; do check_number "$each"; done
     for each in train_splits dev_splits test_splits; do
         [[ -n ${!each} ]] || option_error "$description sets no $each"
     done
@@ -100,6 +105,7 @@ load_corpus() {
     lm_dir=$data_dir/lm$subset_tag
     train_text=$lm_dir/train.txt
     arpa=$lm_dir/${lm_order}gram.arpa
+    rescore_arpa=$lm_dir/${rescore_lm_order}gram.arpa
     lang_dir=$data_dir/lang_$token_type
     [[ $token_type == char ]] || lang_dir+=_$vocab_size
     lang_dir+=$subset_tag

@@ -31,14 +31,18 @@ vocab_size=256
 speed_perturb=true
 default_config=splitformer
 
-# Language models of the corpus's authors (OpenSLR 11); the 4-gram is for rescoring, too large for a graph.
+# Language models of the corpus's authors (OpenSLR 11); the 4-gram, 1.4 GB and too large for
+# a search's graph, is for rescoring: --rescore-lm-order 4.
 openslr=https://www.openslr.org/resources
-lm_order=3
-if [[ ${given[lm_order]:-3} == 4 ]]; then
-    lm_arpa_url=$openslr/11/4-gram.arpa.gz
-else
-    lm_arpa_url=$openslr/11/3-gram.pruned.1e-7.arpa.gz
-fi
+lm_arpa_of() {
+    case $1 in
+        3) echo "$openslr/11/3-gram.pruned.1e-7.arpa.gz" ;;
+        4) echo "$openslr/11/4-gram.arpa.gz" ;;
+    esac # other orders are estimated from the training text
+}
+lm_order=3 rescore_lm_order=3
+lm_arpa_url=$(lm_arpa_of "${given[lm_order]:-$lm_order}")
+rescore_lm_arpa_url=$(lm_arpa_of "${given[rescore_lm_order]:-$rescore_lm_order}")
 
 declare -A archive_md5=(
     [dev-clean]=42e2234ba48799c1f50f24a7926300a1

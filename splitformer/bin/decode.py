@@ -1,23 +1,23 @@
 """Decode test sets at every exit and write the words, the errors and one JSON record per exit and method.
 
     python -m splitformer.bin.decode --checkpoint EXP/averaged.pt --cuts dev=CUTS test=CUTS --lang-dir LANG \
-        --methods greedy_search ctc-decoding 1best --tune-set dev --output-dir EXP/decode --corpus NAME
+        --tune-set dev --output-dir EXP/decode --corpus NAME [--methods greedy_search 1best ...]
 
-The model is rebuilt from the checkpoint alone. The weights of `1best` (of the language model, and a
-penalty on blanks) are chosen for each exit on the --tune-set, which is decoded first; no other set has a say.
+The model is rebuilt from the checkpoint alone. The options of a method (weights of the language model, a penalty on
+blanks) are chosen for each exit on the --tune-set, which is decoded first; no other set has a say.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,20 +28,20 @@ from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.searches import (
     METHODS,
-    OneBestWeights,
-    Search,
-    ctc_topology_search,
-    greedy_search,
-    one_best_searches,
+    Bias,
+    ExitView,
+    Method,
+    Options,
+    Weights,
+    default_methods,
+    make_methods,
 )
 from splitformer.model.asr import AsrModel
-from splitformer.model.complexity import complexity
+from splitformer.model.complexity import ExitCost, complexity, transducer_heads
 from splitformer.results import DecodeRecord, command_line, git_commit
 from splitformer.scoring import score, write_errs, write_recogs
 
 log = logging.getLogger(__name__)
-HLG_SCALES = (0.3, 0.5, 0.7, 1.0, 1.4)
-BLANK_PENALTIES = (0.0, 1.0, 2.0)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -50,14 +50,25 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="EXP/averaged.pt of bin/average, or an epoch")
     parser.add_argument("--cuts", nargs="+", required=True, metavar="NAME=PATH", help="the sets to decode")
     parser.add_argument("--lang-dir", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--tune-set", metavar="NAME", help="the set on which 1best's weights are chosen, of --cuts")
     parser.add_argument(
-        "--hlg-scales", type=float, nargs="+", default=HLG_SCALES, help="LM weights to choose from (1: as trained)"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        help="(default: greedy_search, ctc-decoding and 1best for CTC alone; with a transducer all)",
     )
+    parser.add_argument("--tune-set", metavar="NAME", help="the set on which options are chosen, of --cuts")
     parser.add_argument(
-        "--blank-penalties", type=float, nargs="+", default=BLANK_PENALTIES, help="nats, to choose from (0: none)"
+        "--hlg-scales", type=float, nargs="+", help="LM weights to choose from for CTC (1: as the LM was estimated)"
     )
+    parser.add_argument("--ngram-lm-scales", type=float, nargs="+", help="LM weights to choose from for a transducer")
+    parser.add_argument("--blank-penalties", type=float, nargs="+", help="nats, to choose from (0: none)")
+    parser.add_argument(
+        "--hot-words",
+        type=Path,
+        metavar="FILE",
+        help="phrases to favour, one a line, by prefix_beam_search, modified_beam_search and fast_beam_search",
+    )
+    parser.add_argument("--hot-word-boost", type=float, default=1.5, help="nats for each token of a phrase")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--corpus", required=True, help="the name that the records carry")
     parser.add_argument("--system", help="likewise (default: the exp_dir's name, less its -seedN)")
@@ -85,76 +96,80 @@ def decode(args: argparse.Namespace) -> None:
     sets = dict(_named_path(item) for item in args.cuts)
     if args.tune_set and args.tune_set not in sets:
         raise ValueError(f"--tune-set {args.tune_set} is not among --cuts: {', '.join(sets)}")
-    searches: dict[Hashable, Search] = {}
+    methods = make_methods(
+        _method_names(args.methods, config.model.heads),
+        args.lang_dir,
+        tokenizer.vocab_size,
+        device,
+        _weights(args),
+        _bias(args, tokenizer),
+    )
+    costs = _costs(model, config.model.num_mel_bins)
 
     def spell(tokens: list[int]) -> list[str]:
         return tokenizer.decode(tokens).split()
 
-    if "greedy_search" in args.methods:
-        searches["greedy_search"] = greedy_search(spell)
-    if "ctc-decoding" in args.methods:
-        searches["ctc-decoding"] = ctc_topology_search(spell, tokenizer.vocab_size, device)
-    if "1best" in args.methods:
-        weights = [OneBestWeights()]
-        if args.tune_set:
-            weights = list(itertools.starmap(OneBestWeights, itertools.product(args.hlg_scales, args.blank_penalties)))
-        searches |= one_best_searches(args.lang_dir, spell, device, weights)
-
-    costs = complexity(model.encoder, model.ctc_heads, config.model.num_mel_bins)
-    chosen = dict.fromkeys(config.model.exit_layers, OneBestWeights())
-    for name in sorted(sets, key=lambda name: name != args.tune_set):
-        batches = evaluation_batches(load_cuts([sets[name]]), tokenizer, args.max_duration)
-        bar = tqdm(batches, desc=f"decoding {name}", unit="batch", disable=None, leave=False)
-        needed = searches if name == args.tune_set else _only(searches, set(chosen.values()))
-        decoded = decode_cuts(model, bar, needed, device)
-        if name == args.tune_set:
-            chosen |= _choose_weights(decoded)
-        for (layer, key), found in decoded.items():
-            method, options = str(key), {"max_duration": args.max_duration}
-            if isinstance(key, OneBestWeights):
-                if key != chosen[layer]:
-                    continue
-                method = "1best"
-                options |= {**key._asdict(), "tuned_on": args.tune_set}
-            scored = score(found.results)
-            record = DecodeRecord(
-                corpus=args.corpus,
-                system=args.system or args.checkpoint.resolve().parent.name.rsplit("-seed", 1)[0],
-                seed=checkpoint["seed"],
-                test_set=name,
-                exit_layer=layer,
-                num_layers=config.model.num_layers,
-                method=method,
-                wer=scored.wer,
-                errors=scored.errors,
-                insertions=scored.insertions,
-                deletions=scored.deletions,
-                substitutions=scored.substitutions,
-                ref_words=scored.ref_words,
-                num_utterances=len(found.results),
-                fallback_utterances=found.fallbacks,
-                audio_seconds=found.audio_seconds,
-                rtf=found.seconds / found.audio_seconds,
-                parameters=costs[layer].parameters,
-                macs_per_second=costs[layer].macs_per_second,
-                epoch=checkpoint.get("epoch", checkpoint["progress"]["epoch"]),
-                avg=checkpoint.get("avg", 0),
-                training_seconds=checkpoint["progress"]["seconds"],
-                world_size=checkpoint["world_size"],
-                device=checkpoint["device"],
-                config=config.to_dict() | {"decoding": options},
-                commit=git_commit(ROOT),
-                command=command_line(ROOT),
-                date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            )
-            stem = f"{name}-exit-{layer:02d}-{method}"
-            write_recogs(args.output_dir / f"recogs-{stem}.txt", scored)
-            write_errs(args.output_dir / f"errs-{stem}.txt", scored)
-            record.save(args.output_dir / f"{stem}.json")
-            lost = f", {found.fallbacks} empty lattices decoded greedily" if found.fallbacks else ""
-            log.info(
-                "%s exit %d %s: WER %.2f %% of %d words%s", name, layer, method, scored.wer, scored.ref_words, lost
-            )
+    chosen = {(layer, method.name): method.default for layer in config.model.exit_layers for method in methods}
+    for test_set in sorted(sets, key=lambda name: name != args.tune_set):
+        batches = evaluation_batches(load_cuts([sets[test_set]]), tokenizer, args.max_duration)
+        bar = tqdm(batches, desc=f"decoding {test_set}", unit="batch", disable=None, leave=False)
+        tuning = test_set == args.tune_set
+        variants = {method.name: method.variants for method in methods}
+        options_of = {(layer, name): variants[name] if tuning else [best] for (layer, name), best in chosen.items()}
+        decoded = decode_cuts(model, bar, methods, options_of, spell, device)
+        if tuning:
+            chosen |= _choose(decoded)
+        for method in methods:
+            for layer in config.model.exit_layers:
+                options = chosen[layer, method.name]
+                found = decoded[layer, method.name, options]
+                scored = score(found.results)
+                tuned = {"tuned_on": args.tune_set} if len(method.variants) > 1 else {}
+                record = DecodeRecord(
+                    corpus=args.corpus,
+                    system=args.system or args.checkpoint.resolve().parent.name.rsplit("-seed", 1)[0],
+                    seed=checkpoint["seed"],
+                    test_set=test_set,
+                    exit_layer=layer,
+                    num_layers=config.model.num_layers,
+                    method=method.name,
+                    wer=scored.wer,
+                    errors=scored.errors,
+                    insertions=scored.insertions,
+                    deletions=scored.deletions,
+                    substitutions=scored.substitutions,
+                    ref_words=scored.ref_words,
+                    num_utterances=len(found.results),
+                    fallback_utterances=found.fallbacks,
+                    audio_seconds=found.audio_seconds,
+                    rtf=found.seconds / found.audio_seconds,
+                    parameters=costs[method.head][layer].parameters,
+                    macs_per_second=costs[method.head][layer].macs_per_second,
+                    epoch=checkpoint.get("epoch", checkpoint["progress"]["epoch"]),
+                    avg=checkpoint.get("avg", 0),
+                    training_seconds=checkpoint["progress"]["seconds"],
+                    world_size=checkpoint["world_size"],
+                    device=checkpoint["device"],
+                    config=config.to_dict()
+                    | {"decoding": {"max_duration": args.max_duration, **dict(options), **method.fixed, **tuned}},
+                    commit=git_commit(ROOT),
+                    command=command_line(ROOT),
+                    date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                )
+                stem = f"{test_set}-exit-{layer:02d}-{method.name}"
+                write_recogs(args.output_dir / f"recogs-{stem}.txt", scored)
+                write_errs(args.output_dir / f"errs-{stem}.txt", scored)
+                record.save(args.output_dir / f"{stem}.json")
+                lost = f", {found.fallbacks} empty lattices decoded greedily" if found.fallbacks else ""
+                log.info(
+                    "%s exit %d %s: WER %.2f %% of %d words%s",
+                    test_set,
+                    layer,
+                    method.name,
+                    scored.wer,
+                    scored.ref_words,
+                    lost,
+                )
 
 
 @dataclass
@@ -171,13 +186,21 @@ class Decoded:
 
 @torch.no_grad()  # not inference_mode: k2 asks tensors for their version
 def decode_cuts(
-    model: AsrModel, batches: Iterable[Batch], searches: Mapping[Hashable, Search], device: torch.device
-) -> dict[tuple[int, Hashable], Decoded]:
-    """{(exit layer, key of the search): what it found}; every batch passes the encoder once.
+    model: AsrModel,
+    batches: Iterable[Batch],
+    methods: Sequence[Method],
+    options_of: Mapping[tuple[int, str], Sequence[Options]],
+    spell: Callable[[list[int]], list[str]],
+    device: torch.device,
+) -> dict[tuple[int, str, Options], Decoded]:
+    """{(exit layer, method, options): what it found}; every batch passes the encoder once.
 
+    Args:
+      options_of: {(layer, method): the options with which it is run}.
+      spell: makes words of token ids, for hypotheses without words.
     The time of an exit leaves out other exits' heads and other searches.
     """
-    decoded: dict[tuple[int, Hashable], Decoded] = {}
+    decoded: dict[tuple[int, str, Options], Decoded] = {}
     for batch in (b.to(device) for b in batches):
         references = [text.split() for text in batch.texts]
         encoder_seconds = 0.0
@@ -187,16 +210,30 @@ def decode_cuts(
             if exit_output is None:
                 break
             encoder_seconds += seconds
-            log_probs, head_seconds = _timed(device, lambda out=exit_output: model.ctc_log_probs(out))
-            for key, search in searches.items():
-                (words, fallen_back), search_seconds = _timed(
-                    device, lambda s=search, p=log_probs, out=exit_output: s(p, out.lengths)
-                )
-                entry = decoded.setdefault((exit_output.layer, key), Decoded())
-                entry.results += zip(batch.cut_ids, references, words, strict=True)
-                entry.fallbacks += len(fallen_back)
-                entry.seconds += encoder_seconds + head_seconds + search_seconds
-                entry.audio_seconds += batch.seconds
+            layer = exit_output.layer
+            log_probs, head_seconds = None, {"ctc": 0.0, "transducer": 0.0}
+            if "ctc" in model.heads:
+                log_probs, head_seconds["ctc"] = _timed(device, lambda out=exit_output: model.ctc_log_probs(out))
+            transducer = "transducer" in model.heads
+            view = ExitView(
+                exit_output.lengths,
+                log_probs,
+                exit_output.encoder_out,
+                model.decoder if transducer else None,
+                model.joiner(layer) if transducer else None,
+                references,
+            )
+            for method in methods:
+                for options in options_of[layer, method.name]:
+                    (hypotheses, fallbacks), search_seconds = _timed(
+                        device, lambda m=method, v=view, o=options: m.run(v, o)
+                    )
+                    words = [h.words if h.words is not None else spell(h.tokens) for h in hypotheses]
+                    entry = decoded.setdefault((layer, method.name, options), Decoded())
+                    entry.results += zip(batch.cut_ids, references, words, strict=True)
+                    entry.fallbacks += len(fallbacks)
+                    entry.seconds += encoder_seconds + head_seconds[method.head] + search_seconds
+                    entry.audio_seconds += batch.seconds
     return decoded
 
 
@@ -215,19 +252,63 @@ def _named_path(item: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _only(searches: dict[Hashable, Search], weights: set[OneBestWeights]) -> dict[Hashable, Search]:
-    return {key: s for key, s in searches.items() if not isinstance(key, OneBestWeights) or key in weights}
+def _method_names(asked: list[str] | None, heads: Sequence[str]) -> list[str]:
+    names = asked or default_methods(heads)
+    strangers = [name for name in names if METHODS[name] not in heads]
+    if strangers:
+        raise ValueError(
+            f"--methods {' '.join(strangers)}: this model's heads are {', '.join(heads)}; choose among "
+            f"{', '.join(name for name, head in METHODS.items() if head in heads)}"
+        )
+    return names
 
 
-def _choose_weights(decoded: dict[tuple[int, Hashable], Decoded]) -> dict[int, OneBestWeights]:
-    """For each exit the weights with the fewest errors; of equals those nearest to none at all."""
-    best: dict[int, tuple[int, float, OneBestWeights]] = {}
-    for (layer, key), found in decoded.items():
-        if isinstance(key, OneBestWeights):
-            distance = abs(key.hlg_scale - 1.0) + key.blank_penalty
-            candidate = (score(found.results).errors, distance, key)
-            best[layer] = min(best.get(layer, candidate), candidate)
-    return {layer: weights for layer, (_, _, weights) in best.items()}
+def _weights(args: argparse.Namespace) -> Weights:
+    given = {name: getattr(args, name) for name in Weights._fields if getattr(args, name)}
+    return Weights(**given)
+
+
+def _bias(args: argparse.Namespace, tokenizer: Tokenizer) -> Bias | None:
+    if args.hot_words is None:
+        return None
+    lines = [line.strip() for line in args.hot_words.read_text(encoding="utf-8").splitlines()]
+    phrases = [line for line in lines if line]
+    if not phrases:
+        raise ValueError(f"{args.hot_words} holds no phrase: write one a line, or leave --hot-words out")
+    for phrase in phrases:
+        if unknown := tokenizer.unknown_characters(phrase):
+            raise ValueError(
+                f"{args.hot_words}: {phrase!r} has characters that the tokens lack ({' '.join(sorted(unknown))}); "
+                "write phrases as the transcripts of the training are"
+            )
+    return Bias([tokenizer.encode(phrase) for phrase in phrases], args.hot_word_boost)
+
+
+def _costs(model: AsrModel, num_mel_bins: int) -> dict[str, dict[int, ExitCost]]:
+    costs = {}
+    if "ctc" in model.heads:
+        costs["ctc"] = complexity(model.encoder, model.ctc_heads, num_mel_bins)
+    if "transducer" in model.heads:
+        costs["transducer"] = complexity(model.encoder, transducer_heads(model), num_mel_bins)
+    return costs
+
+
+def _choose(decoded: dict[tuple[int, str, Options], Decoded]) -> dict[tuple[int, str], Options]:
+    """For each exit and method the options with the fewest errors; of equals those nearest to none at all.
+
+    The oracle, which knows the references, has no say in what it is compared with: it takes nbest's.
+    """
+    best: dict[tuple[int, str], tuple[int, float, Options]] = {}
+    for (layer, name, options), found in decoded.items():
+        # an LM weight is none at all where it is 1, a penalty where it is 0
+        distance = sum(abs(value - (0.0 if option == "blank_penalty" else 1.0)) for option, value in options)
+        candidate = (score(found.results).errors, distance, options)
+        best[layer, name] = min(best.get((layer, name), candidate), candidate)
+    chosen: dict[tuple[int, str], Any] = {key: options for key, (_, _, options) in best.items()}
+    for layer, name in list(chosen):
+        if name == "nbest-oracle" and (layer, "nbest") in chosen:
+            chosen[layer, name] = chosen[layer, "nbest"]
+    return chosen
 
 
 if __name__ == "__main__":

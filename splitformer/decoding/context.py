@@ -43,9 +43,7 @@ class ContextGraph:
     final_score: Tensor
 
     @classmethod
-    def build(
-        cls, phrases: Sequence[Sequence[int]], vocab_size: int, boost: float | Sequence[float]
-    ) -> ContextGraph:
+    def build(cls, phrases: Sequence[Sequence[int]], vocab_size: int, boost: float | Sequence[float]) -> ContextGraph:
         """The graph of `phrases`; it takes 12 bytes for each state and token, and has up to one state a token.
 
         Args:

@@ -1,14 +1,16 @@
 """Searches over one exit's CTC log-probabilities with k2: `ctc_decoding` (tokens), `one_best` (words by HLG).
 
-Both run `intersect_dense_pruned`, then take the shortest path. A lattice comes out empty where no path
-through the graph survives the beam to the last frame, or none of that length exists; k2 says nothing then. Such an
-utterance gets its greedy result, and its index is returned beside the results.
+Both make a `Lattice` (`intersect_dense_pruned`) and take its best path; `nbest` does more with it. A lattice comes
+out empty where no path through the graph survives the beam to the last frame, or none of that length exists; k2 says
+nothing then. Such an utterance gets its greedy hypothesis, and its index is returned beside the hypotheses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import k2
 import torch
@@ -22,8 +24,8 @@ class Beam:
     """How much intersect_dense_pruned keeps; see k2's documentation of it.
 
     search_beam: in each frame, states whose score (nats) is within this of the best one's.
-    output_beam: arcs of the lattice whose best path is within this of the best path. One path is all that is
-      taken from the lattice, so this may be small; it changes memory, not the result.
+    output_beam: arcs of the lattice whose best path is within this of the best path. Where one path is all that is
+      taken from the lattice, this may be small; it changes memory, not the result.
     min_active_states, max_active_states: per frame and utterance; the search beam widens and narrows to stay
       between them.
     """
@@ -63,17 +65,14 @@ def ctc_decoding(
       lengths: (N,), output frames of each utterance, in any order.
       graph: labels are symbols of V, one a frame; aux_labels (a tensor) the token or 0.
     Returns:
-      N hypotheses in the order of the batch; the indices of those whose lattice was empty.
+      N hypotheses in the order of the batch, without words; the indices of those whose lattice was empty.
     Raises:
       ValueError: where shapes, lengths, device or the graph's vocabulary do not fit, and for NaN.
     """
     if not isinstance(getattr(graph, "aux_labels", None), Tensor):
         raise ValueError("the graph of ctc_decoding writes one token or none an arc; for HLG use one_best")
-    result: list[Hypothesis | None] = [None] * len(log_probs)
-    for utterance, written, score in _best_paths(log_probs, lengths, graph, beam):
-        frames = [frame for frame, token in enumerate(written) if token > 0]
-        result[utterance] = Hypothesis([written[frame] for frame in frames], frames, score)
-    return _fill_in(result, log_probs, lengths)
+    lattice = make_lattice(log_probs, lengths, graph, beam)
+    return lattice.hypotheses(lattice.best_paths())
 
 
 def one_best(
@@ -81,67 +80,161 @@ def one_best(
     lengths: Tensor,
     hlg: k2.Fsa,
     words: Sequence[str],
-    greedy_words: Callable[[list[int]], list[str]],
     hlg_scale: float = 1.0,
     blank_penalty: float = 0.0,
     beam: Beam = HLG_BEAM,
-) -> tuple[list[list[str]], list[int]]:
-    """The words of the best path through HLG (`1best`).
+) -> tuple[list[Hypothesis], list[int]]:
+    """The best path through HLG (`1best`).
 
     Args:
       log_probs, lengths: as for ctc_decoding.
       hlg: of compile_hlg, aux_labels are words (ragged), on the device of log_probs. It is left as it is.
       words: the symbols of words.txt (read_symbols).
-      greedy_words: makes words of token ids, for utterances whose lattice is empty, such as
-        `lambda ids: tokenizer.decode(ids).split()`.
       hlg_scale: weight of the graph's scores, which are the language model's, against log_probs.
       blank_penalty: subtracted from the blank's log-probability in every frame (nats); above 0, fewer
         deletions.
     Returns:
-      the words of N utterances in the order of the batch; the indices of those whose lattice was empty.
+      N hypotheses in the order of the batch; the indices of those whose lattice was empty. `score` is that of
+      log_probs, less the penalties, plus hlg_scale times that of the graph. `words` is None where the lattice was
+      empty or there is no frame: the tokens, greedy search's, are then to be spelled.
     Raises:
       ValueError: as ctc_decoding.
     """
-    if not isinstance(getattr(hlg, "aux_labels", None), k2.RaggedTensor):
-        raise ValueError("one_best wants an HLG, whose arcs write words; for a CTC topology use ctc_decoding")
-    if not hlg_scale > 0:
-        raise ValueError(f"hlg_scale {hlg_scale}: the weight of the graph's scores is above 0")
-    # Dividing all else by the scale has the same best path, and leaves a graph of millions of arcs alone.
-    scaled_beam = replace(beam, search_beam=beam.search_beam / hlg_scale, output_beam=beam.output_beam / hlg_scale)
-    scaled_log_probs = log_probs / hlg_scale
-    scaled_log_probs[..., 0] -= blank_penalty / hlg_scale
-    result: list[list[str] | None] = [None] * len(log_probs)
-    for utterance, written, _ in _best_paths(scaled_log_probs, lengths, hlg, scaled_beam):
-        result[utterance] = [words[word] for frame in written for word in frame if word > 0]
-    return _fill_in(result, log_probs, lengths, lambda hypothesis: greedy_words(hypothesis.tokens))
+    lattice = make_hlg_lattice(log_probs, lengths, hlg, hlg_scale, blank_penalty, beam)
+    return lattice.hypotheses(lattice.best_paths(), words)
 
 
-def _best_paths(log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam) -> list[tuple[int, list, float]]:
-    """(utterance, what each arc of its best path writes, score of the path).
+class LatticePath(NamedTuple):
+    """A path through a lattice: its arcs (numbers in Lattice.fsas), one a frame and the final one; its score (nats)."""
 
-    A path has an arc a frame, then the final one, which writes -1. Utterances without frames and those whose
-    lattice is empty are left out.
+    arcs: list[int]
+    score: float
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """What a graph and a beam leave of a batch's alignments.
+
+    fsas: an FsaVec, one for each of `utterances`, with an arc for each frame of a path and a final one. Its labels
+      and aux_labels are the graph's; `arc` numbers its arcs from 1, so that results of k2's operations on it, in
+      which 0 stands for no arc, tell what they come from. None where no utterance has a frame.
+    utterances: indices in the batch.
+    scale: what the scores are to be multiplied with, to be nats.
+    log_probs, lengths: the batch, for utterances without a path.
+    """
+
+    fsas: k2.Fsa | None
+    utterances: list[int]
+    scale: float
+    log_probs: Tensor
+    lengths: Tensor
+
+    def best_paths(self) -> list[LatticePath | None]:
+        """The best path of each of `utterances`; None where the lattice is empty."""
+        if self.fsas is None:
+            return []
+        paths = best_paths(self.fsas)
+        return [path and path._replace(score=path.score * self.scale) for path in paths]
+
+    def hypotheses(
+        self, paths: Sequence[LatticePath | None], words: Sequence[str] | None = None
+    ) -> tuple[list[Hypothesis], list[int]]:
+        """The whole batch's hypotheses from one path, or none, for each of `utterances`.
+
+        Where there is none, greedy search stands in; the indices of these utterances come second.
+
+        Args:
+          words: the symbols that aux_labels number; None where these are tokens.
+        """
+        result: list[Hypothesis | None] = [None] * len(self.log_probs)
+        for utterance, path, tokens, word_ids in self._read(paths):
+            frames = [frame for frame, token in enumerate(tokens) if token > 0]
+            spoken = None if words is None else [words[word] for word in word_ids if word > 0]
+            result[utterance] = Hypothesis([tokens[frame] for frame in frames], frames, path.score, spoken)
+
+        missing = [i for i, hypothesis in enumerate(result) if hypothesis is None]
+        if missing:
+            index = torch.tensor(missing)
+            log_probs, lengths = self.log_probs, self.lengths
+            greedy = ctc_greedy_search(log_probs[index.to(log_probs.device)], lengths[index.to(lengths.device)])
+            for utterance, hypothesis in zip(missing, greedy):
+                result[utterance] = hypothesis
+        # an utterance without output frames has no lattice to lose
+        return result, [i for i in missing if self.lengths[i] > 0]
+
+    def _read(self, paths: Sequence[LatticePath | None]) -> Iterator[tuple[int, LatticePath, list[int], list[int]]]:
+        """(utterance, path, for each arc the token that starts there or <= 0, word ids) of every path there is."""
+        found = [(utterance, path) for utterance, path in zip(self.utterances, paths, strict=True) if path]
+        if not found:
+            return
+        # the arcs of all paths at once: on a GPU, a transfer each would cost more than the search
+        arcs = torch.tensor([arc for _, path in found for arc in path.arcs], dtype=torch.int32, device=self.fsas.device)
+        labels = self.fsas.labels[arcs.long()].tolist()
+        starting, word_ids = None, [[]] * len(labels)
+        if isinstance(self.fsas.aux_labels, Tensor):
+            starting = self.fsas.aux_labels[arcs.long()].tolist()
+        else:
+            word_ids = self.fsas.aux_labels.index(arcs, axis=0)[0].tolist()
+            if hasattr(self.fsas, "tokens"):  # of the modified topology
+                starting = self.fsas.tokens[arcs.long()].tolist()
+        end = 0
+        for utterance, path in found:
+            start, end = end, end + len(path.arcs)
+            if starting is not None:
+                tokens = starting[start:end]
+            else:  # in the standard topology an equal label in the next frame is the same token
+                tokens = [
+                    label if label != before else 0
+                    for before, label in zip([0, *labels[start : end - 1]], labels[start:end])
+                ]
+            yield utterance, path, tokens, list(itertools.chain(*word_ids[start:end]))
+
+
+def best_paths(fsas: k2.Fsa) -> list[LatticePath | None]:
+    """The best path of each FSA of an FsaVec that has the attribute `arc` of a Lattice, top-sorted; None without one.
+
+    `score` is the sum of the FSA's scores.
+    """
+    paths = k2.shortest_path(fsas, use_double_scores=True)
+    # an empty lattice may still have states, but its best path has no arcs
+    shape = paths.arcs.shape()
+    ends = shape.row_splits(2)[shape.row_splits(1).long()].tolist()
+    arcs, scores = paths.arc.tolist(), paths.scores.double().cpu()
+    return [
+        LatticePath([arcs[i] - 1 for i in range(first, end) if arcs[i] > 0], scores[first:end].sum().item())
+        if end > first
+        else None
+        for first, end in itertools.pairwise(ends)
+    ]
+
+
+def make_lattice(log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam, scale: float = 1.0) -> Lattice:
+    """Intersect a batch's log-probabilities with a graph. `scale` is kept in the result.
+
+    Raises:
+      ValueError: where shapes, lengths, device or the graph's vocabulary do not fit, and for NaN.
     """
     check_log_probs(log_probs, lengths)
     if graph.device != log_probs.device:
         raise ValueError(f"the graph is on {graph.device}, log_probs on {log_probs.device}; move the graph once")
     # k2 checks neither: it reads beyond the scores, or loses the utterance
-    if int(graph.labels.max()) >= log_probs.shape[2]:
+    vocab_size = getattr(graph, "vocab_size", int(graph.labels.max()) + 1)
+    if vocab_size > log_probs.shape[2] or (hasattr(graph, "vocab_size") and vocab_size != log_probs.shape[2]):
         raise ValueError(
-            f"the graph reads symbol {int(graph.labels.max())}, log_probs end at {log_probs.shape[2] - 1}: "
-            "was it made for another vocabulary?"
+            f"the graph was made for another vocabulary: it has {vocab_size} tokens, log_probs have "
+            f"{log_probs.shape[2]}; make it again from the lang_dir of the training"
         )
     if torch.isnan(log_probs).any():
         raise ValueError("log_probs hold NaN: has the training diverged?")
 
     # k2 wants segments (utterance, first frame, number of frames) on the CPU, the longest first
-    lengths = lengths.cpu()
-    order = torch.sort(lengths, descending=True, stable=True).indices
-    order = order[lengths[order] > 0]
+    cpu_lengths = lengths.cpu()
+    order = torch.sort(cpu_lengths, descending=True, stable=True).indices
+    order = order[cpu_lengths[order] > 0]
     if len(order) == 0:
-        return []
-    segments = torch.stack([order, torch.zeros_like(order), lengths[order]], dim=1).to(torch.int32)
-    lattices = k2.intersect_dense_pruned(
+        return Lattice(None, [], scale, log_probs, lengths)
+    segments = torch.stack([order, torch.zeros_like(order), cpu_lengths[order]], dim=1).to(torch.int32)
+    fsas = k2.intersect_dense_pruned(
         graph,
         k2.DenseFsaVec(log_probs.detach().float(), segments),
         search_beam=beam.search_beam,
@@ -149,30 +242,24 @@ def _best_paths(log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam) -
         min_active_states=beam.min_active_states,
         max_active_states=beam.max_active_states,
     )
-    paths = k2.shortest_path(lattices, use_double_scores=True)
-    # an empty lattice may still have states, but its best path has no arcs
-    shape = paths.arcs.shape()
-    ends = shape.row_splits(2)[shape.row_splits(1).long()].tolist()
-    written, scores = paths.aux_labels.tolist(), paths.scores.double().cpu()
-    return [
-        (utterance, written[first:end], scores[first:end].sum().item())
-        for utterance, first, end in zip(order.tolist(), ends, ends[1:])
-        if end > first
-    ]
+    fsas.arc = torch.arange(1, fsas.num_arcs + 1, dtype=torch.int32, device=fsas.device)
+    return Lattice(fsas, order.tolist(), scale, log_probs, lengths)
 
 
-def _fill_in(
-    result: list,
-    log_probs: Tensor,
-    lengths: Tensor,
-    convert: Callable[[Hypothesis], object] = lambda hypothesis: hypothesis,
-) -> tuple[list, list[int]]:
-    """Put the greedy result where there is none, and name the utterances whose lattice was empty."""
-    missing = [i for i, found in enumerate(result) if found is None]
-    if missing:
-        index = torch.tensor(missing)
-        greedy = ctc_greedy_search(log_probs[index.to(log_probs.device)], lengths[index.to(lengths.device)])
-        for utterance, hypothesis in zip(missing, greedy):
-            result[utterance] = convert(hypothesis)
-    # an utterance without output frames has no lattice to lose
-    return result, [i for i in missing if lengths[i] > 0]
+def make_hlg_lattice(
+    log_probs: Tensor, lengths: Tensor, hlg: k2.Fsa, hlg_scale: float, blank_penalty: float, beam: Beam
+) -> Lattice:
+    """The lattice of a batch and HLG, with the weights of one_best; the beams are in nats.
+
+    Raises ValueError as make_lattice, for a graph that is no HLG, and for a hlg_scale that is not above 0.
+    """
+    if not isinstance(getattr(hlg, "aux_labels", None), k2.RaggedTensor):
+        raise ValueError("the graph has no words: this search wants an HLG; for a CTC topology use ctc_decoding")
+    if not hlg_scale > 0:
+        raise ValueError(f"hlg_scale {hlg_scale}: the weight of the graph's scores is above 0")
+    # Dividing all else by the scale has the same best path, and leaves a graph of millions of arcs alone.
+    scaled_beam = replace(beam, search_beam=beam.search_beam / hlg_scale, output_beam=beam.output_beam / hlg_scale)
+    scaled_log_probs = log_probs / hlg_scale
+    scaled_log_probs[..., 0] -= blank_penalty / hlg_scale
+    lattice = make_lattice(scaled_log_probs, lengths, hlg, scaled_beam, hlg_scale)
+    return replace(lattice, log_probs=log_probs)  # greedy search takes them as they are

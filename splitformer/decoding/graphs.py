@@ -17,9 +17,9 @@ from pathlib import Path
 import k2
 import kaldilm
 import torch
-from torch import Tensor
 
-from splitformer.decoding.lang import BACKOFF, load_graph, read_symbols, save_graph
+from splitformer.decoding.context import ContextGraph
+from splitformer.decoding.lang import BACKOFF, load_graph, read_symbols, words_checksum
 
 BYTES_PER_ARC = 16  # of k2: two states, a label, a score
 
@@ -42,43 +42,10 @@ def trivial_graph(vocab_size: int, device: torch.device | str = "cpu") -> k2.Fsa
     return graph
 
 
-def context_graph_fsa(arcs: Tensor, final_scores: Tensor) -> k2.Fsa:
-    """The transducer's graph of a biasing automaton, which scores every sequence of tokens and rejects none.
-
-    Args:
-      arcs: (S * (V - 1), 4), a row (from, to, token, score) for each state 0..S - 1 and each token 1..V - 1, in any
-        order; 0 is the start. Scores are nats.
-      final_scores: (S,), nats, added where an utterance ends in the state.
-    Returns:
-      the graph, with `vocab_size` V, on the device of `arcs`.
-    Raises:
-      ValueError: where a state lacks an arc for a token, has two, or leads out of 0..S - 1.
-    """
-    states = len(final_scores)
-    if arcs.dim() != 2 or arcs.shape[1] != 4 or not len(arcs) or final_scores.shape != (states,):
-        raise ValueError(
-            f"arcs {tuple(arcs.shape)} and final_scores {tuple(final_scores.shape)}: expected (A, 4), A > 0, and (S,)"
-        )
-    ends = arcs[:, :3].long()
-    tokens = int(ends[:, 2].max())
-    # sorted by (from, token), the order in which k2 wants them, complete and deterministic means 0, 1, 2, ...
-    place, order = torch.sort(ends[:, 0] * tokens + ends[:, 2] - 1)
-    complete = torch.equal(place, torch.arange(states * tokens, device=arcs.device)) and int(ends[:, 2].min()) > 0
-    if not complete or not 0 <= int(ends[:, 1].min()) <= int(ends[:, 1].max()) < states:
-        raise ValueError(
-            f"{len(arcs)} arcs are no complete deterministic automaton of {states} states (one final score each) over "
-            f"tokens 1..{tokens}: each state needs one arc for each token, {states * tokens} in all, to states 0.."
-            f"{states - 1}"
-        )
-    ends, scores = ends[order], arcs[order, 3].float()
-
-    # every state gets one arc more, its last: the final one
-    first = torch.arange(states, device=arcs.device)
-    last = torch.stack([first, torch.full_like(first, states), torch.full_like(first, -1)], dim=1)
-    ends = torch.cat([ends.view(states, tokens, 3), last.unsqueeze(1)], dim=1).view(-1, 3).int()
-    scores = torch.cat([scores.view(states, tokens), final_scores.float().unsqueeze(1)], dim=1).view(-1)
-    graph = k2.Fsa(torch.cat([ends, scores.view(torch.int32).unsqueeze(1)], dim=1))
-    graph.vocab_size = tokens + 1
+def context_graph_fsa(context: ContextGraph) -> k2.Fsa:
+    """The transducer's graph of a biasing automaton, which scores every sequence of tokens and rejects none."""
+    graph = k2.Fsa(context.arcs())
+    graph.vocab_size = context.vocab_size
     return graph
 
 
@@ -95,7 +62,8 @@ def compile_hlg(
       report: is told each step with its size and time.
     Returns:
       HLG: labels are tokens with blanks as the topology has them, aux_labels words (ragged), scores natural
-      logarithms; its attributes `vocab_size` and `modified_topology` say what it was made for.
+      logarithms; its attributes `vocab_size`, `modified_topology` and `words_txt` (words_checksum) say what it was
+      made for. That of the modified topology has `tokens`: what each arc writes of the topology, 0 for nothing.
     Raises:
       FileNotFoundError, ValueError: where a file is missing or damaged, or the ARPA file and words.txt have
       no word in common.
@@ -105,9 +73,11 @@ def compile_hlg(
     vocab_size = lg.vocab_size
     lg.tokens = lg.labels
     hlg = k2.connect(k2.compose(ctc_topology(vocab_size, modified), lg, inner_labels="tokens"))
-    del hlg.tokens  # a copy of what aux_labels and labels say, the size of the labels
+    if not modified:
+        del hlg.tokens  # labels tell where a token starts; in the modified topology they do not
     hlg.vocab_size = vocab_size
     hlg.modified_topology = modified
+    hlg.words_txt = words_checksum(Path(lang_dir) / "words.txt")
     step("HLG", hlg)
     return _not_empty(hlg, "HLG", lang_dir, arpa)
 
@@ -117,9 +87,11 @@ def compile_lg(lang_dir: str | Path, arpa: str | Path, report: Callable[[str], N
 
     Returns:
       LG: labels are tokens, without blanks or epsilons; aux_labels words (ragged), scores natural logarithms; its
-      attribute `vocab_size` says what it was made for.
+      attributes `vocab_size` and `words_txt` say what it was made for.
     """
-    return _not_empty(_lexicon_and_grammar(Path(lang_dir), arpa, _Steps(report)), "LG", lang_dir, arpa)
+    lg = _not_empty(_lexicon_and_grammar(Path(lang_dir), arpa, _Steps(report)), "LG", lang_dir, arpa)
+    lg.words_txt = words_checksum(Path(lang_dir) / "words.txt")
+    return lg
 
 
 def _lexicon_and_grammar(lang_dir: Path, arpa: str | Path, step: _Steps) -> k2.Fsa:
@@ -162,20 +134,6 @@ def _not_empty(graph: k2.Fsa, name: str, lang_dir: str | Path, arpa: str | Path)
     if graph.num_arcs == 0:
         raise ValueError(f"{name} of {lang_dir} and {arpa} accepts nothing: do they belong to the same corpus?")
     return graph
-
-
-def save_hlg(hlg: k2.Fsa, lang_dir: str | Path) -> Path:
-    """Write `lang_dir/HLG.pt`."""
-    path = Path(lang_dir) / "HLG.pt"
-    save_graph(hlg, path)
-    return path
-
-
-def save_lg(lg: k2.Fsa, lang_dir: str | Path) -> Path:
-    """Write `lang_dir/LG.pt`."""
-    path = Path(lang_dir) / "LG.pt"
-    save_graph(lg, path)
-    return path
 
 
 def grammar(arpa: str | Path, words: str | Path) -> k2.Fsa:
@@ -234,6 +192,33 @@ def arpa_words(arpa: str | Path) -> set[str]:
     if not words >= {"<s>", "</s>"}:
         raise ValueError(f"{arpa} lacks the unigrams <s> and </s>; estimate it on sentences with their edges")
     return words
+
+
+def compile_g(lang_dir: str | Path, arpa: str | Path, report: Callable[[str], None] = print) -> k2.Fsa:
+    """G, the n-gram model of an ARPA file as an acceptor of words, for rescoring lattices.
+
+    Returns:
+      an FsaVec of one FSA, arcs sorted by label. Labels are those of words.txt, among them #0, whose number is the
+      attribute `backoff`, on the arcs that back off. Every state but the final one has a loop with label 0, for what
+      a lattice reads between two words: so k2's intersection, to which 0 is a symbol like others, is exact.
+      `lm_scores` are the scores, which an intersection adds to those of the lattice; `words_txt` is words_checksum.
+    Raises:
+      FileNotFoundError, ValueError: as compile_hlg.
+    """
+    words_path = Path(lang_dir) / "words.txt"
+    words = read_symbols(words_path)
+    step = _Steps(report)
+    if not arpa_words(arpa) & set(words[: words.index(BACKOFF)]):
+        raise ValueError(f"{arpa} and {words_path} have no word in common; are they in the same case and language?")
+    g = grammar(arpa, words_path)
+    del g.aux_labels
+    step("G", g)
+    g = k2.create_fsa_vec([k2.arc_sort(k2.add_epsilon_self_loops(g))])
+    g.lm_scores = g.scores.clone()
+    g.backoff = words.index(BACKOFF)
+    g.words_txt = words_checksum(words_path)
+    step("G with loops", g)
+    return g
 
 
 class _Steps:

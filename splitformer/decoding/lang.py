@@ -12,6 +12,7 @@ written into tokens.txt, which belongs to the tokenizer. Token #k has the id `vo
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -132,6 +133,11 @@ def read_symbols(path: str | Path) -> list[str]:
     if not symbols or max(symbols) != len(symbols) - 1:
         raise ValueError(f"{path}: {len(symbols)} symbols; their ids are to be 0, 1, 2, ... without a gap")
     return [symbols[i] for i in range(len(symbols))]
+
+
+def words_checksum(path: str | Path) -> str:
+    """Tells one words.txt from others: graphs keep that of the file whose word ids they hold."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def save_graph(graph: k2.Fsa, path: str | Path) -> None:

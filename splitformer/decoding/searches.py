@@ -1,70 +1,338 @@
-"""The searches that `bin/decode` offers, each from one exit's log-probabilities to words."""
+"""The methods that `bin/decode` offers: named searches through one exit's output, each with the options to choose from.
+
+A method is bound to its graphs once; `run(view, options)` then searches one batch at one exit. Options that change
+what is found (the weight of a language model, a penalty on blanks) are listed in `variants`: on the tune set all are
+run, elsewhere the one that was chosen there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import k2
 import torch
 from torch import Tensor
 
+from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.ctc import ctc_decoding, one_best
-from splitformer.decoding.graphs import ctc_topology
-from splitformer.decoding.lang import load_graph, read_symbols
-from splitformer.greedy import ctc_greedy_search
+from splitformer.decoding.fast_beam import fast_beam_search, fast_beam_search_nbest, fast_beam_search_nbest_LG
+from splitformer.decoding.graphs import context_graph_fsa, ctc_topology, trivial_graph
+from splitformer.decoding.lang import load_graph, read_symbols, words_checksum
+from splitformer.decoding.nbest import nbest, nbest_oracle, nbest_rescoring, whole_lattice_rescoring
+from splitformer.decoding.prefix_beam import prefix_beam_search
+from splitformer.decoding.transducer import modified_beam_search
+from splitformer.greedy import Hypothesis, ctc_greedy_search, transducer_greedy_search
+from splitformer.model.decoder import Decoder
+from splitformer.model.joiner import Joiner
 
-METHODS = ("greedy_search", "ctc-decoding", "1best")
-
-Search = Callable[[Tensor, Tensor], tuple[list[list[str]], list[int]]]
-"""(N, T', V) log-probabilities and (N,) lengths to the words of N utterances and the indices of those that had an
-empty lattice and fell back to greedy search."""
-
-Spell = Callable[[list[int]], list[str]]
-"""Token ids to words."""
-
-
-def greedy_search(spell: Spell) -> Search:
-    """The best token in each frame."""
-
-    def search(log_probs: Tensor, lengths: Tensor) -> tuple[list[list[str]], list[int]]:
-        return [spell(hypothesis.tokens) for hypothesis in ctc_greedy_search(log_probs, lengths)], []
-
-    return search
-
-
-def ctc_topology_search(spell: Spell, vocab_size: int, device: torch.device) -> Search:
-    """`ctc-decoding`: the best path through the k2 CTC topology."""
-    topology = ctc_topology(vocab_size).to(device)
-
-    def search(log_probs: Tensor, lengths: Tensor) -> tuple[list[list[str]], list[int]]:
-        hypotheses, fallen_back = ctc_decoding(log_probs, lengths, topology)
-        return [spell(hypothesis.tokens) for hypothesis in hypotheses], fallen_back
-
-    return search
+METHODS = {
+    "greedy_search": "ctc",
+    "prefix_beam_search": "ctc",
+    "ctc-decoding": "ctc",
+    "1best": "ctc",
+    "nbest": "ctc",
+    "nbest-rescoring": "ctc",
+    "whole-lattice-rescoring": "ctc",
+    "nbest-oracle": "ctc",
+    "transducer-greedy_search": "transducer",
+    "modified_beam_search": "transducer",
+    "fast_beam_search": "transducer",
+    "fast_beam_search_nbest": "transducer",
+    "fast_beam_search_nbest_LG": "transducer",
+}
+"""{name: the head whose output it searches}. Named as in icefall; both heads have a greedy search, so the
+transducer's says so."""
 
 
-class OneBestWeights(NamedTuple):
-    """What `1best` is tuned by; see `one_best`."""
+def default_methods(heads: Sequence[str]) -> list[str]:
+    """CTC alone: the greedy path, the same by k2, and HLG. With a transducer: all methods of its heads."""
+    if "transducer" not in heads:
+        return ["greedy_search", "ctc-decoding", "1best"]
+    return [name for name, head in METHODS.items() if head in heads]
 
-    hlg_scale: float = 1.0
-    blank_penalty: float = 0.0
+
+class ExitView(NamedTuple):
+    """One batch at one exit, as a search sees it."""
+
+    lengths: Tensor
+    """(N,) output frames"""
+    log_probs: Tensor | None
+    """(N, T', V) of the CTC head, where there is one"""
+    encoder_out: Tensor
+    """(N, T', D)"""
+    decoder: Decoder | None
+    joiner: Joiner | None
+    """of this exit; None, as the decoder, without a transducer"""
+    references: list[list[str]]
+    """for nbest-oracle alone"""
 
 
-def one_best_searches(
-    lang_dir: Path, spell: Spell, device: torch.device, weights: Iterable[OneBestWeights]
-) -> dict[OneBestWeights, Search]:
-    """`1best`: the best path through `lang_dir/HLG.pt`, one search for each of `weights`."""
-    path = lang_dir / "HLG.pt"
+Found = tuple[list[Hypothesis], list[int]]
+"""N hypotheses, and the indices of those whose lattice was empty: they are greedy search's. Where a hypothesis has no
+words, its tokens are to be spelled."""
+
+Options = tuple[tuple[str, float], ...]
+"""(name, value) pairs: hashable, and a dictionary for those who ask."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """`run(view, options)`, for `options` among `variants`."""
+
+    name: str
+    run: Callable[[ExitView, Options], Found]
+    variants: tuple[Options, ...] = ((),)
+    default: Options = ()
+    """what is taken where nothing can be chosen"""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """what else the record says of the method"""
+
+    @property
+    def head(self) -> str:
+        return METHODS[self.name]
+
+
+class Weights(NamedTuple):
+    """Values to choose from on the tune set."""
+
+    hlg_scales: Sequence[float] = (0.3, 0.5, 0.7, 1.0, 1.4)
+    """of the language model against CTC's log-probabilities"""
+    ngram_lm_scales: Sequence[float] = (0.1, 0.2, 0.35, 0.5)
+    """of the language model against the transducer's, which has learned one of its own"""
+    blank_penalties: Sequence[float] = (0.0, 1.0, 2.0)
+    """nats; of equal weights the one nearest to no penalty is chosen"""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Hot words: phrases as token ids, and the bonus in nats for each of their tokens."""
+
+    phrases: Sequence[Sequence[int]]
+    boost: float
+
+
+def make_methods(
+    names: Iterable[str],
+    lang_dir: Path,
+    vocab_size: int,
+    device: torch.device,
+    weights: Weights,
+    bias: Bias | None = None,
+) -> list[Method]:
+    """The methods of these names, with what they need of `lang_dir` loaded once.
+
+    Args:
+      bias: for prefix_beam_search, modified_beam_search and fast_beam_search; the others know no context.
+    Raises:
+      FileNotFoundError, ValueError: a graph is missing, or was made from another words.txt or for other tokens.
+    """
+    needs = _Needs(lang_dir, vocab_size, device, bias)
+    makers = {
+        "greedy_search": _greedy_search,
+        "prefix_beam_search": _prefix_beam_search,
+        "ctc-decoding": _ctc_decoding,
+        "1best": _one_best,
+        "nbest": _nbest,
+        "nbest-rescoring": _nbest_rescoring,
+        "whole-lattice-rescoring": _whole_lattice_rescoring,
+        "nbest-oracle": _nbest_oracle,
+        "transducer-greedy_search": _transducer_greedy_search,
+        "modified_beam_search": _modified_beam_search,
+        "fast_beam_search": _fast_beam_search,
+        "fast_beam_search_nbest": _fast_beam_search_nbest,
+        "fast_beam_search_nbest_LG": _fast_beam_search_nbest_lg,
+    }
+    return [makers[name](needs, weights) for name in names]
+
+
+class _Needs:
+    """What methods share, loaded when the first of them asks."""
+
+    def __init__(self, lang_dir: Path, vocab_size: int, device: torch.device, bias: Bias | None) -> None:
+        self.lang_dir, self.vocab_size, self.device, self.bias = lang_dir, vocab_size, device, bias
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        return read_symbols(self.lang_dir / "words.txt")
+
+    @functools.cached_property
+    def hlg(self) -> k2.Fsa:
+        return load_lang_graph(self.lang_dir, "HLG.pt", self.device)
+
+    @functools.cached_property
+    def lg(self) -> k2.Fsa:
+        return load_lang_graph(self.lang_dir, "LG.pt", self.device)
+
+    @functools.cached_property
+    def g(self) -> k2.Fsa:
+        return load_lang_graph(self.lang_dir, "G.pt", self.device)
+
+    @functools.cached_property
+    def context(self) -> ContextGraph | None:
+        if self.bias is None:
+            return None
+        return ContextGraph.build(self.bias.phrases, self.vocab_size, self.bias.boost).to(self.device)
+
+    @property
+    def context_options(self) -> dict[str, Any]:
+        return {"context_boost": self.bias.boost, "context_phrases": len(self.bias.phrases)} if self.bias else {}
+
+
+def _grid(**choices: Iterable[float]) -> tuple[Options, ...]:
+    return tuple(tuple(zip(choices, values)) for values in itertools.product(*choices.values()))
+
+
+def _greedy_search(needs: _Needs, weights: Weights) -> Method:
+    return Method("greedy_search", lambda view, options: (ctc_greedy_search(view.log_probs, view.lengths), []))
+
+
+def _prefix_beam_search(needs: _Needs, weights: Weights) -> Method:
+    def run(view: ExitView, options: Options) -> Found:
+        return prefix_beam_search(view.log_probs, view.lengths, context=needs.context, **dict(options)), []
+
+    return _penalised("prefix_beam_search", run, weights, needs.context_options)
+
+
+def _ctc_decoding(needs: _Needs, weights: Weights) -> Method:
+    topology = ctc_topology(needs.vocab_size).to(needs.device)
+    return Method("ctc-decoding", lambda view, options: ctc_decoding(view.log_probs, view.lengths, topology))
+
+
+def _one_best(needs: _Needs, weights: Weights) -> Method:
+    hlg, words = needs.hlg, needs.words
+    return _weighted(
+        "1best", lambda view, options: one_best(view.log_probs, view.lengths, hlg, words, **dict(options)), weights
+    )
+
+
+def _nbest(needs: _Needs, weights: Weights) -> Method:
+    hlg, words = needs.hlg, needs.words
+    return _weighted(
+        "nbest", lambda view, options: nbest(view.log_probs, view.lengths, hlg, words, **dict(options)), weights
+    )
+
+
+def _nbest_rescoring(needs: _Needs, weights: Weights) -> Method:
+    return _rescoring("nbest-rescoring", nbest_rescoring, needs, weights)
+
+
+def _whole_lattice_rescoring(needs: _Needs, weights: Weights) -> Method:
+    return _rescoring("whole-lattice-rescoring", whole_lattice_rescoring, needs, weights)
+
+
+def _rescoring(name: str, search: Callable[..., dict[float, Found]], needs: _Needs, weights: Weights) -> Method:
+    """The lattice is made with the weight that its scores are then given: candidates are those that matter."""
+    hlg, words, g = needs.hlg, needs.words, needs.g
+
+    def run(view: ExitView, options: Options) -> Found:
+        given = dict(options)
+        scale = given.pop("lm_scale")
+        return search(view.log_probs, view.lengths, hlg, words, g, [scale], hlg_scale=scale, **given)[scale]
+
+    variants = _grid(lm_scale=weights.hlg_scales, blank_penalty=weights.blank_penalties)
+    return Method(name, run, variants, (("lm_scale", 1.0), ("blank_penalty", 0.0)))
+
+
+def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
+    hlg, words = needs.hlg, needs.words
+
+    def run(view: ExitView, options: Options) -> Found:
+        return nbest_oracle(view.log_probs, view.lengths, hlg, words, view.references, **dict(options))
+
+    return _weighted("nbest-oracle", run, weights)
+
+
+def _transducer_greedy_search(needs: _Needs, weights: Weights) -> Method:
+    def run(view: ExitView, options: Options) -> Found:
+        return transducer_greedy_search(view.decoder, view.joiner, view.encoder_out, view.lengths, **dict(options)), []
+
+    return _penalised("transducer-greedy_search", run, weights)
+
+
+def _modified_beam_search(needs: _Needs, weights: Weights) -> Method:
+    def run(view: ExitView, options: Options) -> Found:
+        transducer = (view.decoder, view.joiner, view.encoder_out, view.lengths)
+        return modified_beam_search(*transducer, context=needs.context, **dict(options)), []
+
+    return _penalised("modified_beam_search", run, weights, needs.context_options)
+
+
+def _fast_beam_search(needs: _Needs, weights: Weights) -> Method:
+    if needs.context is None:
+        graph = trivial_graph(needs.vocab_size, needs.device)
+    else:
+        graph = context_graph_fsa(needs.context.arcs(), needs.context.final_score)
+    return _fast("fast_beam_search", fast_beam_search, graph, _penalties(weights), needs.context_options)
+
+
+def _fast_beam_search_nbest(needs: _Needs, weights: Weights) -> Method:
+    graph = trivial_graph(needs.vocab_size, needs.device)
+    return _fast("fast_beam_search_nbest", fast_beam_search_nbest, graph, _penalties(weights))
+
+
+def _fast_beam_search_nbest_lg(needs: _Needs, weights: Weights) -> Method:
+    variants = _grid(ngram_lm_scale=weights.ngram_lm_scales, blank_penalty=weights.blank_penalties)
+    search = functools.partial(fast_beam_search_nbest_LG, words=needs.words)
+    return _fast("fast_beam_search_nbest_LG", search, needs.lg, variants)
+
+
+def _fast(
+    name: str,
+    search: Callable[..., Found],
+    graph: k2.Fsa,
+    variants: tuple[Options, ...],
+    fixed: dict[str, Any] | None = None,
+) -> Method:
+    def run(view: ExitView, options: Options) -> Found:
+        return search(view.decoder, view.joiner, view.encoder_out, view.lengths, graph=graph, **dict(options))
+
+    return Method(name, run, variants, variants[0], fixed or {})
+
+
+def _penalised(
+    name: str, run: Callable[[ExitView, Options], Found], weights: Weights, fixed: dict[str, Any] | None = None
+) -> Method:
+    return Method(name, run, _penalties(weights), (("blank_penalty", 0.0),), fixed or {})
+
+
+def _weighted(name: str, run: Callable[[ExitView, Options], Found], weights: Weights) -> Method:
+    variants = _grid(hlg_scale=weights.hlg_scales, blank_penalty=weights.blank_penalties)
+    return Method(name, run, variants, (("hlg_scale", 1.0), ("blank_penalty", 0.0)))
+
+
+def _penalties(weights: Weights) -> tuple[Options, ...]:
+    return _grid(blank_penalty=weights.blank_penalties)
+
+
+def load_lang_graph(lang_dir: Path, name: str, device: torch.device | str = "cpu") -> k2.Fsa:
+    """`lang_dir/name`, a graph of words such as HLG.pt and G.pt, on `device`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it was made with another words.txt or for other tokens than those of `lang_dir`. A graph that does
+        not say (those made before graphs did) is taken as it is.
+    """
+    path, words, tokens = lang_dir / name, lang_dir / "words.txt", lang_dir / "tokens.txt"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: prepare.sh's graphs stage makes it; or leave 1best out of --methods")
-    hlg = load_graph(path).to(device)
-    words = read_symbols(lang_dir / "words.txt")
-
-    def weighted(weight: OneBestWeights) -> Search:
-        def search(log_probs: Tensor, lengths: Tensor) -> tuple[list[list[str]], list[int]]:
-            return one_best(log_probs, lengths, hlg, words, spell, **weight._asdict())
-
-        return search
-
-    return {weight: weighted(weight) for weight in weights}
+        raise FileNotFoundError(
+            f"no {path}: prepare.sh's graphs stage makes it; or leave the methods that need it out of --methods"
+        )
+    graph = load_graph(path)
+    checksum = words_checksum(words)
+    if getattr(graph, "words_txt", checksum) != checksum:
+        raise ValueError(
+            f"{path} was made with another words.txt than {words}, and would give other words; remove it and let "
+            "prepare.sh's graphs stage make it again"
+        )
+    vocab_size = len(read_symbols(tokens))
+    if getattr(graph, "vocab_size", vocab_size) != vocab_size:
+        raise ValueError(
+            f"{path} was made for {graph.vocab_size} tokens, {tokens} has {vocab_size}; remove the graph and let "
+            "prepare.sh's graphs stage make it again"
+        )
+    return graph.to(device)

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from splitformer.bin.average import average
-from splitformer.bin.decode import Decoded, _choose_weights
+from splitformer.bin.decode import Decoded, _choose
 from splitformer.config import Config, tomllib
-from splitformer.decoding.searches import OneBestWeights
 from splitformer.results import DecodeRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions, Trainer
@@ -84,20 +83,33 @@ def test_mistakes_are_named(trained, tmp_path):
     (tmp_path / "HLG.pt").rename(trained / "lang_char" / "HLG.pt")
 
 
-def test_weights_are_chosen_by_errors_on_the_tune_set_for_each_exit():
+def test_options_are_chosen_by_errors_on_the_tune_set_for_each_exit():
     def found(*hypotheses):
         return Decoded(results=[(str(i), ["a", "b"], h.split()) for i, h in enumerate(hypotheses)])
 
-    light, plain, heavy = OneBestWeights(0.5, 0.0), OneBestWeights(1.0, 0.0), OneBestWeights(1.0, 2.0)
+    def options(hlg_scale, blank_penalty):
+        return (("hlg_scale", hlg_scale), ("blank_penalty", blank_penalty))
+
+    light, plain, heavy = options(0.5, 0.0), options(1.0, 0.0), options(1.0, 2.0)
     decoded = {
-        (1, "greedy_search"): found("a b"),
-        (1, light): found("a b"),
-        (1, plain): found("a"),
-        (2, light): found("a"),
-        (2, plain): found("b"),
-        (2, heavy): found("a"),
+        (1, "greedy_search", ()): found("a b"),
+        (1, "1best", light): found("a b"),
+        (1, "1best", plain): found("a"),
+        (2, "1best", light): found("a"),
+        (2, "1best", plain): found("b"),
+        (2, "1best", heavy): found("a"),
+        (1, "nbest", light): found("a b"),
+        (1, "nbest", heavy): found("a"),
+        (1, "nbest-oracle", light): found("a"),
+        (1, "nbest-oracle", heavy): found("a b"),
     }
-    assert _choose_weights(decoded) == {1: light, 2: plain}
+    assert _choose(decoded) == {
+        (1, "greedy_search"): (),
+        (1, "1best"): light,
+        (2, "1best"): plain,
+        (1, "nbest"): light,
+        (1, "nbest-oracle"): light,  # nbest's, although it would do better with others
+    }
 
 
 def test_records_are_json_that_others_can_read(trained):

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import k2
@@ -12,14 +13,15 @@ import pytest
 import torch
 
 from splitformer.data.ngram import EOS, NgramModel, estimate_arpa
+from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.fast_beam import (
     FAST_BEAM,
     fast_beam_search,
     fast_beam_search_nbest,
     fast_beam_search_nbest_LG,
 )
-from splitformer.decoding.graphs import compile_lg, context_graph_fsa, save_lg, trivial_graph
-from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols
+from splitformer.decoding.graphs import compile_lg, context_graph_fsa, trivial_graph
+from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols, save_graph
 from splitformer.decoding.transducer_lattice import FastBeam
 from splitformer.greedy import transducer_greedy_search
 from splitformer.model.decoder import Decoder
@@ -163,7 +165,7 @@ def small(tmp_path_factory):
     """(LG, words, bigram): in an interpolated bigram no back-off path beats the n-gram itself."""
     lang_dir = tmp_path_factory.mktemp("lang")
     model = write_lang(lang_dir)
-    save_lg(compile_lg(lang_dir, lang_dir / "2.arpa", report=lambda line: None), lang_dir)
+    save_graph(compile_lg(lang_dir, lang_dir / "2.arpa", report=lambda line: None), lang_dir / "LG.pt")
     return load_graph(lang_dir / "LG.pt"), read_symbols(lang_dir / "words.txt"), model
 
 
@@ -173,7 +175,7 @@ def test_command_makes_LG(small, tmp_path, repo_root):
 
     def run(*arguments):
         command = [sys.executable, repo_root / "local" / "compile_graphs.py", "--lang-dir", tmp_path]
-        command += ["--arpa", tmp_path / "2.arpa", "--graph", "lg", *arguments]
+        command += ["--arpa", tmp_path / "2.arpa", "--graph", "LG", *arguments]
         environment = {"PYTHONPATH": str(repo_root), "PATH": ""}
         return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
 
@@ -281,14 +283,14 @@ def test_nbest_LG_equals_the_highest_sum_of_paths(small, scale):
     assert differs > 0
 
 
-def biasing(seed: int, states: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arcs in no order, final scores: a complete automaton at random."""
+def biasing(seed: int, states: int = 3) -> ContextGraph:
+    """An automaton at random."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = torch.cartesian_prod(torch.arange(states), torch.arange(1, V)).float()
-    to = torch.randint(states, (len(pairs), 1), generator=generator).float()
-    scores = 2 * torch.randn(len(pairs), 1, generator=generator)
-    arcs = torch.cat([pairs[:, :1], to, pairs[:, 1:], scores], dim=1)
-    return arcs[torch.randperm(len(arcs), generator=generator)], 2 * torch.randn(states, generator=generator)
+    return ContextGraph(
+        torch.randint(states, (states, V), generator=generator),
+        2 * torch.randn(states, V, generator=generator),
+        2 * torch.randn(states, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("search", ["best", "nbest"])
@@ -297,17 +299,16 @@ def test_context_automaton_equals_enumeration(search):
     for seed in range(10):
         decoder, joiner = transducer(seed)
         encoder_out = frames_of(seed, 1, 4)
-        arcs, final_scores = biasing(seed)
-        move = {(int(s), int(token)): (int(to), score) for s, to, token, score in arcs.tolist()}
+        context = biasing(seed)
         plain = alignments(decoder, joiner, encoder_out[0], range(1, V))
         scores = {}
         for alignment, score in plain.items():
             state = 0
             for token in tokens_of(alignment):
-                state, bonus = move[state, token]
-                score += bonus
-            scores[alignment] = score + final_scores[state].item()
-        arguments = decoder, joiner, encoder_out, torch.tensor([4]), context_graph_fsa(arcs, final_scores), WIDE
+                score += context.score[state, token].item()
+                state = int(context.next_state[state, token])
+            scores[alignment] = score + context.final_score[state].item()
+        arguments = decoder, joiner, encoder_out, torch.tensor([4]), context_graph_fsa(context), WIDE
         if search == "best":
             best = winner(scores)
             found = single(fast_beam_search(*arguments))
@@ -324,21 +325,6 @@ def test_context_automaton_equals_enumeration(search):
     assert changed > 0
 
 
-def test_incomplete_automata_are_refused():
-    arcs, final_scores = biasing(0)
-    twice, outside, blank = arcs.clone(), arcs.clone(), arcs.clone()
-    twice[0] = twice[1]
-    outside[0, 1] = 3
-    blank[arcs[:, 2] == 1, 2] = 0
-    for wrong in (arcs[1:], twice, outside, blank, torch.cat([arcs, arcs[:1]])):
-        with pytest.raises(ValueError, match="complete deterministic"):
-            context_graph_fsa(wrong, final_scores)
-    with pytest.raises(ValueError, match="complete deterministic"):
-        context_graph_fsa(arcs, final_scores[:-1])
-    with pytest.raises(ValueError, match=r"\(A, 4\)"):
-        context_graph_fsa(arcs[:, :3], final_scores)
-
-
 def same(a, b) -> bool:
     return (a.tokens, a.timestamps, a.words) == (b.tokens, b.timestamps, b.words) and abs(a.score - b.score) < 1e-4
 
@@ -348,7 +334,7 @@ def test_batch_order_and_padding_change_nothing(small, kind):
     lg, words, _ = small
     decoder, joiner = transducer(3, len(TOKENS) if "LG" in kind else V)
     beam = FastBeam(beam=8.0, max_contexts=5, max_states=20)  # narrow enough to cut
-    graph = {"LG": lg, "nbest_LG": lg, "context": context_graph_fsa(*biasing(4))}.get(kind, trivial_graph(V))
+    graph = {"LG": lg, "nbest_LG": lg, "context": context_graph_fsa(biasing(4))}.get(kind, trivial_graph(V))
 
     def search(encoder_out, lengths):
         arguments = decoder, joiner, encoder_out, lengths, graph
@@ -416,13 +402,13 @@ def test_a_narrow_beam_that_ends_inside_a_word_falls_back(tmp_path):
 
 def test_an_end_beyond_the_beam_is_not_lost():
     """Each path must pay 50 nats where it ends, more than going on costs; the score of the end counts."""
-    arcs, _ = biasing(0)
+    context = biasing(0)
     decoder, joiner = transducer(6)
     encoder_out, lengths = frames_of(6, 3, 8), torch.tensor([8, 5, 8])
     narrow = FastBeam(beam=1.0, max_contexts=2, max_states=4)
-    free, _ = fast_beam_search(decoder, joiner, encoder_out, lengths, context_graph_fsa(arcs, torch.zeros(3)), narrow)
-    dear, fallen_back = fast_beam_search(
-        decoder, joiner, encoder_out, lengths, context_graph_fsa(arcs, torch.full((3,), -50.0)), narrow
+    ends = (replace(context, final_score=torch.full((3,), score)) for score in (0.0, -50.0))
+    (free, _), (dear, fallen_back) = (
+        fast_beam_search(decoder, joiner, encoder_out, lengths, context_graph_fsa(end), narrow) for end in ends
     )
     assert fallen_back == []
     assert [a.tokens for a in dear] == [b.tokens for b in free]
@@ -446,11 +432,7 @@ def test_wrong_arguments_are_named(small):
     decoder, joiner = transducer(0)
     encoder_out, lengths = frames_of(0, 2, 4), torch.tensor([4, 3])
     search = fast_beam_search
-    for graph in (
-        lg,
-        trivial_graph(5),
-        context_graph_fsa(torch.tensor([[0, 0, t, 0.0] for t in range(1, 5)]), torch.zeros(1)),
-    ):
+    for graph in (lg, trivial_graph(5), context_graph_fsa(ContextGraph.build([[1]], 5, 1.0))):
         with pytest.raises(ValueError, match="made for 5 tokens, the decoder has 4"):
             search(decoder, joiner, encoder_out, lengths, graph)
     graph = trivial_graph(V)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.scoring import score, write_errs, write_recogs
+from splitformer.scoring import score, word_errors, write_errs, write_recogs
 
 # given out of order; correct: GO, TO, B, A, A; GO -> NO, TWO -> TO; "FOUR" deleted; "OH" and "OH" inserted
 RESULTS = [
@@ -98,3 +98,4 @@ def test_the_score_is_the_edit_distance_of_the_whole_set() -> None:
         hyp = [str((i * 3 + j * j + j) % 5) for j in range((i * 5) % 11)]
         results.append((f"utt-{i:02d}", ref, hyp))
     assert score(results).errors == sum(distance(ref, hyp) for _, ref, hyp in results)
+    assert all(word_errors(ref, hyp) == distance(ref, hyp) for _, ref, hyp in results)

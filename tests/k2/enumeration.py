@@ -1,0 +1,99 @@
+"""A small language whose alignments and word sequences can all be enumerated, and what searches are held against."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from splitformer.data.ngram import BOS, EOS, NgramModel
+from splitformer.decoding.ctc import Beam
+from splitformer.decoding.lang import prepare_lang
+from splitformer.greedy import Hypothesis
+
+WIDE = Beam(search_beam=100.0, output_beam=5.0, min_active_states=1000, max_active_states=100000)
+
+# Five symbols, so that all alignments of seven frames can be enumerated; A and A2 sound alike, A begins AB.
+TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b"]
+SPELLINGS = {"A": [3], "A2": [3], "AA": [3, 3], "AB": [3, 4], "B": [4], "BA": [4, 3]}
+TEXT = "A B\nA AB BA\nB A2 A2\nAA B\nA B AB\nBA A2 B\nB B\nAB\nA AA\nB A2\n"
+
+
+def make_small_lang(lang_dir: Path) -> Path:
+    """`lang_dir` with the graphs' files for SPELLINGS, and `text`."""
+    (lang_dir / "tokens.txt").write_text("".join(f"{token} {i}\n" for i, token in enumerate(TOKENS)))
+    (lang_dir / "text").write_text(TEXT)
+    prepare_lang(lang_dir, SPELLINGS, SPELLINGS.__getitem__)
+    return lang_dir
+
+
+def random_log_probs(frames: int, vocab_size: int, seed: int, scale: float = 2.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(1, frames, vocab_size, generator=generator)).log_softmax(dim=2)
+
+
+def readings(alignment: tuple[int, ...], modified: bool) -> set[tuple[int, ...]]:
+    """The token sequences of an alignment: one, or, in the modified topology, one per way to cut its runs."""
+    runs = [(symbol, len(list(run))) for symbol, run in itertools.groupby(alignment)]
+    choices = [[(s,) * k for k in range(1, n + 1 if modified else 2)] for s, n in runs if s != 0]
+    return {tuple(itertools.chain(*choice)) for choice in itertools.product(*choices)}
+
+
+def acoustic_scores(log_probs: torch.Tensor, modified: bool = False) -> dict[tuple[int, ...], float]:
+    """The best alignment's log-probability of every token sequence; `<sos/eos>` and `<unk>` left out."""
+    frames = log_probs.double().tolist()
+    scores: dict[tuple[int, ...], float] = {}
+    for alignment in itertools.product((0, 3, 4), repeat=len(frames)):
+        score = sum(frame[symbol] for frame, symbol in zip(frames, alignment))
+        for tokens in readings(alignment, modified):
+            scores[tokens] = max(score, scores.get(tokens, -math.inf))
+    return scores
+
+
+def alignment_score(log_probs: torch.Tensor, hypothesis: Hypothesis, modified: bool = False) -> float:
+    """The best log-probability of the hypothesis's tokens where each of them starts at its timestamp."""
+    frames = log_probs.double().tolist()
+    tokens, starts = hypothesis.tokens, hypothesis.timestamps
+    total = sum(frame[0] for frame in frames[: starts[0] if starts else None])
+    for i, (token, start) in enumerate(zip(tokens, starts)):
+        end = starts[i + 1] if i + 1 < len(starts) else len(frames)
+        # a blank is due before an equal token; not in the modified topology
+        longest = end - 1 if tokens[i + 1 : i + 2] == [token] and not modified else end
+        total += max(
+            sum(frame[token] for frame in frames[start:change]) + sum(frame[0] for frame in frames[change:end])
+            for change in range(start + 1, longest + 1)
+        )
+    return total
+
+
+def word_sequences(tokens: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
+    """Every word sequence that is spelled so."""
+    if not tokens:
+        yield ()
+    for word, spelling in SPELLINGS.items():
+        if tokens[: len(spelling)] == tuple(spelling):
+            for rest in word_sequences(tokens[len(spelling) :]):
+                yield (word, *rest)
+
+
+def graph_score(model: NgramModel, words: tuple[str, ...]) -> float:
+    """The best path of `words` through the model's graph, in nats.
+
+    A path may back off where the n-gram is there. Of an interpolated model no n-gram is worse than that, but from
+    order 3 on the shorter history may be the better one for the next word.
+    """
+    reached = {(BOS,)[: model.order - 1]: 0.0}
+    for word in (*words, EOS):
+        after: dict[tuple[str, ...], float] = {}
+        for history, total in reached.items():
+            for start in range(len(history) + 1):
+                ngram = (*history[start:], word)
+                if ngram in model.log10_probs:
+                    state = ngram[1:] if len(ngram) == model.order else ngram
+                    after[state] = max(after.get(state, -math.inf), total + model.log10_probs[ngram])
+                total += model.log10_backoffs.get(history[start:], 0.0)
+        reached = after
+    return max(reached.values()) * math.log(10)
