@@ -14,12 +14,13 @@ corpus=mini
 source local/corpus.sh
 
 config='' seed=42 num_processes='' exp_dir='' stage=0 stop_stage=report
-known_methods=(greedy_search ctc-decoding 1best)
-methods=("${known_methods[@]}")
-set=() hlg_scales=() blank_penalties=()
+known_methods=(greedy_search prefix_beam_search ctc-decoding 1best nbest nbest-rescoring whole-lattice-rescoring
+    nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search fast_beam_search_nbest
+    fast_beam_search_nbest_LG)
+methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
 value_options=(config seed num_processes exp_dir stage stop_stage "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
-list_options=(methods set hlg_scales blank_penalties)
+list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
 prepare_stages=(download manifests fbank bpe lang lm graphs)
 
 usage() {
@@ -32,9 +33,11 @@ usage: ./run.sh [options]
   --seed N                 (default: 42)
   --num-processes N        training processes (default: one per GPU; without GPU, 2 where there are 2 cores)
   --exp-dir DIR            for checkpoints and decoding (default: WORK_DIR/exp/CONFIG-seedN)
-  --methods NAME ...       decoding methods (default: ${methods[*]})
-  --hlg-scales N ..., --blank-penalties N ...
-                           weights that 1best chooses from on the dev set; one of each: no choice, and faster
+  --methods NAME ...       decoding methods (default: greedy_search ctc-decoding 1best for a system with CTC alone, all
+                           for one with a transducer): ${known_methods[*]}
+  --hlg-scales N ..., --ngram-lm-scales N ..., --blank-penalties N ...
+                           weights to choose from on the dev set, of the language model for CTC and for a transducer, and
+                           of a penalty on blanks; one of each: no choice, and faster
 $corpus_usage
   --stage A, --stop-stage B
                            first and last stage, by number or name: those of prepare.sh (0 to 6), 7 train,
@@ -105,9 +108,11 @@ stage_average() {
 
 # 9: every exit, every method; dev sets too, on which choices are made
 stage_decode() {
-    local split model sets graph cuts=() names=() weights=()
-    ((${#hlg_scales[@]} == 0)) || weights+=(--hlg-scales "${hlg_scales[@]}")
-    ((${#blank_penalties[@]} == 0)) || weights+=(--blank-penalties "${blank_penalties[@]}")
+    local split model sets graphs cuts=() names=() choices=()
+    ((${#methods[@]} == 0)) || choices+=(--methods "${methods[@]}")
+    ((${#hlg_scales[@]} == 0)) || choices+=(--hlg-scales "${hlg_scales[@]}")
+    ((${#ngram_lm_scales[@]} == 0)) || choices+=(--ngram-lm-scales "${ngram_lm_scales[@]}")
+    ((${#blank_penalties[@]} == 0)) || choices+=(--blank-penalties "${blank_penalties[@]}")
     for split in "${dev_list[@]}" "${test_list[@]}"; do
         contains "$split" "${names[@]}" && continue # one split may serve as both
         names+=("$split")
@@ -115,15 +120,15 @@ stage_decode() {
     done
     model=$(made_from "$exp_dir/averaged.pt")
     sets=$(made_from "${cuts[@]#*=}")
-    graph=$(made_from "$lang_dir/HLG.pt")
-    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graph $graph methods ${methods[*]} ${weights[*]}" \
-        run_decoding --cuts "${cuts[@]}" "${weights[@]}"
+    graphs=$(made_from "$lang_dir/HLG.pt" "$lang_dir/LG.pt" "$lang_dir/G.pt")
+    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graphs $graphs choices ${choices[*]}" \
+        run_decoding --cuts "${cuts[@]}" "${choices[@]}"
 }
 
 run_decoding() {
     rm -rf "$exp_dir/decode" # records of another model must not stay among the new ones
     run_python -m splitformer.bin.decode --checkpoint "$exp_dir/averaged.pt" "$@" --lang-dir "$lang_dir" \
-        --methods "${methods[@]}" --tune-set "${dev_list[0]}" --output-dir "$exp_dir/decode" --corpus "$corpus"
+        --tune-set "${dev_list[0]}" --output-dir "$exp_dir/decode" --corpus "$corpus"
 }
 
 # 10: tables and plots of all runs

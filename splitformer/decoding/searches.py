@@ -266,7 +266,7 @@ def _fast_beam_search(needs: _Needs, weights: Weights) -> Method:
     if needs.context is None:
         graph = trivial_graph(needs.vocab_size, needs.device)
     else:
-        graph = context_graph_fsa(needs.context.arcs(), needs.context.final_score)
+        graph = context_graph_fsa(needs.context)
     return _fast("fast_beam_search", fast_beam_search, graph, _penalties(weights), needs.context_options)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from splitformer.bin.average import average
 from splitformer.bin.decode import Decoded, _choose
 from splitformer.config import Config, tomllib
+from splitformer.decoding.searches import METHODS
+from splitformer.losses.pruned_transducer import PrunedTransducerLoss
 from splitformer.results import DecodeRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions, Trainer
@@ -30,20 +34,27 @@ def trained(tmp_path_factory):
     for script, *flags in (
         ("estimate_lm", "--text", folder / "train.txt", "--order", "2", "--arpa", folder / "2gram.arpa"),
         ("prepare_lang", "--lang-dir", lang_dir, "--text", folder / "train.txt"),
-        ("compile_graphs", "--lang-dir", lang_dir, "--arpa", folder / "2gram.arpa"),
+        *(
+            ("compile_graphs", "--lang-dir", lang_dir, "--arpa", folder / "2gram.arpa", "--graph", graph)
+            for graph in ("HLG", "LG", "G")
+        ),
     ):
         subprocess.run([sys.executable, "-m", f"local.{script}", *map(str, flags)], check=True, capture_output=True)
-    tables = tomllib.loads(SYSTEM)
-    tables["training"]["num_epochs"] = 8
-    tables["augment"]["p"] = 0.0
-    options = RunOptions(folder / "system-seed7", [train], [dev], lang_dir, seed=7, num_workers=0, resume=True)
-    Trainer(Config.from_dict(tables), options, Ranks(0, 1, torch.device("cpu"))).train()
-    average(options.exp_dir, None, None)
+    for system, loss in (("system", None), ("transducer", PrunedTransducerLoss)):
+        tables = tomllib.loads(SYSTEM)
+        tables["training"]["num_epochs"] = 8
+        tables["augment"]["p"] = 0.0
+        if loss:
+            tables["model"] |= {"heads": ["ctc", "transducer"], "decoder_dim": 32, "joiner_dim": 32}
+            tables["loss"] = {"ctc_only_epochs": 5, "warm_steps": 5, "prune_range": 4}
+        options = RunOptions(folder / f"{system}-seed7", [train], [dev], lang_dir, seed=7, num_workers=0, resume=True)
+        Trainer(Config.from_dict(tables), options, Ranks(0, 1, torch.device("cpu")), loss).train()
+        average(options.exp_dir, None, None)
     return folder
 
 
-def decode(folder, *more):
-    command = [sys.executable, "-m", "splitformer.bin.decode", "--checkpoint", folder / "system-seed7" / "averaged.pt"]
+def decode(folder, *more, system="system"):
+    command = [sys.executable, "-m", "splitformer.bin.decode", "--checkpoint", folder / f"{system}-seed7/averaged.pt"]
     command += ["--cuts", f"test={folder}/test_cuts.jsonl.gz", f"dev={folder}/dev_cuts.jsonl.gz"]
     command += ["--lang-dir", folder / "lang_char", "--output-dir", folder / "decode", "--corpus", "tones", *more]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -74,10 +85,37 @@ def test_every_exit_and_method_has_a_record_that_adds_up(trained):
     assert by_key["test", 2, "1best"].wer < by_key["test", 2, "greedy_search"].wer
 
 
+def test_a_system_with_both_heads_is_decoded_by_every_method(trained, tmp_path):
+    (tmp_path / "hot").write_text("ABBA\nCAD DAB\n")
+    weights = ("--hlg-scales", "0.5", "1", "--ngram-lm-scales", "0.5", "--blank-penalties", "0", "1")
+    out = ("--output-dir", tmp_path / "decode", "--hot-words", tmp_path / "hot")
+    run = decode(trained, "--tune-set", "dev", *weights, *out, system="transducer")
+    assert run.returncode == 0, run.stderr
+    records = [DecodeRecord.load(path) for path in (tmp_path / "decode").glob("*.json")]
+    by_key = {(r.test_set, r.exit_layer, r.method): r for r in records}
+    assert set(by_key) == {(s, e, m) for s in ("dev", "test") for e in (1, 2) for m in METHODS}
+    for test_set, layer in itertools.product(("dev", "test"), (1, 2)):
+        of = {method: by_key[test_set, layer, method] for method in METHODS}
+        options = {method: record.config["decoding"] for method, record in of.items()}
+        assert of["nbest-oracle"].errors <= of["nbest"].errors
+        assert options["nbest-oracle"]["hlg_scale"] == options["nbest"]["hlg_scale"]
+        # HLG's own n-grams again
+        assert of["whole-lattice-rescoring"].wer <= of["greedy_search"].wer
+        assert of["modified_beam_search"].parameters > of["greedy_search"].parameters
+        assert options["fast_beam_search_nbest_LG"]["ngram_lm_scale"] == 0.5
+        for method in METHODS:
+            hot = method in ("prefix_beam_search", "modified_beam_search", "fast_beam_search")
+            assert options[method].get("context_phrases", 0) == (2 if hot else 0)
+    (tmp_path / "hot").write_text("ABBA!\n")
+    assert "'ABBA!' has characters that the tokens lack (!)" in decode(trained, *out, system="transducer").stderr
+
+
 def test_mistakes_are_named(trained, tmp_path):
     assert "--tune-set held-out is not among --cuts: test, dev" in decode(trained, "--tune-set", "held-out").stderr
     other = make_lang_dir(tmp_path, [text.replace("A", "Z") for text in make_texts(60)])
     assert "was trained with other tokens" in decode(trained, "--lang-dir", other).stderr
+    stranger = decode(trained, "--methods", "greedy_search", "modified_beam_search").stderr
+    assert "--methods modified_beam_search: this model's heads are ctc; choose among greedy_search," in stranger
     (trained / "lang_char" / "HLG.pt").rename(tmp_path / "HLG.pt")
     assert "graphs stage makes it" in decode(trained).stderr
     (tmp_path / "HLG.pt").rename(trained / "lang_char" / "HLG.pt")
@@ -110,6 +148,11 @@ def test_options_are_chosen_by_errors_on_the_tune_set_for_each_exit():
         (1, "nbest"): light,
         (1, "nbest-oracle"): light,  # nbest's, although it would do better with others
     }
+
+
+def test_the_driver_knows_the_same_methods():
+    text = (Path(__file__).parents[2] / "run.sh").read_text()
+    assert text.split("known_methods=(")[1].split(")")[0].split() == list(METHODS)
 
 
 def test_records_are_json_that_others_can_read(trained):
