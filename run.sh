@@ -108,11 +108,11 @@ stage_average() {
 
 # 9: every exit, every method; dev sets too, on which choices are made
 stage_decode() {
-    local split model sets graphs cuts=() names=() choices=()
-    ((${#methods[@]} == 0)) || choices+=(--methods "${methods[@]}")
-    ((${#hlg_scales[@]} == 0)) || choices+=(--hlg-scales "${hlg_scales[@]}")
-    ((${#ngram_lm_scales[@]} == 0)) || choices+=(--ngram-lm-scales "${ngram_lm_scales[@]}")
-    ((${#blank_penalties[@]} == 0)) || choices+=(--blank-penalties "${blank_penalties[@]}")
+    local split model sets graphs cuts=() names=() choice_flags=()
+    ((${#methods[@]} == 0)) || choice_flags+=(--methods "${methods[@]}")
+    ((${#hlg_scales[@]} == 0)) || choice_flags+=(--hlg-scales "${hlg_scales[@]}")
+    ((${#ngram_lm_scales[@]} == 0)) || choice_flags+=(--ngram-lm-scales "${ngram_lm_scales[@]}")
+    ((${#blank_penalties[@]} == 0)) || choice_flags+=(--blank-penalties "${blank_penalties[@]}")
     for split in "${dev_list[@]}" "${test_list[@]}"; do
         contains "$split" "${names[@]}" && continue # one split may serve as both
         names+=("$split")
@@ -121,8 +121,8 @@ stage_decode() {
     model=$(made_from "$exp_dir/averaged.pt")
     sets=$(made_from "${cuts[@]#*=}")
     graphs=$(made_from "$lang_dir/HLG.pt" "$lang_dir/LG.pt" "$lang_dir/G.pt")
-    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graphs $graphs choices ${choices[*]}" \
-        run_decoding --cuts "${cuts[@]}" "${choices[@]}"
+    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graphs $graphs choice_flags ${choice_flags[*]}" \
+        run_decoding --cuts "${cuts[@]}" "${choice_flags[@]}"
 }
 
 run_decoding() {

@@ -142,7 +142,7 @@ def decode(args: argparse.Namespace) -> None:
                     num_utterances=len(found.results),
                     fallback_utterances=found.fallbacks,
                     audio_seconds=found.audio_seconds,
-                    rtf=found.seconds / found.audio_seconds,
+                    rtf=found.rtf,
                     parameters=costs[method.head][layer].parameters,
                     macs_per_second=costs[method.head][layer].macs_per_second,
                     epoch=checkpoint.get("epoch", checkpoint["progress"]["epoch"]),
@@ -179,9 +179,15 @@ class Decoded:
     results: list[tuple[str, list[str], list[str]]] = field(default_factory=list)
     """(cut id, reference words, decoded words)"""
     fallbacks: int = 0
-    seconds: float = 0.0
-    """front end, encoder up to this exit, its head and the search"""
+    encoder_seconds: float = 0.0
+    """front end, encoder up to this exit and its CTC head"""
+    search_seconds: float = 0.0
+    """of a transducer, its decoder and joiner included"""
     audio_seconds: float = 0.0
+
+    @property
+    def rtf(self) -> float:
+        return (self.encoder_seconds + self.search_seconds) / self.audio_seconds
 
 
 @torch.no_grad()  # not inference_mode: k2 asks tensors for their version
@@ -232,7 +238,8 @@ def decode_cuts(
                     entry = decoded.setdefault((layer, method.name, options), Decoded())
                     entry.results += zip(batch.cut_ids, references, words, strict=True)
                     entry.fallbacks += len(fallbacks)
-                    entry.seconds += encoder_seconds + head_seconds[method.head] + search_seconds
+                    entry.encoder_seconds += encoder_seconds + head_seconds[method.head]
+                    entry.search_seconds += search_seconds
                     entry.audio_seconds += batch.seconds
     return decoded
 

@@ -189,10 +189,13 @@ class TrainingData:
 
 
 def evaluation_batches(
-    cuts: CutSet, tokenizer: Tokenizer, max_duration: float, num_workers: int = 0
+    cuts: CutSet, tokenizer: Tokenizer, max_duration: float | None, num_workers: int = 0, max_cuts: int | None = None
 ) -> Iterator[Batch]:
-    """All cuts, in their order, unaugmented; none is dropped."""
-    sampler = SimpleCutSampler(cuts, max_duration=max_duration, shuffle=False, drop_last=False)
+    """All cuts, in their order, unaugmented; none is dropped.
+
+    A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
+    """
+    sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False)
     return _batches(K2SpeechRecognitionDataset(return_cuts=True), sampler, tokenizer, num_workers)
 
 
