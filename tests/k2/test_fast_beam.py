@@ -22,6 +22,7 @@ from splitformer.decoding.fast_beam import (
 )
 from splitformer.decoding.graphs import compile_lg, context_graph_fsa, trivial_graph
 from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols, save_graph
+from splitformer.decoding.transducer import modified_beam_search
 from splitformer.decoding.transducer_lattice import FastBeam
 from splitformer.greedy import transducer_greedy_search
 from splitformer.model.decoder import Decoder
@@ -413,6 +414,27 @@ def test_an_end_beyond_the_beam_is_not_lost():
     assert fallen_back == []
     assert [a.tokens for a in dear] == [b.tokens for b in free]
     assert [a.score + 50 for a in dear] == pytest.approx([b.score for b in free], abs=1e-3)
+
+
+def test_a_wide_beam_is_never_worse_than_modified_beam_search():
+    """Compared by the best alignment, which fast_beam_search looks for; the other sums over alignments."""
+    improved = 0
+    for seed in range(12):
+        decoder, joiner = transducer(seed)
+        encoder_out, lengths = frames_of(seed, 3, 16), torch.tensor([16, 9, 12])
+        fast, _ = fast_beam_search(decoder, joiner, encoder_out, lengths, trivial_graph(V), WIDE)
+        for length_norm in (False, True):
+            modified = modified_beam_search(decoder, joiner, encoder_out, lengths, length_norm=length_norm)
+            for i, hypothesis in enumerate(modified):
+                # what may be said, and nothing else, is a graph too
+                only = k2.linear_fsa(hypothesis.tokens)
+                only.vocab_size = V
+                own = encoder_out[i : i + 1], lengths[i : i + 1]
+                [best_alignment], _ = fast_beam_search(decoder, joiner, *own, only, WIDE)
+                assert best_alignment.tokens == hypothesis.tokens
+                assert best_alignment.score <= fast[i].score + 1e-4
+                improved += best_alignment.score < fast[i].score - 1e-4
+    assert improved > 0
 
 
 def test_narrow_beams_still_find_a_path():
