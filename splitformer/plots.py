@@ -59,7 +59,7 @@ def _plot_wer(
     axes = figure.subplots(1, len(results.test_sets), squeeze=False)[0]
     for axis, test_set in zip(axes, results.test_sets):
         for number, system in enumerate(results.systems):
-            method = results.chosen_method(system) or results.methods[0]
+            method = results.chosen_method(system) or results.methods(system)[0]
             points = []
             for layer in results.layers(system):
                 records = results.records(system, layer, test_set, method)
@@ -99,7 +99,7 @@ def _plot_wer(
 
 
 def _plot_training(run: Run, path: Path) -> None:
-    """Dev loss and dev WER by epoch, a colour per exit; dashed the training loss, the mean over exits."""
+    """Dev loss and dev WER by epoch, a colour per exit, dotted a transducer's; dashed the mean training loss."""
     figure = Figure(figsize=(8.8, 3.6))
     left, right = figure.subplots(1, 2)
     epochs = [record.epoch for record in run.training]
@@ -112,6 +112,9 @@ def _plot_training(run: Run, path: Path) -> None:
         wer = [record.dev_wer_per_exit.get(layer, math.nan) for record in run.training]
         left.plot(epochs, loss, linewidth=1.2, color=colour)
         right.plot(epochs, wer, linewidth=1.2, color=colour, label=f"layer {layer}")
+        if any(record.dev_transducer_wer_per_exit for record in run.training):
+            wer = [record.dev_transducer_wer_per_exit.get(layer, math.nan) for record in run.training]
+            right.plot(epochs, wer, linewidth=1.2, color=colour, linestyle=":", label=f"layer {layer}, transducer")
     _finish(left, f"{run.system}, seed {run.seed}: dev loss", "epoch", "CTC loss per token")
     _finish(right, f"{run.system}, seed {run.seed}: dev WER", "epoch", "WER (%), greedy_search")
     left.set_ylim(bottom=0)

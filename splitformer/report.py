@@ -88,6 +88,22 @@ def _check_run(run: Run, corpus: str, source: Path) -> None:
         raise ReportError(f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}")
 
 
+_METHODS = (
+    "greedy_search",
+    "prefix_beam_search",
+    "ctc-decoding",
+    "1best",
+    "nbest",
+    "nbest-rescoring",
+    "whole-lattice-rescoring",
+    "nbest-oracle",
+    "transducer-greedy_search",
+    "modified_beam_search",
+    "fast_beam_search",
+    "fast_beam_search_nbest",
+    "fast_beam_search_nbest_LG",
+)
+_ORACLE = "nbest-oracle"
 _REMEDY = "remove the old ones and decode again"
 
 
@@ -245,12 +261,10 @@ class Results:
         """Every set that is not for making choices."""
         return sorted({record.test_set for record in self._records()} - set(self.dev_sets))
 
-    @property
-    def methods(self) -> list[str]:
-        """Decoding methods, those without a graph first."""
-        order = ("greedy_search", "ctc-decoding")
-        found = {record.method for record in self._records()}
-        return [method for method in order if method in found] + sorted(found - set(order))
+    def methods(self, system: str | None = None) -> list[str]:
+        """Decoding methods of one system, or of all: CTC's before the transducer's, the simple ones first."""
+        found = {r.method for r in self._records() if system in (None, r.system)}
+        return [method for method in _METHODS if method in found] + sorted(found - set(_METHODS))
 
     def runs_of(self, system: str) -> list[Run]:
         return [run for run in self.runs if run.system == system]
@@ -279,8 +293,11 @@ class Results:
         return _mean(per_seed) if per_seed else None
 
     def chosen_method(self, system: str) -> str | None:
-        """The method with the lowest `dev_wer`; None where there is no dev set to choose on."""
-        wers = {method: self.dev_wer(system, method) for method in self.methods}
+        """The method with the lowest `dev_wer`; None where there is no dev set to choose on.
+
+        The oracle has read the references and is no choice.
+        """
+        wers = {method: self.dev_wer(system, method) for method in self.methods(system) if method != _ORACLE}
         return min((method for method in wers if wers[method] is not None), key=lambda m: wers[m], default=None)
 
 
@@ -326,7 +343,7 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
         *(f"![{title}]({name})" for title, name in plots.items() if not title.startswith("Training")),
         "## Side by side",
         "WER at every exit on the test sets, one table per decoding method.",
-        *(_side_by_side(results, published, method) for method in results.methods),
+        *(_side_by_side(results, published, method) for method in results.methods()),
         _published(published),
     ]
     for system in results.systems:
@@ -383,7 +400,7 @@ def _summary(results: Results) -> str:
     for system in results.systems:
         runs, layers = results.runs_of(system), results.layers(system)
         method = chosen[system]
-        for shown in results.methods if method is None else [method]:
+        for shown in results.methods(system) if method is None else [method]:
             row = [f"**{system}**" if system == best else system, _parameters(runs[0].last_exit.parameters)]
             row += [", ".join(str(run.seed) for run in runs), _training_time(runs), shown]
             if dev:
@@ -417,15 +434,16 @@ def _unlike_configurations(runs: Sequence[Run]) -> str:
 
 def _side_by_side(results: Results, published: Sequence[Published], method: str) -> str:
     with_exits = [each for each in published if each.wer_per_exit]
+    systems = [system for system in results.systems if method in results.methods(system)]
     header, columns = ["layer"], []
     for test_set in results.test_sets:
-        header += [f"{test_set}<br>{system}" for system in results.systems]
+        header += [f"{test_set}<br>{system}" for system in systems]
         columns += [
             {
                 layer: _spread(results.wers(system, layer, test_set, method), _percent, len(results.runs_of(system)))
                 for layer in results.layers(system)
             }
-            for system in results.systems
+            for system in systems
         ]
         header += [f"{test_set}<br>{each.name} (published)" for each in with_exits]
         columns += [
@@ -523,16 +541,16 @@ def _run_table(runs: Sequence[Run]) -> str:
 
 
 def _wer_table(results: Results, system: str, test_sets: Sequence[str], cost: bool = False) -> str:
-    """Rows exits, columns sets and methods; with `cost` also parameters and multiply-accumulates."""
+    """Rows exits, columns sets and methods; with `cost` also parameters and MACs, of the cheapest head."""
     runs = results.runs_of(system)
-    cells = [(test_set, method) for test_set in test_sets for method in results.methods]
+    cells = [(test_set, method) for test_set in test_sets for method in results.methods(system)]
     header = ["layer", *(["parameters (M)", "10⁹ MACs per s of audio"] if cost else [])]
     header += [f"{test_set}<br>{method}" for test_set, method in cells]
     rows = []
     for layer in results.layers(system):
         row = [str(layer)]
         if cost:
-            record = next(r for run in runs for r in run.decode if r.exit_layer == layer)
+            record = min((r for r in runs[0].decode if r.exit_layer == layer), key=lambda r: r.macs_per_second)
             row += [_parameters(record.parameters), f"{record.macs_per_second / 1e9:.3f}"]
         rows.append([*row, *(_spread(results.wers(system, layer, s, m), _percent, len(runs)) for s, m in cells)])
     return _table(header, rows)
@@ -543,7 +561,7 @@ def _rtf_table(results: Results, system: str) -> str:
     rows = []
     for layer in results.layers(system):
         row = [str(layer)]
-        for method in results.methods:
+        for method in results.methods(system):
             per_run = []
             for run in results.runs_of(system):
                 own = [r for r in run.decode if (r.exit_layer, r.method) == (layer, method)]
@@ -552,7 +570,7 @@ def _rtf_table(results: Results, system: str) -> str:
                     per_run.append(sum(r.rtf * r.audio_seconds for r in own) / audio)
             row.append(f"{_mean(per_run):.4f}" if per_run else "–")
         rows.append(row)
-    return _table(["layer", *results.methods], rows)
+    return _table(["layer", *results.methods(system)], rows)
 
 
 def _commands(runs: Sequence[Run]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitformer import report
 from splitformer.bin.average import average
 from splitformer.bin.decode import Decoded, _choose
 from splitformer.config import Config, tomllib
@@ -150,9 +151,10 @@ def test_options_are_chosen_by_errors_on_the_tune_set_for_each_exit():
     }
 
 
-def test_the_driver_knows_the_same_methods():
+def test_the_driver_and_the_report_know_the_same_methods():
     text = (Path(__file__).parents[2] / "run.sh").read_text()
     assert text.split("known_methods=(")[1].split(")")[0].split() == list(METHODS)
+    assert list(report._METHODS) == list(METHODS)
 
 
 def test_records_are_json_that_others_can_read(trained):
