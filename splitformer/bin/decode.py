@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -109,22 +108,29 @@ def decode(args: argparse.Namespace) -> None:
     def spell(tokens: list[int]) -> list[str]:
         return tokenizer.decode(tokens).split()
 
-    chosen = {(layer, method.name): method.default for layer in config.model.exit_layers for method in methods}
+    def batches(test_set: str, doing: str) -> Iterable[Batch]:
+        found = evaluation_batches(load_cuts([sets[test_set]]), tokenizer, args.max_duration)
+        return tqdm(found, desc=f"{doing} {test_set}", unit="batch", disable=None, leave=False)
+
+    layers = config.model.exit_layers
+    chosen = {(layer, method.name): method.default for layer in layers for method in methods}
     for test_set in sorted(sets, key=lambda name: name != args.tune_set):
-        batches = evaluation_batches(load_cuts([sets[test_set]]), tokenizer, args.max_duration)
-        bar = tqdm(batches, desc=f"decoding {test_set}", unit="batch", disable=None, leave=False)
-        tuning = test_set == args.tune_set
-        variants = {method.name: method.variants for method in methods}
-        options_of = {(layer, name): variants[name] if tuning else [best] for (layer, name), best in chosen.items()}
-        decoded = decode_cuts(model, bar, methods, options_of, spell, device)
-        if tuning:
-            chosen |= _choose(decoded)
+        decoded: dict[tuple[int, str, Options], Decoded] = {}
+        leaders = [method for method in methods if method.follows is None]
+        if test_set == args.tune_set:
+            variants = {(layer, method.name): method.variants for layer in layers for method in leaders}
+            decoded = decode_cuts(model, batches(test_set, "choosing weights on"), leaders, variants, spell, device)
+            best = _choose(decoded)
+            chosen |= {(layer, m.name): best[layer, m.follows or m.name] for layer in layers for m in methods}
+        left = [method for method in methods if not decoded or method.follows]
+        fixed = {key: [options] for key, options in chosen.items()}
+        decoded |= decode_cuts(model, batches(test_set, "decoding"), left, fixed, spell, device) if left else {}
         for method in methods:
-            for layer in config.model.exit_layers:
+            for layer in layers:
                 options = chosen[layer, method.name]
                 found = decoded[layer, method.name, options]
                 scored = score(found.results)
-                tuned = {"tuned_on": args.tune_set} if len(method.variants) > 1 else {}
+                tuned = {"tuned_on": args.tune_set} if options else {}
                 record = DecodeRecord(
                     corpus=args.corpus,
                     system=args.system or args.checkpoint.resolve().parent.name.rsplit("-seed", 1)[0],
@@ -301,21 +307,14 @@ def _costs(model: AsrModel, num_mel_bins: int) -> dict[str, dict[int, ExitCost]]
 
 
 def _choose(decoded: dict[tuple[int, str, Options], Decoded]) -> dict[tuple[int, str], Options]:
-    """For each exit and method the options with the fewest errors; of equals those nearest to none at all.
-
-    The oracle, which knows the references, has no say in what it is compared with: it takes nbest's.
-    """
+    """For each exit and method the options with the fewest errors; of equals those nearest to none at all."""
     best: dict[tuple[int, str], tuple[int, float, Options]] = {}
     for (layer, name, options), found in decoded.items():
         # an LM weight is none at all where it is 1, a penalty where it is 0
         distance = sum(abs(value - (0.0 if option == "blank_penalty" else 1.0)) for option, value in options)
         candidate = (score(found.results).errors, distance, options)
         best[layer, name] = min(best.get((layer, name), candidate), candidate)
-    chosen: dict[tuple[int, str], Any] = {key: options for key, (_, _, options) in best.items()}
-    for layer, name in list(chosen):
-        if name == "nbest-oracle" and (layer, "nbest") in chosen:
-            chosen[layer, name] = chosen[layer, "nbest"]
-    return chosen
+    return {key: options for key, (_, _, options) in best.items()}
 
 
 if __name__ == "__main__":

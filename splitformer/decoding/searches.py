@@ -2,7 +2,8 @@
 
 A method is bound to its graphs once; `run(view, options)` then searches one batch at one exit. Options that change
 what is found (the weight of a language model, a penalty on blanks) are listed in `variants`: on the tune set all are
-run, elsewhere the one that was chosen there.
+run, elsewhere the one that was chosen there. Methods that read the same lattice `follow` the cheapest of them: they
+take what was chosen for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,13 @@ METHODS = {
 }
 """{name: the head whose output it searches}. Named as in icefall; both heads have a greedy search, so the
 transducer's says so."""
+
+
+_FAMILIES = (
+    ("1best", "nbest", "whole-lattice-rescoring", "nbest-rescoring", "nbest-oracle"),
+    ("fast_beam_search", "fast_beam_search_nbest"),
+)
+"""Methods that read one kind of lattice, the cheapest first."""
 
 
 def default_methods(heads: Sequence[str]) -> list[str]:
@@ -87,8 +95,11 @@ class Method:
     name: str
     run: Callable[[ExitView, Options], Found]
     variants: tuple[Options, ...] = ((),)
+    """to choose from, where the method follows no other"""
     default: Options = ()
     """what is taken where nothing can be chosen"""
+    follows: str | None = None
+    """the method whose options, chosen on the tune set, this one takes"""
     fixed: dict[str, Any] = field(default_factory=dict)
     """what else the record says of the method"""
 
@@ -147,7 +158,20 @@ def make_methods(
         "fast_beam_search_nbest": _fast_beam_search_nbest,
         "fast_beam_search_nbest_LG": _fast_beam_search_nbest_lg,
     }
-    return [makers[name](needs, weights) for name in names]
+    names = list(names)
+    return [replace(makers[name](needs, weights), follows=_leader(name, names)) for name in names]
+
+
+def _leader(name: str, names: Sequence[str]) -> str | None:
+    """The cheapest of `names` that reads the same lattice as `name`, if another.
+
+    Tuned by itself, nbest would cost ten times 1best's choice, and nbest-oracle would choose by the references.
+    """
+    for family in _FAMILIES:
+        if name in family:
+            leader = next(each for each in family if each in names)
+            return None if leader == name else leader
+    return None
 
 
 class _Needs:
@@ -226,16 +250,14 @@ def _whole_lattice_rescoring(needs: _Needs, weights: Weights) -> Method:
 
 
 def _rescoring(name: str, search: Callable[..., dict[float, Found]], needs: _Needs, weights: Weights) -> Method:
-    """The lattice is made with the weight that its scores are then given: candidates are those that matter."""
+    """G gets the weight with which HLG made the lattice: the candidates are then those that matter."""
     hlg, words, g = needs.hlg, needs.words, needs.g
 
     def run(view: ExitView, options: Options) -> Found:
-        given = dict(options)
-        scale = given.pop("lm_scale")
-        return search(view.log_probs, view.lengths, hlg, words, g, [scale], hlg_scale=scale, **given)[scale]
+        scale = dict(options)["hlg_scale"]
+        return search(view.log_probs, view.lengths, hlg, words, g, [scale], **dict(options))[scale]
 
-    variants = _grid(lm_scale=weights.hlg_scales, blank_penalty=weights.blank_penalties)
-    return Method(name, run, variants, (("lm_scale", 1.0), ("blank_penalty", 0.0)))
+    return _weighted(name, run, weights)
 
 
 def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
@@ -244,7 +266,8 @@ def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
     def run(view: ExitView, options: Options) -> Found:
         return nbest_oracle(view.log_probs, view.lengths, hlg, words, view.references, **dict(options))
 
-    return _weighted("nbest-oracle", run, weights)
+    # alone it takes no choice, because it would choose by the references
+    return replace(_weighted("nbest-oracle", run, weights), variants=((("hlg_scale", 1.0), ("blank_penalty", 0.0)),))
 
 
 def _transducer_greedy_search(needs: _Needs, weights: Weights) -> Method:
@@ -276,7 +299,7 @@ def _fast_beam_search_nbest(needs: _Needs, weights: Weights) -> Method:
 
 
 def _fast_beam_search_nbest_lg(needs: _Needs, weights: Weights) -> Method:
-    variants = _grid(ngram_lm_scale=weights.ngram_lm_scales, blank_penalty=weights.blank_penalties)
+    variants = _grid(ngram_lm_scale=weights.ngram_lm_scales)  # costly, so that there is no choice of a penalty
     search = functools.partial(fast_beam_search_nbest_LG, words=needs.words)
     return _fast("fast_beam_search_nbest_LG", search, needs.lg, variants)
 
@@ -291,13 +314,13 @@ def _fast(
     def run(view: ExitView, options: Options) -> Found:
         return search(view.decoder, view.joiner, view.encoder_out, view.lengths, graph=graph, **dict(options))
 
-    return Method(name, run, variants, variants[0], fixed or {})
+    return Method(name, run, variants, variants[0], fixed=fixed or {})
 
 
 def _penalised(
     name: str, run: Callable[[ExitView, Options], Found], weights: Weights, fixed: dict[str, Any] | None = None
 ) -> Method:
-    return Method(name, run, _penalties(weights), (("blank_penalty", 0.0),), fixed or {})
+    return Method(name, run, _penalties(weights), (("blank_penalty", 0.0),), fixed=fixed or {})
 
 
 def _weighted(name: str, run: Callable[[ExitView, Options], Found], weights: Weights) -> Method:
