@@ -20,6 +20,7 @@ import k2
 import torch
 from torch import Tensor
 
+from splitformer.greedy import check_encoder_out
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 
@@ -66,7 +67,7 @@ def search_lattices(
     those of fast_beam_search; `graph_scale` is its ngram_lm_scale. Where no utterance has a lattice, what comes back
     with the empty list is of no use.
     """
-    _check(decoder, encoder_out, lengths, graph, graph_scale, words)
+    _check(decoder, joiner, encoder_out, lengths, graph, graph_scale, words)
     ends, order = torch.sort(lengths.cpu(), stable=True)
     utterances = order[ends > 0].tolist()
     if not utterances:
@@ -152,30 +153,21 @@ class _ProjectedContexts:
 
 def _check(
     decoder: Decoder,
+    joiner: Joiner,
     encoder_out: Tensor,
     lengths: Tensor,
     graph: k2.Fsa,
     graph_scale: float,
     words: Sequence[str] | None,
 ) -> None:
-    if encoder_out.dim() != 3:
-        raise ValueError(f"encoder_out has shape {tuple(encoder_out.shape)}; expected (N, T', D)")
-    batch, frames, _ = encoder_out.shape
-    if lengths.shape != (batch,) or lengths.is_floating_point():
-        raise ValueError(
-            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; expected whole output frames ({batch},)"
-        )
-    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > frames):
-        raise ValueError(f"lengths {lengths.tolist()} leave 0..{frames}, the output frames of encoder_out")
+    check_encoder_out(encoder_out, lengths, decoder, joiner)
     if graph.device != encoder_out.device:
         raise ValueError(f"the graph is on {graph.device}, encoder_out on {encoder_out.device}; move the graph once")
     if not graph_scale > 0:
         raise ValueError(f"ngram_lm_scale {graph_scale}: the weight of the graph's scores is above 0")
     if words is not None and not isinstance(getattr(graph, "aux_labels", None), k2.RaggedTensor):
         raise ValueError("words are given, but the graph writes none: use an LG (compile_lg), or leave words out")
-    # k2 checks none of these: it reads beyond the scores, or mixes up contexts
-    if decoder.blank_id != 0:
-        raise ValueError(f"the decoder's blank is {decoder.blank_id}; k2's search wants 0")
+    # k2 checks none of what follows: it reads beyond the scores, or mixes up contexts
     made_for = getattr(graph, "vocab_size", int(graph.labels.max()) + 1)
     if made_for != decoder.vocab_size:
         raise ValueError(
