@@ -401,7 +401,9 @@ def _summary(results: Results) -> str:
         runs, layers = results.runs_of(system), results.layers(system)
         method = chosen[system]
         for shown in results.methods(system) if method is None else [method]:
-            row = [f"**{system}**" if system == best else system, _parameters(runs[0].last_exit.parameters)]
+            # a head's own: of a system with two, the joiner is larger than the CTC layer
+            last = next(r for r in runs[0].decode if (r.exit_layer, r.method) == (layers[-1], shown))
+            row = [f"**{system}**" if system == best else system, _parameters(last.parameters)]
             row += [", ".join(str(run.seed) for run in runs), _training_time(runs), shown]
             if dev:
                 row += [_percent(dev[system]) if system in dev else "–"]
