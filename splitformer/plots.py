@@ -80,9 +80,7 @@ def _plot_wer(
                     label=f"{system}, {method}",
                 )
         for number, each in enumerate(published):
-            points = [
-                (layer, wers[test_set]) for layer, wers in each.wer_per_exit.items() if test_set in wers
-            ]
+            points = [(layer, wers[test_set]) for layer, wers in each.wer_per_exit.items() if test_set in wers]
             if points:
                 axis.plot(
                     *zip(*points),
@@ -114,7 +112,9 @@ def _plot_training(run: Run, path: Path) -> None:
         right.plot(epochs, wer, linewidth=1.2, color=colour, label=f"layer {layer}")
         if any(record.dev_transducer_wer_per_exit for record in run.training):
             wer = [record.dev_transducer_wer_per_exit.get(layer, math.nan) for record in run.training]
-            right.plot(epochs, wer, linewidth=1.2, color=colour, linestyle=":", label=f"layer {layer}, transducer")
+            right.plot(
+                epochs, wer, linewidth=1.2, color=colour, linestyle=":", label=None if number else "dotted: transducer"
+            )
     _finish(left, f"{run.system}, seed {run.seed}: dev loss", "epoch", "CTC loss per token")
     _finish(right, f"{run.system}, seed {run.seed}: dev WER", "epoch", "WER (%), greedy_search")
     left.set_ylim(bottom=0)
