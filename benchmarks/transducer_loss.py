@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,9 @@ from splitformer.losses import pruned_transducer
 from splitformer.losses.pruned_transducer import PrunedTransducerLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
+from splitformer.results import atomic_write, command_line
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -33,7 +37,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio in each; 25 output frames a second")
     parser.add_argument("--labels", type=int, default=50, help="in each utterance")
     parser.add_argument("--vocab-size", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="write the table there as well")
     parser.add_argument("--exits", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--separate", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,15 +51,27 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.transducer_loss", *sys.argv[1:], "--exits", str(exits)]
             done = subprocess.run(command + ["--separate"] * separate, capture_output=True, text=True, check=True)
             rows.append(("separate" if separate else "shared", exits, *json.loads(done.stdout)))
-    print(
-        f"{args.utterances} utterances of {args.seconds:g} s, {args.labels} labels of {args.vocab_size}; {device(args)}"
-    )
-    print(f"{'losses':10}{'exits':>6}{'peak MB':>10}{'s a step':>10}{'memory':>9}{'time':>7}   (of one shared exit)")
+    one_megabytes, one_seconds = rows[0][2:]
+    text = [
+        "# Transducer losses at several exits",
+        "",
+        f"{args.utterances} utterances of {args.seconds:g} s, {args.labels} labels of {args.vocab_size}; {device(args)}.",
+        "Losses and their backward pass, without the encoder. In brackets: of one shared exit. Made by",
+        "",
+        f"    {command_line(ROOT)}",
+        "",
+        "| losses | exits | peak MB | s a step |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for name, exits, megabytes, seconds in rows:
-        print(
-            f"{name:10}{exits:6}{megabytes:10.0f}{seconds:10.2f}"
-            f"{megabytes / rows[0][2]:9.2f}{seconds / rows[0][3]:7.2f}"
+        text.append(
+            f"| {name} | {exits} | {megabytes:.0f} ({megabytes / one_megabytes:.2f}) | "
+            f"{seconds:.2f} ({seconds / one_seconds:.2f}) |"
         )
+    print("\n".join(text))
+    if args.output:
+        with atomic_write(args.output) as file:
+            file.write("\n".join(text) + "\n")
 
 
 def device(args: argparse.Namespace) -> str:

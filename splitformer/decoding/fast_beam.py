@@ -16,7 +16,7 @@ import k2
 import torch
 from torch import Tensor
 
-from splitformer.decoding.transducer_lattice import FastBeam, search_lattices
+from splitformer.decoding.transducer_lattice import FastBeam, numbered, search_lattices
 from splitformer.greedy import Hypothesis, transducer_greedy_search
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
@@ -31,6 +31,10 @@ FAST_BEAM = FastBeam(beam=20.0, max_contexts=8, max_states=64)
 LG_BEAM = FastBeam(beam=20.0, max_contexts=32, max_states=256)
 NUM_PATHS = 200
 NBEST_SCALE = 0.5
+# Arcs below this leave the lattices of the n-best forms. LG on 16 utterances of AN4: 2 to 4 times as fast; sums change
+# by at most 0.00006 nats at the last of six exits, where lattices are peaked, and by 0.35 at the first, where one
+# utterance gets other words. At 1e-4 it would be 0.007 and 1.5 nats.
+MIN_POSTERIOR = 1e-6
 
 
 @torch.no_grad()
@@ -148,6 +152,7 @@ def _nbest(
         decoder, joiner, encoder_out, lengths, graph, beam, blank_penalty, graph_scale, words
     )
     if utterances:
+        lattices = _likely(lattices)
         # sequences are compared by the labels: tokens, or words after turning the lattice round
         readers = lattices if words is None else k2.invert(lattices)
         sequences = _drawn_sequences(lattices, num_paths, nbest_scale, by_words=words is not None)
@@ -155,6 +160,12 @@ def _nbest(
         for owner, total, found in zip(owners, totals, _read_paths(lattices, _best_paths(winners), words)):
             result[utterances[owner]] = replace(found, score=total)
     return _fill_in(result, decoder, joiner, encoder_out, lengths, blank_penalty, words)
+
+
+def _likely(lattices: k2.Fsa) -> k2.Fsa:
+    """Without the arcs of a posterior below MIN_POSTERIOR: two thirds of them, and of the time of what follows."""
+    likely = k2.connect(k2.prune_on_arc_post(lattices, MIN_POSTERIOR, use_double_scores=True))
+    return numbered(likely)
 
 
 def _drawn_sequences(lattices: k2.Fsa, num_paths: int, nbest_scale: float, by_words: bool) -> k2.RaggedTensor:

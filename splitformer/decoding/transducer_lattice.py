@@ -119,9 +119,14 @@ def search_lattices(
     utterances = [utterances[i] for i in alive.tolist()]
     if utterances:
         lattices = k2.index_fsa(lattices, alive.int())
+    return numbered(lattices), utterances
+
+
+def numbered(lattices: k2.Fsa) -> k2.Fsa:
+    """`lattices` with `arc_id`: 0, 1, 2, ..., and -1 for arcs that other algorithms add."""
     lattices.arc_id = torch.arange(lattices.num_arcs, dtype=torch.int32, device=lattices.device)
     lattices.arc_id_filler = -1
-    return lattices, utterances
+    return lattices
 
 
 class _ProjectedContexts:
