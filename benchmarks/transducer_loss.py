@@ -55,7 +55,7 @@ def main() -> None:
     text = [
         "# Transducer losses at several exits",
         "",
-        f"{args.utterances} utterances of {args.seconds:g} s, {args.labels} labels of {args.vocab_size}; {device(args)}",
+        f"{args.utterances} x {args.seconds:g} s, {args.labels} labels of {args.vocab_size}; {device(args)}",
         "Losses and their backward pass, without the encoder. In brackets: of one shared exit. Made by",
         "",
         f"    {command_line(ROOT)}",
