@@ -31,9 +31,9 @@ FAST_BEAM = FastBeam(beam=20.0, max_contexts=8, max_states=64)
 LG_BEAM = FastBeam(beam=20.0, max_contexts=32, max_states=256)
 NUM_PATHS = 200
 NBEST_SCALE = 0.5
-# Arcs below this leave the lattices of the n-best forms. LG on 16 utterances of speech: 2 to 4 times as fast; sums change
-# by at most 0.00006 nats at the last of six exits, where lattices are peaked, and by 0.35 at the first, where one
-# utterance gets other words. At 1e-4 it would be 0.007 and 1.5 nats.
+# Arcs below this leave the lattices of the n-best forms. With LG on 16 spoken utterances that is 2 to 4 times as fast;
+# sums change by at most 0.00006 nats at the last of six exits, where lattices are peaked, and by 0.35 at the first,
+# where one utterance gets other words. At 1e-4 it would be 0.007 and 1.5 nats.
 MIN_POSTERIOR = 1e-6
 
 
