@@ -113,7 +113,13 @@ stage_lang() {
 
 # 5: n-gram language models, downloaded or estimated from the training text: that of HLG and that of G, often one
 stage_lm() {
+    local lm
     make_lm "$arpa" "$lm_order" "$lm_arpa_url"
+    if [[ $graph_arpa != "$arpa" ]]; then
+        lm=$(made_from "$arpa")
+        make_artefact "$graph_arpa" "lm $lm threshold $lm_prune" \
+            run_python local/prune_lm.py --arpa "$arpa" --threshold "$lm_prune" --output "$graph_arpa"
+    fi
     if [[ $rescore_arpa != "$arpa" ]]; then make_lm "$rescore_arpa" "$rescore_lm_order" "$rescore_lm_arpa_url"; fi
 }
 
@@ -135,11 +141,11 @@ make_lm() {
 stage_graphs() {
     local lang lm
     lang=$(made_from "$lang_dir/L_disambig.pt")
-    lm=$(made_from "$arpa")
+    lm=$(made_from "$graph_arpa")
     make_artefact "$lang_dir/HLG.pt" "lang $lang lm $lm" \
-        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa"
+        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$graph_arpa"
     make_artefact "$lang_dir/LG.pt" "lang $lang lm $lm" \
-        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$arpa" --graph LG
+        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$graph_arpa" --graph LG
     lm=$(made_from "$rescore_arpa")
     make_artefact "$lang_dir/G.pt" "lang $lang lm $lm" \
         run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$rescore_arpa" --graph G

@@ -4,7 +4,7 @@
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
-    lm_order rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
+    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
 corpus_flags=(strict estimate_lm)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
@@ -17,6 +17,8 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
                            instead of what the corpus says
   --fbank lhotse|kaldifeat what computes the features (default: lhotse)
   --num-jobs N             processes for data preparation (default: one per core)
+  --lm-prune X             for the graphs HLG and LG leave out n-grams that are worth less than X, such as 1e-7, of the
+                           perplexity; G, which rescores, keeps them
   --estimate-lm            make the language model from the training text, even where the corpus brings one
   --strict                 unreadable audio and bad transcripts are fatal, not skipped"
 
@@ -26,7 +28,7 @@ num_jobs=$(cores) strict=false estimate_lm=false
 
 # Defaults of the corpus's description.
 train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
-lm_order=3 lm_arpa_url='' rescore_lm_order='' rescore_lm_arpa_url='' speed_perturb=false default_config=''
+lm_order=3 lm_arpa_url='' lm_prune='' rescore_lm_order='' rescore_lm_arpa_url='' speed_perturb=false default_config=''
 # lm_* is the language model of HLG, rescore_lm_* that of G, which rescores lattices: by default the same one. Models
 # without a URL are estimated from the training text.
 subsets=''       # where the corpus has subsets: their names
@@ -83,6 +85,8 @@ load_corpus() {
     # models of one order are one file, and one model
     [[ $rescore_lm_order != "$lm_order" ]] || rescore_lm_arpa_url=$lm_arpa_url
     [[ ! -v "given[train_splits]" ]] || subset_tag+=_${train_splits// /+}
+    [[ -z $lm_prune || $lm_prune =~ ^[0-9]*\.?[0-9]+([eE]-?[0-9]+)?$ ]] ||
+        option_error "--lm-prune is '$lm_prune' and must be a number such as 1e-7"
     check_choice token_type bpe char
     check_choice speed_perturb true false
     check_choice fbank lhotse kaldifeat
@@ -105,6 +109,8 @@ load_corpus() {
     lm_dir=$data_dir/lm$subset_tag
     train_text=$lm_dir/train.txt
     arpa=$lm_dir/${lm_order}gram.arpa
+    graph_arpa=$arpa
+    [[ -z $lm_prune ]] || graph_arpa=${arpa%.arpa}-pruned-$lm_prune.arpa
     rescore_arpa=$lm_dir/${rescore_lm_order}gram.arpa
     lang_dir=$data_dir/lang_$token_type
     [[ $token_type == char ]] || lang_dir+=_$vocab_size

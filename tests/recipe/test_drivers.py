@@ -112,13 +112,15 @@ def test_five_utterances_in_another_layout(driver, tmp_path: Path, shared: Path)
     """Folders that are there already are used as they are, read-only too."""
     arguments = ["--corpus", "librispeech", "--download-dir", shared / "data", "--work-dir", tmp_path]
     arguments += ["--train-splits", "test-clean", "--dev-splits", "dev-clean", "--test-splits", "dev-clean"]
-    arguments += ["--vocab-size", 80, "--estimate-lm", "--num-jobs", 8]
+    arguments += ["--vocab-size", 80, "--estimate-lm", "--num-jobs", 8, "--lm-prune", "1e-3"]
     for _ in range(2):
         result = driver("prepare.sh", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
     lang_dir = tmp_path / "data/lang_bpe_80_test-clean"
     made = {"bpe.model", "tokens.txt", "words.txt", "L.pt", "L_disambig.pt", "HLG.pt", "LG.pt", "G.pt"}
     assert made <= set(os.listdir(lang_dir))
+    [whole], [pruned] = ((tmp_path / "data").glob(f"lm*/3gram{name}.arpa") for name in ("", "-pruned-1e-3"))
+    assert pruned.stat().st_size < whole.stat().st_size
     cuts = {
         split: list(read_cuts(tmp_path / f"data/fbank/{split}_cuts.jsonl.gz")) for split in ("test-clean", "dev-clean")
     }
