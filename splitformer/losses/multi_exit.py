@@ -82,14 +82,14 @@ class MultiExitLoss(nn.Module):
         """
         exits = list(self.model.encoder(x, x_lens))
         per_exit = torch.zeros(len(exits), device=x.device)
-        warm = step > self.transducer_from or "ctc" not in self.model.heads
-        share = min(1.0, (step - self.transducer_from) / max(1, self.config.warm_steps)) if warm else 0.0
+        started = step > self.transducer_from or "ctc" not in self.model.heads
+        share = min(1.0, (step - self.transducer_from) / max(1, self.config.warm_steps)) if started else 0.0
         if "ctc" in self.model.heads:
             scale = _between(1.0, self.config.ctc_scale, share) if self.transducer is not None else 1.0
             log_probs = [self.model.ctc_log_probs(exit_output) for exit_output in exits]
             losses = ctc_losses(log_probs, exits[0].lengths, y, y_lens, self.blank_id)
             per_exit = per_exit + scale * losses.sum(dim=1)
-        if self.transducer is not None and warm:
+        if self.transducer is not None and started:
             per_exit = per_exit + self.transducer(
                 self.model,
                 exits,
@@ -100,7 +100,7 @@ class MultiExitLoss(nn.Module):
             )
         per_exit = per_exit / y_lens.sum().clamp(min=1)
         total = (per_exit * self.exit_weights).sum()
-        if self.transducer is not None and not warm:
+        if self.transducer is not None and not started:
             # every parameter gets a gradient in every step, which DistributedDataParallel relies on
             total = total + 0.0 * sum(p.sum() for p in self._transducer_parameters())
         return ExitLosses(total, per_exit.detach())
