@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +60,50 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return contents
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[AsrModel, Config, dict[str, Any]]:
-    """The model in `path` in evaluation mode, its resolved configuration, and the whole checkpoint."""
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", max_layer: int | None = None
+) -> tuple[AsrModel, Config, dict[str, Any]]:
+    """The model in `path` in evaluation mode, its configuration, and the checkpoint.
+
+    Args:
+      max_layer: an exit; the model ends there, and the weights of layers and exits above are not kept. The
+        configuration returned is that of this smaller model, and the checkpoint lacks those weights too.
+    Raises:
+      CheckpointError: the file cannot be read, or max_layer is none of the model's exits.
+    """
     contents = load_checkpoint(path, device)
     config = Config.from_dict(contents["config"], source=str(path))
+    if max_layer is not None:
+        if max_layer not in config.model.exit_layers:
+            exits = ", ".join(map(str, config.model.exit_layers))
+            raise CheckpointError(f"{path} has no exit after layer {max_layer}; choose among {exits}")
+        config = _truncated(config, max_layer)
     model = AsrModel(config.model)
+    if max_layer is not None:
+        contents["model"] = {name: contents["model"][name] for name in model.state_dict()}
     model.load_state_dict(contents["model"])
     return model.to(device).eval(), config, contents
+
+
+def _truncated(config: Config, max_layer: int) -> Config:
+    """The same up to encoder layer `max_layer`."""
+    exits, branches = (
+        [x for x in xs if x <= max_layer] for xs in (config.model.exit_layers, config.model.parallel_exits)
+    )
+    return replace(
+        config,
+        model=replace(config.model, num_layers=max_layer, exit_layers=tuple(exits), parallel_exits=tuple(branches)),
+        loss=replace(config.loss, exit_weights=config.loss.exit_weights[: len(exits)]),
+    )
+
+
+def checkpoint_id(path: str | Path) -> str:
+    """What tells this file from other checkpoints: the first 16 digits of its SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def epoch_checkpoints(exp_dir: str | Path) -> dict[int, Path]:

@@ -128,9 +128,7 @@ class DecodeRecord:
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON with sorted keys."""
-        with atomic_write(path) as file:
-            json.dump(asdict(self), file, indent=1, sort_keys=True, ensure_ascii=False)
-            file.write("\n")
+        _save(self, path)
 
     @classmethod
     def from_dict(cls, values: object, source: str = "record") -> DecodeRecord:
@@ -141,6 +139,177 @@ class DecodeRecord:
     def load(cls, path: str | Path) -> DecodeRecord:
         """Read what `save` wrote. Raises ValueError for broken JSON, an unknown or a missing key."""
         return cls.from_dict(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class EarlyExitRecord:
+    """The result of one test set where an exit policy chose each utterance's exit.
+
+    corpus, system, seed, test_set, method, wer ... fallback_utterances, audio_seconds, rtf: as in DecodeRecord.
+    policy: its title; target: what it was fitted to, such as "max_relative_wer 0.05".
+    exits: {layer: utterances that left there}; layers: their mean layer.
+    nan_exits: exits passed because their output held a NaN; late_utterances: answered after the policy's deadline.
+    macs_per_second: multiply-accumulates per second of audio, those of all heads that were read included.
+    last_exit_macs_per_second: of the last exit, for everything, without a policy.
+    """
+
+    corpus: str
+    system: str
+    seed: int
+    test_set: str
+    method: str
+    policy: str
+    target: str
+    wer: float
+    errors: int
+    insertions: int
+    deletions: int
+    substitutions: int
+    ref_words: int
+    num_utterances: int
+    fallback_utterances: int
+    nan_exits: int
+    late_utterances: int
+    exits: dict[int, int]
+    layers: float
+    macs_per_second: float
+    last_exit_macs_per_second: float
+    audio_seconds: float
+    rtf: float
+    commit: str
+    command: str
+    date: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON with sorted keys."""
+        _save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EarlyExitRecord:
+        """Read what `save` wrote. Raises ValueError for broken JSON, an unknown or a missing key."""
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: object, source: str = "record") -> EarlyExitRecord:
+        """The record in `values`; layers may be strings, as JSON has them."""
+        values = dict(_checked(cls, values, source))
+        values["exits"] = {int(layer): count for layer, count in values["exits"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TradeoffPoint:
+    """One policy at one setting, on a test set.
+
+    setting: in words, such as "layer 3" or "probability 0.12".
+    wer: percent, with its 95 % bootstrap interval over utterances.
+    layers: mean over utterances; macs_per_second, rtf: per second of audio, everything the policy computes included.
+    """
+
+    policy: str
+    setting: str
+    wer: float
+    wer_low: float
+    wer_high: float
+    layers: float
+    macs_per_second: float
+    rtf: float
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a policy saves beside the last exit at a WER that may be `allowed` (0.05: 5 %) above the last exit's.
+
+    Calibrated: the setting was chosen on the calibration set alone, and these figures are the test set's. wer: percent;
+    relative_wer: its change over the last exit's (0.03: 3 % more errors) with the 95 % bootstrap interval of the paired
+    difference; macs_saved, layers_saved, time_saved: shares of the last exit's.
+    hindsight_macs_saved, hindsight_layers_saved: the largest ones among all settings whose WER on the test set itself
+      is within what is allowed, as papers read it off the curve; None where no setting is.
+    """
+
+    policy: str
+    allowed: float
+    setting: str
+    wer: float
+    relative_wer: float
+    relative_wer_low: float
+    relative_wer_high: float
+    macs_saved: float
+    layers_saved: float
+    time_saved: float
+    hindsight_macs_saved: float | None
+    hindsight_layers_saved: float | None
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """A policy's curve against that of the fixed exits at one average cost, by linear interpolation.
+
+    budget: share of the last exit's multiply-accumulates. difference: the policy's WER less the fixed exits' (percent
+    absolute; below 0 the policy is better) with its 95 % bootstrap interval.
+    """
+
+    policy: str
+    budget: float
+    wer: float
+    fixed_wer: float
+    difference: float
+    difference_low: float
+    difference_high: float
+
+
+@dataclass(frozen=True)
+class TradeoffRecord:
+    """WER against cost for every exit policy on one test set.
+
+    calibration_set: on which all settings were fitted; method: the search whose words were scored.
+    exit_layers, last_wer, last_macs_per_second, last_rtf: the model's exits, and its last one without a policy.
+    points, savings, budgets: the curves and what is read off them.
+    """
+
+    corpus: str
+    system: str
+    seed: int
+    test_set: str
+    calibration_set: str
+    method: str
+    exit_layers: tuple[int, ...]
+    num_utterances: int
+    ref_words: int
+    audio_seconds: float
+    last_wer: float
+    last_macs_per_second: float
+    last_rtf: float
+    points: tuple[TradeoffPoint, ...]
+    savings: tuple[Saving, ...]
+    budgets: tuple[BudgetPoint, ...]
+    commit: str
+    command: str
+    date: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON with sorted keys."""
+        _save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TradeoffRecord:
+        """Read what `save` wrote. Raises ValueError for broken JSON, an unknown or a missing key."""
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: object, source: str = "record") -> TradeoffRecord:
+        """The record in `values`. Raises ValueError, naming `source`, for an unknown or a missing key."""
+        values = dict(_checked(cls, values, source))
+        values["exit_layers"] = tuple(values["exit_layers"])
+        for name, kind in (("points", TradeoffPoint), ("savings", Saving), ("budgets", BudgetPoint)):
+            values[name] = tuple(kind(**_checked(kind, each, f"{source}, {name}")) for each in values[name])
+        return cls(**values)
+
+
+def _save(record: Any, path: str | Path) -> None:
+    with atomic_write(path) as file:
+        json.dump(asdict(record), file, indent=1, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from splitformer.scoring import word_errors
 # HLG_BEAM, but for an output beam that leaves competitors of the best path in the lattice.
 LATTICE_BEAM = Beam(search_beam=15.0, output_beam=8.0, min_active_states=30, max_active_states=3000)
 
+NO_PATH_DOUBT = 100.0
+"""nats, of an utterance without a path: as good as no chance"""
+
 Found = tuple[list[Hypothesis], list[int]]
 """N hypotheses in the order of the batch; the indices of those that no path was left for and that are greedy
 search's (without words)."""
@@ -66,6 +69,46 @@ def nbest(
     candidates = Nbest.draw(lattice.fsas, num_paths, nbest_scale)
     aligned = candidates.align(lattice.fsas)
     return lattice.hypotheses(candidates.best(aligned, _total_scores(aligned)), words)
+
+
+def one_best_with_doubt(
+    log_probs: Tensor,
+    lengths: Tensor,
+    hlg: k2.Fsa,
+    words: Sequence[str],
+    num_paths: int = 100,
+    nbest_scale: float = 0.5,
+    hlg_scale: float = 1.0,
+    blank_penalty: float = 0.0,
+    beam: Beam = LATTICE_BEAM,
+) -> tuple[list[Hypothesis], list[int], Tensor]:
+    """one_best, and how doubtful its words are beside the others of the lattice's n-best list.
+
+    The n-best posterior (arXiv 2309.09546, section 3): the share of the best word sequence in the probability of all
+    that were drawn, each by its best alignment.
+
+    Args:
+      as nbest.
+    Returns:
+      one_best's two, and (N,) minus the log of the posterior: 0 where nothing competes, `NO_PATH_DOUBT` where the
+      lattice was empty.
+    """
+    lattice = _lattice(log_probs, lengths, hlg, hlg_scale, blank_penalty, beam)
+    paths = lattice.best_paths()
+    doubts = torch.zeros(len(log_probs), dtype=torch.float64)
+    if lattice.fsas is not None:
+        candidates = Nbest.draw(lattice.fsas, num_paths, nbest_scale)
+        scores = _total_scores(candidates.align(lattice.fsas)).double().cpu()
+        splits = candidates.words.shape.row_splits(1).tolist()
+        for utterance, path, (start, end) in zip(lattice.utterances, paths, itertools.pairwise(splits), strict=True):
+            if path is None:
+                doubts[utterance] = NO_PATH_DOUBT
+            elif end > start:  # the best path's words are nearly always drawn; where not, its own score is more
+                others = scores[start:end]
+                best = others.new_tensor([path.score])
+                every = torch.cat([others, best]) if path.score > float(others.max()) + 1e-3 else others
+                doubts[utterance] = (every.logsumexp(dim=0) - every.max()).clamp(min=0.0)
+    return *lattice.hypotheses(paths, words), doubts
 
 
 def nbest_rescoring(

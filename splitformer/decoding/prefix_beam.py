@@ -41,13 +41,43 @@ def prefix_beam_search(
       ValueError: where shapes, lengths or the context graph's vocabulary do not fit, for NaN, and for beam_size
         below 1.
     """
+    prefixes, scores = _search(log_probs, lengths, beam_size, blank_penalty, context)
+    if len(scores) == 0:
+        return []
+    score, slot = scores.max(dim=1)
+    tokens = [found for found, _ in prefixes.trace(slot)]
+    timestamps = ctc_alignment(log_probs, lengths.to(log_probs.device), tokens)
+    return [Hypothesis(*found) for found in zip(tokens, timestamps, score.tolist())]
+
+
+@torch.no_grad()
+def prefix_beam_doubt(log_probs: Tensor, lengths: Tensor, beam_size: int = 8) -> Tensor:
+    """How doubtful the most probable token sequence is beside the others of the beam.
+
+    The n-best posterior (arXiv 2309.09546, section 3): the share of the best prefix in the probability of all that
+    the beam holds at the end.
+
+    Args, raises: as prefix_beam_search.
+    Returns:
+      (N,) minus the log of the posterior: 0 where nothing competes.
+    """
+    _, scores = _search(log_probs, lengths, beam_size)
+    return scores.logsumexp(dim=1) - scores.max(dim=1).values
+
+
+def _search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    beam_size: int,
+    blank_penalty: float = 0.0,
+    context: ContextGraph | None = None,
+) -> tuple[Prefixes, Tensor]:
+    """The beam after the last frame, and the score of each of its prefixes, (N, B)."""
     check_log_probs(log_probs, lengths)
     batch, _, vocab_size = log_probs.shape
     prefixes = Prefixes(batch, beam_size, vocab_size, context, log_probs.device)
-    if batch == 0:
-        return []
     lengths = lengths.to(log_probs.device)
-    frames = int(lengths.max())
+    frames = int(lengths.max()) if batch else 0
     inside = torch.arange(frames, device=log_probs.device) < lengths.unsqueeze(1)
     check_no_nan(log_probs[:, :frames], inside, "log_probs")
     # behind its end an utterance goes on with a blank of probability 1, which changes nothing
@@ -83,7 +113,4 @@ def prefix_beam_search(
         ends_in_blank = ends_in_blank.gather(1, choice.source).masked_fill(~kept, -math.inf)
         ends_in_token = torch.where(kept, ends_in_token.gather(1, choice.source), extended)
 
-    score, slot = (torch.logaddexp(ends_in_blank, ends_in_token) + prefixes.context_total()).max(dim=1)
-    tokens = [found for found, _ in prefixes.trace(slot)]
-    timestamps = ctc_alignment(log_probs, lengths, tokens)
-    return [Hypothesis(*found) for found in zip(tokens, timestamps, score.tolist())]
+    return prefixes, torch.logaddexp(ends_in_blank, ends_in_token) + prefixes.context_total()

@@ -24,8 +24,14 @@ from splitformer.decoding.ctc import ctc_decoding, one_best
 from splitformer.decoding.fast_beam import fast_beam_search, fast_beam_search_nbest, fast_beam_search_nbest_LG
 from splitformer.decoding.graphs import context_graph_fsa, ctc_topology, trivial_graph
 from splitformer.decoding.lang import load_graph, read_symbols, words_checksum
-from splitformer.decoding.nbest import nbest, nbest_oracle, nbest_rescoring, whole_lattice_rescoring
-from splitformer.decoding.prefix_beam import prefix_beam_search
+from splitformer.decoding.nbest import (
+    nbest,
+    nbest_oracle,
+    nbest_rescoring,
+    one_best_with_doubt,
+    whole_lattice_rescoring,
+)
+from splitformer.decoding.prefix_beam import prefix_beam_doubt, prefix_beam_search
 from splitformer.decoding.transducer import modified_beam_search
 from splitformer.greedy import Hypothesis, ctc_greedy_search, transducer_greedy_search
 from splitformer.model.decoder import Decoder
@@ -102,10 +108,24 @@ class Method:
     """the method whose options, chosen on the tune set, this one takes"""
     fixed: dict[str, Any] = field(default_factory=dict)
     """what else the record says of the method"""
+    lattice_doubt: Callable[[ExitView, Options], tuple[list[Hypothesis], list[int], Tensor]] | None = None
+    """of methods that read HLG's lattice: 1best's hypotheses, and their doubt beside the lattice's other words"""
 
     @property
     def head(self) -> str:
         return METHODS[self.name]
+
+    def run_with_doubt(self, view: ExitView, options: Options) -> tuple[list[Hypothesis], list[int], Tensor]:
+        """What `run` finds, and (N,) minus the log of its n-best posterior (arXiv 2309.09546).
+
+        The n-best list is that of HLG's lattice where the method reads it, else the beam of CTC's prefix search.
+        """
+        if self.lattice_doubt is not None:
+            *found, doubts = self.lattice_doubt(view, options)
+            return *(found if self.name == "1best" else self.run(view, options)), doubts
+        if view.log_probs is None:
+            raise ValueError(f"{self.name}: n-best posteriors are of the CTC head, which this model lacks")
+        return *self.run(view, options), prefix_beam_doubt(view.log_probs, view.lengths)
 
 
 class Weights(NamedTuple):
@@ -230,14 +250,14 @@ def _ctc_decoding(needs: _Needs, weights: Weights) -> Method:
 def _one_best(needs: _Needs, weights: Weights) -> Method:
     hlg, words = needs.hlg, needs.words
     return _weighted(
-        "1best", lambda view, options: one_best(view.log_probs, view.lengths, hlg, words, **dict(options)), weights
+        "1best", lambda v, options: one_best(v.log_probs, v.lengths, hlg, words, **dict(options)), needs, weights
     )
 
 
 def _nbest(needs: _Needs, weights: Weights) -> Method:
     hlg, words = needs.hlg, needs.words
     return _weighted(
-        "nbest", lambda view, options: nbest(view.log_probs, view.lengths, hlg, words, **dict(options)), weights
+        "nbest", lambda v, options: nbest(v.log_probs, v.lengths, hlg, words, **dict(options)), needs, weights
     )
 
 
@@ -257,7 +277,7 @@ def _rescoring(name: str, search: Callable[..., dict[float, Found]], needs: _Nee
         scale = dict(options)["hlg_scale"]
         return search(view.log_probs, view.lengths, hlg, words, g, [scale], **dict(options))[scale]
 
-    return _weighted(name, run, weights)
+    return _weighted(name, run, needs, weights)
 
 
 def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
@@ -267,7 +287,9 @@ def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
         return nbest_oracle(view.log_probs, view.lengths, hlg, words, view.references, **dict(options))
 
     # alone it takes no choice, because it would choose by the references
-    return replace(_weighted("nbest-oracle", run, weights), variants=((("hlg_scale", 1.0), ("blank_penalty", 0.0)),))
+    return replace(
+        _weighted("nbest-oracle", run, needs, weights), variants=((("hlg_scale", 1.0), ("blank_penalty", 0.0)),)
+    )
 
 
 def _transducer_greedy_search(needs: _Needs, weights: Weights) -> Method:
@@ -323,9 +345,16 @@ def _penalised(
     return Method(name, run, _penalties(weights), (("blank_penalty", 0.0),), fixed=fixed or {})
 
 
-def _weighted(name: str, run: Callable[[ExitView, Options], Found], weights: Weights) -> Method:
+def _weighted(name: str, run: Callable[[ExitView, Options], Found], needs: _Needs, weights: Weights) -> Method:
+    hlg, words = needs.hlg, needs.words
     variants = _grid(hlg_scale=weights.hlg_scales, blank_penalty=weights.blank_penalties)
-    return Method(name, run, variants, (("hlg_scale", 1.0), ("blank_penalty", 0.0)))
+    return Method(
+        name,
+        run,
+        variants,
+        (("hlg_scale", 1.0), ("blank_penalty", 0.0)),
+        lattice_doubt=lambda v, options: one_best_with_doubt(v.log_probs, v.lengths, hlg, words, **dict(options)),
+    )
 
 
 def _penalties(weights: Weights) -> tuple[Options, ...]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from splitformer.config import ModelConfig
+from splitformer.model.conformer import valid_frames
 from splitformer.model.decoder import Decoder
 from splitformer.model.encoder import Encoder, ExitOutput
 from splitformer.model.joiner import Joiner
+
+
+class Leaving(NamedTuple):
+    """Utterances that leave the encoder together, at one exit."""
+
+    rows: Tensor
+    """(n,) their places in the batch that went in"""
+    exit_output: ExitOutput
+    """of these n utterances"""
+    log_probs: Tensor | None
+    """(n, T', V) of the CTC head, where there is one"""
+    nan_exits: Tensor
+    """(n,) exits that each passed or left behind because their output held a NaN"""
 
 
 class AsrModel(nn.Module):
@@ -44,3 +60,79 @@ class AsrModel(nn.Module):
         """Yield each exit with its CTC log-probabilities; features x (N, T, C) with x_lens (N,)."""
         for exit_output in self.encoder(x, x_lens):
             yield exit_output, self.ctc_log_probs(exit_output)
+
+    def leave_early(
+        self, x: Tensor, x_lens: Tensor, stops: Callable[[Tensor, ExitOutput, Tensor | None], Tensor]
+    ) -> Iterator[Leaving]:
+        """Run each utterance up to the exit at which `stops` lets it go; what goes on is a smaller batch.
+
+        An utterance without an output frame leaves at the first exit, and everything left at the last one. A NaN in an
+        exit's output sends its utterance on to the next; where none of these is sound either, the utterance leaves
+        with the last exit that was, and where none was, with the last exit's NaN.
+
+        Args:
+          x, x_lens: features (N, T, C) and their lengths (N,).
+          stops: called with rows (n,), their exit output and CTC log-probabilities (None without a CTC head); returns
+            (n,), true where an utterance stops. It is not asked at the last exit, nor about NaN and empty utterances.
+        Yields:
+          those that leave, exit by exit; each utterance once.
+        """
+        rows = torch.arange(x.size(0), device=x.device)
+        nan_exits = torch.zeros_like(rows)
+        sound: dict[int, Leaving] = {}  # {row: its last exit without NaN}, while it meets nothing but NaN
+        exits = self.encoder(x, x_lens)
+        before, going_on = None, None
+        while len(rows):
+            exit_output = exits.send(going_on)
+            log_probs = self.ctc_log_probs(exit_output) if "ctc" in self.heads else None
+            broken = _has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths)
+            now = Leaving(rows, exit_output, log_probs, nan_exits + broken)
+            sound = {
+                row: sound[row] if row in sound else _select(before, before.rows == row)
+                for row in rows[broken].tolist()
+                if row in sound or before is not None
+            }
+            if exit_output.layer == self.encoder.exit_layers[-1]:
+                for place, row in enumerate(rows.tolist()):
+                    if row in sound:
+                        yield sound[row]._replace(nan_exits=now.nan_exits[place : place + 1])
+                yield from _some(now, torch.tensor([row not in sound for row in rows.tolist()], device=x.device))
+                return
+
+            leave = exit_output.lengths == 0
+            for question in _some(now, ~broken & ~leave):
+                stop = stops(question.rows, question.exit_output, question.log_probs)
+                leave |= torch.isin(rows, question.rows[stop])
+            yield from _some(now, leave)
+            if leave.any():
+                going_on = (~leave).nonzero().flatten()
+                before = _select(now, ~leave)
+            else:
+                before, going_on = now, None
+            rows, nan_exits = before.rows, before.nan_exits
+
+
+def _some(leaving: Leaving, which: Tensor) -> Iterator[Leaving]:
+    """Those of `which` (n,), a mask; nothing where there is none."""
+    if which.all():
+        yield leaving
+    elif which.any():
+        yield _select(leaving, which)
+
+
+def _select(leaving: Leaving, which: Tensor) -> Leaving:
+    """Those of `which` (n,), a mask, without the padding that only others needed."""
+    lengths = leaving.exit_output.lengths[which]
+    frames = max(1, int(lengths.max())) if len(lengths) else 0
+    encoder_out = leaving.exit_output.encoder_out[which, :frames]
+    return Leaving(
+        leaving.rows[which],
+        ExitOutput(leaving.exit_output.layer, encoder_out, lengths),
+        None if leaving.log_probs is None else leaving.log_probs[which, :frames],
+        leaving.nan_exits[which],
+    )
+
+
+def _has_nan(x: Tensor, lengths: Tensor) -> Tensor:
+    """(N,), true where a valid frame of x (N, T', D) holds a NaN."""
+    return (x.isnan().any(dim=2) & valid_frames(lengths, x.size(1))).any(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -57,8 +57,11 @@ class Encoder(nn.Module):
             {str(exit_layer): ParallelBranch(layer(), config.parallel_gate) for exit_layer in config.parallel_exits}
         )
 
-    def forward(self, x: Tensor, x_lens: Tensor) -> Iterator[ExitOutput]:
+    def forward(self, x: Tensor, x_lens: Tensor) -> Generator[ExitOutput, Tensor | None, None]:
         """Yield the exits one by one; layers above the last exit that is asked for are never run.
+
+        Utterances may leave on the way: `send(rows)`, with the indices in the last exit's output of those that go on,
+        takes the others out of the batch, with the padding that only they needed. `next` goes on with all.
 
         Args:
           x: (N, T, C) features, padded with anything
@@ -75,7 +78,11 @@ class Encoder(nn.Module):
                 x = layer(x, key_bias, mask)
             if str(exit_layer) in self.parallel:
                 x = x + self.parallel[str(exit_layer)](block_input, lengths)
-            yield ExitOutput(exit_layer, x, lengths)
+            going_on = yield ExitOutput(exit_layer, x, lengths)
+            if going_on is not None:
+                lengths = lengths[going_on]
+                x = x[going_on, : max(1, int(lengths.max()))]
+                key_bias, mask = frame_masks(lengths, x)
             first = exit_layer
 
 

@@ -27,6 +27,7 @@ BASE = ("splitformer.config", "splitformer.results")
 MODEL = (*BASE, "splitformer.model.*")
 INFERENCE = (*MODEL, "splitformer.exit_policy", "splitformer.greedy", "splitformer.checkpoint")
 LOSSES = (*INFERENCE, "splitformer.losses.ctc", "splitformer.losses.multi_exit")
+CALIBRATION = (*INFERENCE, "splitformer.calibration", "splitformer.tradeoff")
 SCORING = (*BASE, "splitformer.scoring")
 DATA = (*MODEL, "splitformer.data.*")
 TRAINING = (*LOSSES, *SCORING, *DATA, "splitformer.training.*")
@@ -44,6 +45,7 @@ TIERS = {
     "base": Tier((*BASE,), frozenset(), BASE),
     "model": Tier(("splitformer.model.*",), frozenset({"torch"}), MODEL),
     "inference": Tier(INFERENCE, frozenset({"torch"}), INFERENCE),
+    "calibration": Tier(CALIBRATION, frozenset({"torch"}), CALIBRATION),
     "losses": Tier(("splitformer.losses.ctc", "splitformer.losses.multi_exit"), frozenset({"torch"}), LOSSES),
     "transducer": Tier(("splitformer.losses.*",), frozenset({"torch", "k2"}), LOSSES),
     "scoring": Tier(SCORING, frozenset({"kaldialign"}), SCORING),

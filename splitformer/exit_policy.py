@@ -1,0 +1,411 @@
+"""Exit policies: when an utterance has been heard well enough to leave the encoder.
+
+A policy reads statistics of the exits that an utterance has passed and answers stop or go on. Statistics are numbers
+of doubt: the lower, the surer. `Meter` computes them as a batch goes through the exits; a table of them, made once from
+all exits of a set, answers what any policy would have done (`splitformer.calibration`). Both ask the same `stops`.
+
+An exit is named by the encoder layer that it follows. The last exit is never asked: whatever gets there leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from splitformer.greedy import ctc_greedy_search
+from splitformer.model.conformer import valid_frames
+from splitformer.model.encoder import ExitOutput
+from splitformer.results import atomic_write, read_json
+
+# ---- statistics: of n utterances at one exit, from its log-probabilities (n, T', V) and lengths (n,)
+
+BLANK_ID = 0
+
+
+def mean_entropy(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """(n,) mean over frames of the entropy of the frame's distribution, in nats; 0 without a frame.
+
+    The criterion of HuBERT-EE (arXiv 2204.06328), as BranchyNet (arXiv 1709.01686) has it for images.
+    """
+    return _mean(_entropy(log_probs), valid_frames(lengths, log_probs.size(1)))
+
+
+def mean_entropy_non_blank(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """The same over the frames whose best symbol is not the blank; where all are blank, over all.
+
+    CTC says blank, and is sure of it, in most frames: they hide the doubt of the few in which tokens are decided.
+    """
+    inside = valid_frames(lengths, log_probs.size(1))
+    spoken = inside & (log_probs.argmax(dim=2) != BLANK_ID)
+    frames = torch.where(spoken.any(dim=1, keepdim=True), spoken, inside)
+    return _mean(_entropy(log_probs), frames)
+
+
+def mean_posterior_doubt(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """(n,) one less the mean over frames of the best symbol's posterior (arXiv 2309.09546, section 3)."""
+    return _mean(1.0 - log_probs.max(dim=2).values.exp(), valid_frames(lengths, log_probs.size(1)))
+
+
+def disagreement(before: Sequence[int], now: Sequence[int]) -> float:
+    """Edit distance between two token sequences over the length of the longer one: 0 (the same) to 1.
+
+    Of the hypotheses of consecutive exits: PABEE (arXiv 2006.04152) has it for classes; for speech recognition the
+    hypotheses are sequences, and are close or far (arXiv 2211.08989).
+    """
+    return edit_distance(before, now) / max(len(before), len(now), 1)
+
+
+def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+    """Insertions, deletions and substitutions from a to b.
+
+    A column of the dynamic programme is kept as the differences of neighbouring cells, +1, -1 or 0, in the bits of two
+    integers, so that a column costs a few operations on integers whatever the length of a (Myers, J. ACM 46(3), 1999;
+    this form: Hyyrö, 2003).
+    """
+    if not a or not b:
+        return len(a) + len(b)
+    where: dict[int, int] = {}
+    for place, token in enumerate(a):
+        where[token] = where.get(token, 0) | 1 << place
+    mask, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    up, down, distance = mask, 0, len(a)  # cells that are one more, and one less, than the cell above them
+    for token in b:
+        match = where.get(token, 0)
+        diagonal = (((match & up) + up) ^ up) | match | down
+        right = (down | ~(diagonal | up)) & mask  # cells that are one more than the cell to their left
+        left = up & diagonal
+        distance += bool(right & last) - bool(left & last)
+        right = (right << 1 | 1) & mask  # the row above the first grows by one with every column
+        left = left << 1 & mask
+        up = (left | ~(diagonal | right)) & mask
+        down = right & diagonal
+    return distance
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs).sum(dim=2)
+
+
+def _mean(values: Tensor, frames: Tensor) -> Tensor:
+    return values.masked_fill(~frames, 0.0).sum(dim=1) / frames.sum(dim=1).clamp(min=1)
+
+
+STATISTICS = (
+    "entropy",
+    "entropy_non_blank",
+    "posterior",
+    "nbest_posterior",
+    "disagreement",
+    "frames",
+    "batch_frames",
+    "elapsed",
+)
+"""What policies may read. `nbest_posterior`: minus the log of the best hypothesis' share of the probability of an
+n-best list (arXiv 2309.09546). `disagreement`: of greedy hypotheses, with the exit before; NaN at the first. `frames`:
+of the encoder; `batch_frames`: of the whole batch, padding included; `elapsed`: seconds since the batch set out."""
+
+Statistics = Mapping[str, Tensor]
+"""{name: (n, e)}: for each of n utterances the values at the e exits it has passed, this one last."""
+
+
+class Meter:
+    """The statistics of one batch on its way through the exits.
+
+    Args:
+      batch_size: utterances that set out.
+      needs: the statistics wanted.
+      nbest: gives (n,) minus log-posteriors, of rows (n,), their exit output and log-probabilities; where
+        `nbest_posterior` is needed.
+      clock: seconds; starts now.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        needs: Collection[str],
+        nbest: Callable[[Tensor, ExitOutput, Tensor], Tensor] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        strangers = sorted(set(needs) - set(STATISTICS))
+        if strangers:
+            raise ValueError(f"unknown statistics {strangers}; there are {', '.join(STATISTICS)}")
+        if "nbest_posterior" in needs and nbest is None:
+            raise ValueError("nbest_posterior is needed, and there is no search that gives n-best lists")
+        self.needs, self.nbest, self.clock = needs, nbest, clock
+        self.started = clock()
+        self._passed: dict[str, list[Tensor]] = {name: [] for name in needs}
+        self._batch_size = batch_size
+        self._tokens: dict[int, list[int]] = {}
+
+    def measure(self, rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None) -> Statistics:
+        """The statistics of the utterances `rows` (n,), whose output at this exit is given, (n, e) each."""
+        if log_probs is None and {"entropy", "entropy_non_blank", "posterior", "disagreement"} & set(self.needs):
+            raise ValueError(
+                f"this policy reads {', '.join(self.needs)} from CTC's log-probabilities, and the model has no CTC "
+                "head; use fixed or deadline"
+            )
+        lengths = exit_output.lengths
+        measured = {}
+        for name in self.needs:
+            if name == "entropy":
+                now = mean_entropy(log_probs, lengths)
+            elif name == "entropy_non_blank":
+                now = mean_entropy_non_blank(log_probs, lengths)
+            elif name == "posterior":
+                now = mean_posterior_doubt(log_probs, lengths)
+            elif name == "nbest_posterior":
+                now = self.nbest(rows, exit_output, log_probs)
+            elif name == "disagreement":
+                now = self._disagreement(rows, log_probs, lengths)
+            elif name == "frames":
+                now = lengths
+            elif name == "batch_frames":
+                now = torch.full_like(lengths, len(lengths) * max(1, int(lengths.max())))
+            else:
+                now = torch.full_like(lengths, self.clock() - self.started, dtype=torch.float64)
+            column = torch.full((self._batch_size,), math.nan, dtype=torch.float64)
+            column[rows.cpu()] = now.double().cpu()
+            self._passed[name].append(column)
+            measured[name] = torch.stack([each[rows.cpu()] for each in self._passed[name]], dim=1)
+        return measured
+
+    def _disagreement(self, rows: Tensor, log_probs: Tensor, lengths: Tensor) -> Tensor:
+        found = []
+        for row, hypothesis in zip(rows.tolist(), ctc_greedy_search(log_probs, lengths)):
+            before = self._tokens.get(row)
+            found.append(math.nan if before is None else disagreement(before, hypothesis.tokens))
+            self._tokens[row] = hypothesis.tokens
+        return torch.tensor(found)
+
+
+# ---- policies
+
+
+class Policy(Protocol):
+    """What every policy has: a name, the statistics it reads, and the answer."""
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        """(n,) true where an utterance leaves at the exit after `layer`; `statistics` holds (n, e) of what it needs."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Everything leaves after one layer."""
+
+    name: ClassVar[str] = "fixed"
+    layer: int
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("frames",)
+
+    def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        return torch.full((len(statistics["frames"]),), layer >= self.layer)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Leave where a statistic is at most the exit's threshold.
+
+    With `entropy` the policy of HuBERT-EE (arXiv 2204.06328), with `posterior` and `nbest_posterior` the two of
+    arXiv 2309.09546; there one threshold serves all exits. Here each has its own, because a shallow exit is less sure
+    of what it has right. An exit without one lets nothing go.
+    """
+
+    name: ClassVar[str] = "threshold"
+    statistic: str
+    thresholds: dict[int, float]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.statistic,)
+
+    def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        return statistics[self.statistic][:, -1] <= self.thresholds.get(layer, -math.inf)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Leave where the hypotheses of `consecutive` + 1 exits in a row are each within `tolerance` of the one before.
+
+    PABEE (arXiv 2006.04152) with edit distances for equal classes (arXiv 2211.08989). The tolerance, of `disagreement`,
+    is the exit's own, and applies to each of the comparisons.
+    """
+
+    name: ClassVar[str] = "patience"
+    thresholds: dict[int, float]
+    consecutive: int = 1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("disagreement",)
+
+    def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        passed = statistics["disagreement"]
+        recent = passed[:, -self.consecutive :]
+        enough = recent.size(1) == self.consecutive  # NaN, of the first exit, is within no tolerance
+        return (recent <= self.thresholds.get(layer, -math.inf)).all(dim=1) & enough
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Leave where the probability that a deeper exit does better is at most `probability`.
+
+    A logistic regression: logit P = intercepts[layer] + sum of weights[name] * f(statistic), f the logarithm (of the
+    value plus `FLOOR`), but for `disagreement`, which may be 0 and is taken as it is. What a first exit lacks counts as
+    the training's mean, `means`.
+    """
+
+    name: ClassVar[str] = "learned"
+    weights: dict[str, float]
+    means: dict[str, float]
+    intercepts: dict[int, float]
+    probability: float
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        if layer not in self.intercepts:
+            return torch.zeros(len(next(iter(statistics.values()))), dtype=torch.bool)
+        logit = self.intercepts[layer]
+        for name, weight in self.weights.items():
+            value = feature(name, statistics[name][:, -1])
+            logit = logit + weight * torch.where(value.isnan(), self.means[name], value)
+        return torch.sigmoid(logit) <= self.probability
+
+
+FLOOR = 1e-4
+"""Added before a logarithm: doubts below it are all alike."""
+
+
+def feature(name: str, value: Tensor) -> Tensor:
+    """A statistic as the regressions see it."""
+    return value.double() if name == "disagreement" else (value.double().clamp(min=0.0) + FLOOR).log()
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The deepest exit whose answer is due within `seconds` of the batch setting out; always an answer.
+
+    `encoder` gives for each layer (a, b): a + b * frames seconds from setting out to this exit's log-probabilities, and
+    `answer` likewise from there to the words, both measured on the machine that runs it. Where it runs slower than it
+    was measured, the rest is expected to be slower by as much. Frames are those of the batch, which shares one clock.
+    """
+
+    name: ClassVar[str] = "deadline"
+    seconds: float
+    encoder: dict[int, tuple[float, float]]
+    answer: dict[int, tuple[float, float]]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("elapsed", "batch_frames")
+
+    def predicted(self, layer: int, frames: Tensor) -> Tensor:
+        """Seconds until the words of the exit after `layer`, of batches of `frames`."""
+        return _line(self.encoder[layer], frames) + _line(self.answer[layer], frames)
+
+    def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        elapsed, frames = statistics["elapsed"][:, -1], statistics["batch_frames"][:, -1]
+        deeper = min(each for each in self.encoder if each > layer)
+        so_far = _line(self.encoder[layer], frames)
+        slowness = (elapsed / so_far.clamp(min=1e-9)).clamp(min=1.0)
+        rest = self.predicted(deeper, frames) - so_far
+        return elapsed + rest * slowness > self.seconds
+
+
+def _line(coefficients: tuple[float, float], frames: Tensor) -> Tensor:
+    return coefficients[0] + coefficients[1] * frames
+
+
+POLICIES: tuple[type[Policy], ...] = (Fixed, Threshold, Patience, Learned, Deadline)
+
+
+# ---- policy.json
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be read, or that was fitted for something else."""
+
+
+@dataclass(frozen=True)
+class FittedPolicy:
+    """A policy with what it was fitted for and on; `policy.json` holds it.
+
+    title: what it is called in tables, such as `entropy_non_blank` or `budget`.
+    exit_layers, checkpoint: of the model (`checkpoint_id`) that it was fitted for.
+    method, options: the search whose errors counted, and its options at each exit.
+    fitted_on: the set, its speakers and utterances, the target, and what the policy did there.
+    """
+
+    title: str
+    policy: Policy
+    exit_layers: tuple[int, ...]
+    checkpoint: str
+    method: str
+    options: dict[int, dict[str, float]] = field(default_factory=dict)
+    fitted_on: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, exit_layers: Sequence[int], checkpoint: str, source: str = "the policy") -> None:
+        """Raises PolicyError unless the policy was fitted for a model with these exits, from this checkpoint."""
+        if tuple(exit_layers) != self.exit_layers:
+            raise PolicyError(
+                f"{source} was fitted for exits after layers {_listed(self.exit_layers)}, and the model has exits "
+                f"after {_listed(exit_layers)}; fit it again with bin/calibrate"
+            )
+        if checkpoint != self.checkpoint:
+            raise PolicyError(
+                f"{source} was fitted for checkpoint {self.checkpoint}, and this one is {checkpoint}; its thresholds "
+                "would mean something else: fit it again with bin/calibrate"
+            )
+
+    def save(self, path: str | Path) -> None:
+        contents = {**asdict(self), "policy": {"kind": self.policy.name, **asdict(self.policy)}}
+        with atomic_write(path) as file:
+            json.dump(contents, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FittedPolicy:
+        """Raises PolicyError that names the file where it is no policy of this version."""
+        try:
+            values = read_json(path)
+            described = dict(values.pop("policy"))
+            kinds = {each.name: each for each in POLICIES}
+            kind = kinds.get(described.pop("kind"))
+            if kind is None:
+                raise PolicyError(f"its kind is none of {', '.join(kinds)}")
+            policy = kind(**{name: _with_layers(value) for name, value in described.items()})
+            values |= {"exit_layers": tuple(values["exit_layers"]), "options": _with_layers(values["options"])}
+            return cls(policy=policy, **values)
+        except (PolicyError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PolicyError(
+                f"{path} is no exit policy of this version ({error}); make it with bin/calibrate"
+            ) from error
+
+
+def _with_layers(value: Any) -> Any:
+    """JSON's string keys as layers, where all are; lists as tuples."""
+    if isinstance(value, dict):
+        by_layer = bool(value) and all(isinstance(key, str) and key.isdecimal() for key in value)
+        return {int(key) if by_layer else key: _with_layers(each) for key, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
