@@ -5,6 +5,9 @@
 
 The model is rebuilt from the checkpoint alone. The options of a method (weights of the language model, a penalty on
 blanks) are chosen for each exit on the --tune-set, which is decoded first; no other set has a say.
+
+With --exit-policy EXP/policy.json, of bin/calibrate, each utterance leaves at the exit that the policy says, the layers
+above are not run for it, and there is one record a set.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import argparse
 import datetime
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +23,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from splitformer.checkpoint import CheckpointError, load_model
+from splitformer.bin.loading import load_for_decoding, make_method, named_path, speakers_of, system_name, timed
+from splitformer.checkpoint import CheckpointError, checkpoint_id
 from splitformer.config import ConfigError
 from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.decoding.early_exit import exit_view, search_early
 from splitformer.decoding.searches import (
     METHODS,
     Bias,
-    ExitView,
     Method,
     Options,
     Weights,
     default_methods,
     make_methods,
 )
+from splitformer.exit_policy import FittedPolicy
+from splitformer.greedy import Hypothesis
 from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import ExitCost, complexity, transducer_heads
-from splitformer.results import DecodeRecord, command_line, git_commit
+from splitformer.results import DecodeRecord, EarlyExitRecord, command_line, git_commit
 from splitformer.scoring import score, write_errs, write_recogs
 
 log = logging.getLogger(__name__)
@@ -55,6 +60,8 @@ def main() -> int:
         choices=METHODS,
         help="(default: greedy_search, ctc-decoding and 1best for CTC alone; with a transducer all)",
     )
+    parser.add_argument("--exit-policy", type=Path, metavar="FILE", help="policy.json: one exit for each utterance")
+    parser.add_argument("--max-layer", type=int, metavar="L", help="load and run the model up to this exit alone")
     parser.add_argument("--tune-set", metavar="NAME", help="the set on which options are chosen, of --cuts")
     parser.add_argument(
         "--hlg-scales", type=float, nargs="+", help="LM weights to choose from for CTC (1: as the LM was estimated)"
@@ -75,7 +82,10 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        decode(args)
+        if args.exit_policy:
+            decode_early(args)
+        else:
+            decode(args)
     except (CheckpointError, ConfigError, FileNotFoundError, ValueError) as error:
         print(f"decode: {error}", file=sys.stderr)
         return 1
@@ -85,14 +95,10 @@ def main() -> int:
 def decode(args: argparse.Namespace) -> None:
     """Decode every set of `args.cuts`, the tune set first, and write what was found."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config, checkpoint = load_model(args.checkpoint, device)
-    tokenizer = Tokenizer(args.lang_dir)
-    if tokenizer.tokens != checkpoint["tokens"]:
-        raise ValueError(
-            f"{args.checkpoint} was trained with other tokens than those of {args.lang_dir} ({tokenizer.vocab_size} of "
-            f"them, {config.model.vocab_size} in training): give the lang_dir of the training"
-        )
-    sets = dict(_named_path(item) for item in args.cuts)
+    model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    sets = dict(named_path("--cuts", item) for item in args.cuts)
+    costs = _costs(model, config.model.num_mel_bins)
+    _tell_size(args, model)
     if args.tune_set and args.tune_set not in sets:
         raise ValueError(f"--tune-set {args.tune_set} is not among --cuts: {', '.join(sets)}")
     methods = make_methods(
@@ -103,7 +109,6 @@ def decode(args: argparse.Namespace) -> None:
         _weights(args),
         _bias(args, tokenizer),
     )
-    costs = _costs(model, config.model.num_mel_bins)
 
     def spell(tokens: list[int]) -> list[str]:
         return tokenizer.decode(tokens).split()
@@ -133,7 +138,7 @@ def decode(args: argparse.Namespace) -> None:
                 tuned = {"tuned_on": args.tune_set} if options else {}
                 record = DecodeRecord(
                     corpus=args.corpus,
-                    system=args.system or args.checkpoint.resolve().parent.name.rsplit("-seed", 1)[0],
+                    system=args.system or system_name(args.checkpoint),
                     seed=checkpoint["seed"],
                     test_set=test_set,
                     exit_layer=layer,
@@ -166,16 +171,117 @@ def decode(args: argparse.Namespace) -> None:
                 write_recogs(args.output_dir / f"recogs-{stem}.txt", scored)
                 write_errs(args.output_dir / f"errs-{stem}.txt", scored)
                 record.save(args.output_dir / f"{stem}.json")
-                lost = f", {found.fallbacks} empty lattices decoded greedily" if found.fallbacks else ""
-                log.info(
-                    "%s exit %d %s: WER %.2f %% of %d words%s",
-                    test_set,
-                    layer,
-                    method.name,
-                    scored.wer,
-                    scored.ref_words,
-                    lost,
-                )
+                where = f"{test_set} exit {layer} {method.name}"
+                log.info("%s: WER %.2f %% of %d words%s", where, scored.wer, scored.ref_words, _lost(found.fallbacks))
+
+
+def decode_early(args: argparse.Namespace) -> None:
+    """Decode every set of `args.cuts` with the exits that a policy chooses, and write what was found.
+
+    Raises:
+      PolicyError: the policy was fitted for another model.
+      ValueError: a set shares a speaker with the set that the policy was fitted on.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fitted = FittedPolicy.load(args.exit_policy)
+    if args.methods and args.methods != [fitted.method]:
+        raise ValueError(f"{args.exit_policy} was fitted with {fitted.method}; leave --methods out")
+    model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    layers = config.model.exit_layers
+    fitted.check(layers, checkpoint_id(args.checkpoint), str(args.exit_policy))
+    method = make_method(fitted.method, args.lang_dir, tokenizer.vocab_size, device)
+    options = {layer: tuple(each.items()) for layer, each in fitted.options.items()}
+
+    def spell(hypothesis: Hypothesis) -> list[str]:
+        return tokenizer.decode(hypothesis.tokens).split() if hypothesis.words is None else hypothesis.words
+
+    cost = _costs(model, config.model.num_mel_bins)[method.head]
+    macs = {layer: cost[layer].macs_per_second for layer in layers}
+    if "ctc" in model.heads:  # read at every exit on the way, whatever the search
+        heads = _costs(model, config.model.num_mel_bins)["ctc"]
+        macs = {
+            layer: macs[layer] + sum(heads[each].head_macs_per_second for each in layers if each < layer)
+            for layer in layers
+        }
+    for item in args.cuts:
+        test_set, path = named_path("--cuts", item)
+        shared = (set(speakers_of(path).values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
+        if shared or test_set == fitted.fitted_on.get("set"):
+            raise ValueError(
+                f"{args.exit_policy} was fitted on {fitted.fitted_on.get('set')}, which is {test_set} or shares "
+                f"speakers with it ({', '.join(sorted(shared)[:5])}): it would be no result; give other sets"
+            )
+        found, seconds = [], 0.0
+        batches = evaluation_batches(load_cuts([path]), tokenizer, args.max_duration)
+        for batch in tqdm(batches, desc=f"decoding {test_set}", unit="batch", disable=None, leave=False):
+            batch = batch.to(device)
+            results, took = timed(
+                device, lambda b=batch: search_early(model, b.x, b.x_lens, fitted.policy, method, options)
+            )
+            seconds += took
+            found += zip(batch.cut_ids, batch.texts, results, strict=True)
+        audio = {cut.id: cut.duration for cut in load_cuts([path])}
+        scored = score((cut_id, text.split(), spell(r.hypothesis)) for cut_id, text, r in found)
+        total = sum(audio[cut_id] for cut_id, _, _ in found)
+        taken = [r.layer for _, _, r in found]
+        record = EarlyExitRecord(
+            corpus=args.corpus,
+            system=args.system or system_name(args.checkpoint),
+            seed=checkpoint["seed"],
+            test_set=test_set,
+            method=method.name,
+            policy=fitted.title,
+            target=str(fitted.fitted_on.get("target", "")),
+            wer=scored.wer,
+            errors=scored.errors,
+            insertions=scored.insertions,
+            deletions=scored.deletions,
+            substitutions=scored.substitutions,
+            ref_words=scored.ref_words,
+            num_utterances=len(found),
+            fallback_utterances=sum(r.fallback for _, _, r in found),
+            nan_exits=sum(r.nan_exits for _, _, r in found),
+            late_utterances=sum(r.late for _, _, r in found),
+            exits={layer: taken.count(layer) for layer in layers},
+            layers=sum(taken) / len(taken),
+            macs_per_second=sum(audio[cut_id] * macs[r.layer] for cut_id, _, r in found) / total,
+            last_exit_macs_per_second=cost[layers[-1]].macs_per_second,
+            audio_seconds=total,
+            rtf=seconds / total,
+            commit=git_commit(ROOT),
+            command=command_line(ROOT),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+        stem = f"{test_set}-{fitted.title}"
+        write_recogs(args.output_dir / f"recogs-{stem}.txt", scored)
+        write_errs(args.output_dir / f"errs-{stem}.txt", scored)
+        record.save(args.output_dir / f"{stem}.json")
+        log.info(
+            "%s %s %s: WER %.2f %% of %d words, layer %.2f on average, %.0f %% of multiply-accumulates saved%s%s%s",
+            test_set,
+            fitted.title,
+            method.name,
+            scored.wer,
+            scored.ref_words,
+            record.layers,
+            100 * (1 - record.macs_per_second / record.last_exit_macs_per_second),
+            _lost(record.fallback_utterances),
+            f", {record.nan_exits} exits with NaN passed" if record.nan_exits else "",
+            f", {record.late_utterances} utterances late" if record.late_utterances else "",
+        )
+
+
+def _lost(fallbacks: int) -> str:
+    return f", {fallbacks} empty lattices decoded greedily" if fallbacks else ""
+
+
+def _tell_size(args: argparse.Namespace, model: AsrModel) -> None:
+    """What --max-layer leaves in memory."""
+    if args.max_layer is not None:
+        parameters = list(model.parameters())
+        count = sum(p.numel() for p in parameters)
+        size = sum(p.numel() * p.element_size() for p in [*parameters, *model.buffers()])
+        log.info("up to layer %d: %.2f M parameters, %.1f MB in memory", args.max_layer, count / 1e6, size / 1e6)
 
 
 @dataclass
@@ -218,26 +324,18 @@ def decode_cuts(
         encoder_seconds = 0.0
         exits = model.encoder(batch.x, batch.x_lens)
         while True:
-            exit_output, seconds = _timed(device, lambda exits=exits: next(exits, None))
+            exit_output, seconds = timed(device, lambda exits=exits: next(exits, None))
             if exit_output is None:
                 break
             encoder_seconds += seconds
             layer = exit_output.layer
             log_probs, head_seconds = None, {"ctc": 0.0, "transducer": 0.0}
             if "ctc" in model.heads:
-                log_probs, head_seconds["ctc"] = _timed(device, lambda out=exit_output: model.ctc_log_probs(out))
-            transducer = "transducer" in model.heads
-            view = ExitView(
-                exit_output.lengths,
-                log_probs,
-                exit_output.encoder_out,
-                model.decoder if transducer else None,
-                model.joiner(layer) if transducer else None,
-                references,
-            )
+                log_probs, head_seconds["ctc"] = timed(device, lambda out=exit_output: model.ctc_log_probs(out))
+            view = exit_view(model, exit_output, log_probs)._replace(references=references)
             for method in methods:
                 for options in options_of[layer, method.name]:
-                    (hypotheses, fallbacks), search_seconds = _timed(
+                    (hypotheses, fallbacks), search_seconds = timed(
                         device, lambda m=method, v=view, o=options: m.run(v, o)
                     )
                     words = [h.words if h.words is not None else spell(h.tokens) for h in hypotheses]
@@ -248,21 +346,6 @@ def decode_cuts(
                     entry.search_seconds += search_seconds
                     entry.audio_seconds += batch.seconds
     return decoded
-
-
-def _timed(device: torch.device, call: Callable) -> tuple:
-    started = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - started
-
-
-def _named_path(item: str) -> tuple[str, Path]:
-    name, equals, path = item.partition("=")
-    if not equals or not name or not path:
-        raise ValueError(f"--cuts {item!r}: expected NAME=PATH")
-    return name, Path(path)
 
 
 def _method_names(asked: list[str] | None, heads: Sequence[str]) -> list[str]:

@@ -24,12 +24,13 @@ class ExitCost:
     """The cost of one exit: everything that runs before it and its own head, other exits' heads left out.
 
     parameters: of the modules that ran.
-    macs_per_second: multiply-accumulates per second of audio.
+    macs_per_second: multiply-accumulates per second of audio; head_macs_per_second: those of its head alone.
     """
 
     layer: int
     parameters: int
     macs_per_second: float
+    head_macs_per_second: float
 
 
 def complexity(
@@ -60,15 +61,16 @@ def complexity(
     encoder.eval()
     costs = {}
     try:
-        with torch.no_grad(), _count(encoder) as upto:
+        with torch.no_grad(), counted(encoder) as upto:
             for exit_output in encoder(x, x_lens):
                 head = heads[str(exit_output.layer)]
-                with _count(head) as own:
+                with counted(head) as own:
                     head(exit_output.encoder_out)
                 costs[exit_output.layer] = ExitCost(
                     exit_output.layer,
                     parameters=sum((upto.parameters | own.parameters).values()),
                     macs_per_second=(upto.macs + own.macs) / seconds,
+                    head_macs_per_second=own.macs / seconds,
                 )
     finally:
         encoder.train(was_training)
@@ -95,7 +97,7 @@ class _TransducerHead(nn.Module):
         return self.joiner(self.joiner.encoder_proj(encoder_out), self.joiner.decoder_proj(decoder_out))
 
 
-class _Tally:
+class Tally:
     """Running totals: multiply-accumulates, and the sizes of the parameters met, each once."""
 
     def __init__(self) -> None:
@@ -109,9 +111,12 @@ class _Tally:
 
 
 @contextmanager
-def _count(module: nn.Module) -> Iterator[_Tally]:
-    """Add up, in the tally that is yielded, what `module` and its children do while the context is open."""
-    tally = _Tally()
+def counted(module: nn.Module) -> Iterator[Tally]:
+    """Add up, in the tally that is yielded, what `module` and its children do while the context is open.
+
+    Raises TypeError as `complexity`.
+    """
+    tally = Tally()
     handles = [each.register_forward_hook(tally) for each in module.modules()]
     try:
         yield tally
