@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from splitformer.report import Published, Results, Run, training_title
+from splitformer.report import Published, Results, training_title
 from splitformer.results import atomic_write
+from splitformer.runs import Run
 
 
 def plot_all(results: Results, published: Sequence[Published], folder: str | Path) -> dict[str, str]:
