@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from splitformer.report_early_exit import dynamic_exits, dynamic_exits_summary, dynamic_exits_title
 from splitformer.results import DecodeRecord
 from splitformer.runs import ReportError, Run, model_config
 from splitformer.tables import commands, markdown_table, mean, percent, spread
@@ -180,6 +181,7 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
       plots: {title: file name relative to RESULTS.md}.
       command: what makes this file, shown in it.
     """
+    own_plots = {name for system in results.systems for name in (training_title(system), dynamic_exits_title(system))}
     parts = [
         f"# Results: {results.corpus}",
         f"Written by `{command}` from `results/*.json`; do not edit.",
@@ -189,7 +191,8 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
         "## Summary",
         _summary(results),
         *(_unlike_configurations(results.runs_of(system)) for system in results.systems),
-        *(f"![{title}]({name})" for title, name in plots.items() if not title.startswith("Training")),
+        *(f"![{title}]({name})" for title, name in plots.items() if title not in own_plots),
+        *dynamic_exits_summary(results.runs, results.dev_sets),
         "## Side by side",
         "WER at every exit on the test sets, one table per decoding method.",
         *(_side_by_side(results, published, method) for method in results.methods()),
@@ -198,6 +201,7 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
     for system in results.systems:
         parts += _system(results, system)
         parts += [f"![{title}]({name})" for title, name in plots.items() if title == training_title(system)]
+        parts += dynamic_exits(results.runs_of(system), results.dev_sets, plots.get(dynamic_exits_title(system)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

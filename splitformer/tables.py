@@ -16,13 +16,16 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def spread(values: Sequence[float], form: Callable[[float], str], seeds: int = 0) -> str:
-    """One value as `7.37`, several as `7.37 (7.10–7.60)`, none as `–`; too few for `seeds` are counted."""
+def spread(values: Sequence[float], form: Callable[[float], str], seeds: int = 0, to: str = "–") -> str:
+    """One value as `7.37`, several as `7.37 (7.10–7.60)`, none as `–`; too few for `seeds` are counted.
+
+    `to` stands between the lowest and the highest: a word where values may have a minus.
+    """
     if not values:
         return "–"
     text = form(mean(values))
     if len(values) > 1:
-        text += f" ({form(min(values))}–{form(max(values))})"
+        text += f" ({form(min(values))}{to}{form(max(values))})"
     return text + (f" [{len(values)} of {seeds} seeds]" if len(values) < seeds else "")
 
 
