@@ -14,12 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from splitformer.report import Published, Results, Run, training_title
-from splitformer.results import atomic_write
+from splitformer.report import Published, Results, training_title
+from splitformer.report_early_exit import (
+    FIXED,
+    LEARNED,
+    ORACLE,
+    dynamic_exits_title,
+    ordered_policies,
+    ordered_tradeoffs,
+)
+from splitformer.results import TradeoffPoint, TradeoffRecord, atomic_write
+from splitformer.runs import Run
 
 
 def plot_all(results: Results, published: Sequence[Published], folder: str | Path) -> dict[str, str]:
-    """Draw WER against layers, WER against multiply-accumulates, and the training curves of every system.
+    """Draw WER against layers and multiply-accumulates; of every system its training and its exit policies' curves.
 
     Returns:
       {title: file name in `folder`}, for `splitformer.report.render`.
@@ -45,6 +54,10 @@ def plot_all(results: Results, published: Sequence[Published], folder: str | Pat
         if run is not None:
             plots[training_title(system)] = f"training-{system}.png"
             _plot_training(run, folder / f"training-{system}.png")
+        tradeoffs = ordered_tradeoffs(results.runs_of(system), results.dev_sets)
+        if tradeoffs:
+            plots[dynamic_exits_title(system)] = f"early-exit-{system}.png"
+            _plot_tradeoff(tradeoffs[0], folder / f"early-exit-{system}.png")
     return plots
 
 
@@ -122,6 +135,65 @@ def _plot_training(run: Run, path: Path) -> None:
     right.set_ylim(0, 105)
     right.legend(fontsize=8)
     _save(figure, path)
+
+
+_COLOURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is grey, as the oracle is
+
+
+def _plot_tradeoff(record: TradeoffRecord, path: Path) -> None:
+    """WER against three costs: the fixed exits with 95 % intervals, the oracle, a line per policy.
+
+    One policy alone has its interval as a band, so that the lines stay visible. A line joins a policy's settings in
+    the order of their cost.
+    """
+    figure = Figure(figsize=(12.6, 3.6))
+    policies = ordered_policies(point.policy for point in record.points)
+    banded = _policy_with_band(record)
+    first_wer = max((p.wer for p in record.points if p.policy == FIXED), default=record.last_wer)
+    panels: tuple[tuple[str, float, Callable[[TradeoffPoint], float]], ...] = (
+        ("encoder layers, mean", record.exit_layers[-1], lambda p: p.layers),
+        ("10⁹ MACs per second of audio", record.last_macs_per_second / 1e9, lambda p: p.macs_per_second / 1e9),
+        ("real-time factor", record.last_rtf, lambda p: p.rtf),
+    )
+    axes = figure.subplots(1, len(panels))
+    for axis, (label, last, cost) in zip(axes, panels):
+        for number, policy in enumerate(each for each in policies if each not in (FIXED, ORACLE)):
+            points = _by_cost(record, policy, cost)
+            x, colour = [cost(p) for p in points], _COLOURS[number % len(_COLOURS)]
+            axis.plot(x, [p.wer for p in points], marker=".", markersize=3, linewidth=1, color=colour, label=policy)
+            if policy == banded:
+                low, high = [p.wer_low for p in points], [p.wer_high for p in points]
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        bound = _by_cost(record, ORACLE, cost)
+        if bound:
+            axis.plot([cost(p) for p in bound], [p.wer for p in bound], ".:", color="0.5", label=ORACLE)
+        fixed = _by_cost(record, FIXED, cost)
+        bars = [max(p.wer - p.wer_low, 0) for p in fixed], [max(p.wer_high - p.wer, 0) for p in fixed]
+        axis.errorbar(
+            [cost(p) for p in fixed], [p.wer for p in fixed], yerr=bars, fmt="ko-",
+            markersize=4, linewidth=1.2, elinewidth=0.8, capsize=2, label="fixed exits",
+        )  # fmt: skip
+        _finish(axis, f"{record.system}, seed {record.seed}: {record.test_set}, {record.method}", label, "WER (%)")
+        axis.title.set_fontsize(9)
+        axis.set_xlim(0, 1.03 * last)
+        axis.set_ylim(0, 1.1 * first_wer)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
+    _save(figure, path)
+
+
+def _by_cost(record: TradeoffRecord, policy: str, cost: Callable[[TradeoffPoint], float]) -> list[TradeoffPoint]:
+    return sorted((point for point in record.points if point.policy == policy), key=lambda p: (cost(p), p.wer))
+
+
+def _policy_with_band(record: TradeoffRecord) -> str | None:
+    """The learned policy, else the one furthest below the fixed exits over all budgets."""
+    if any(point.policy == LEARNED for point in record.points):
+        return LEARNED
+    differences: dict[str, list[float]] = {}
+    for point in record.budgets:
+        if point.policy not in (FIXED, ORACLE):
+            differences.setdefault(point.policy, []).append(point.difference)
+    return min(differences, key=lambda policy: sum(differences[policy]) / len(differences[policy]), default=None)
 
 
 def _finish(axis: Axes, title: str, x_label: str, y_label: str) -> None:

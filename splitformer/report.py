@@ -1,91 +1,25 @@
-"""From records to RESULTS.md: gathers what runs wrote, aggregates over seeds, renders tables.
+"""From results to RESULTS.md: reads published figures, aggregates over seeds, renders tables.
 
-A run is one system trained with one seed. `gather` turns `exp/<system>-seed<seed>/` into one small file that
-can be committed; `render` needs those files only: tables can be made again where the experiments are gone.
+`render` needs the files that `splitformer.runs.gather` wrote and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from splitformer.results import DecodeRecord, EpochRecord, atomic_write, read_json, read_training_log
+from splitformer.report_early_exit import dynamic_exits, dynamic_exits_summary, dynamic_exits_title
+from splitformer.results import DecodeRecord
+from splitformer.runs import ReportError, Run, model_config
+from splitformer.tables import commands, markdown_table, mean, percent, spread
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-class ReportError(ValueError):
-    """Records or published figures that no table can be made of; the message names them and the remedy."""
-
-
-# ---- runs: gathered from experiments, kept as JSON
-
-
-@dataclass(frozen=True)
-class Run:
-    """All records of one system trained with one seed."""
-
-    decode: tuple[DecodeRecord, ...]
-    training: tuple[EpochRecord, ...]
-
-    @property
-    def system(self) -> str:
-        return self.decode[0].system
-
-    @property
-    def seed(self) -> int:
-        return self.decode[0].seed
-
-    @property
-    def last_exit(self) -> DecodeRecord:
-        """A record of the exit that follows the most layers: it has the whole encoder's cost."""
-        return max(self.decode, key=lambda record: record.exit_layer)
-
-
-def gather(exp_root: str | Path, results_dir: str | Path, corpus: str) -> list[Path]:
-    """Write `results_dir/<system>-seed<seed>.json` for every experiment under `exp_root` that was decoded.
-
-    Returns:
-      the files written, in the order of the experiments' names; none where `exp_root` does not exist.
-    Raises:
-      ReportError: records of another corpus, several models in one experiment, or one run in two experiments.
-    """
-    origin: dict[Path, Path] = {}
-    for decode_dir in sorted(Path(exp_root).glob("*/decode")):
-        exp_dir = decode_dir.parent
-        records = [DecodeRecord.load(path) for path in sorted(decode_dir.glob("*.json"))]
-        if not records:
-            continue
-        run = Run(tuple(records), tuple(read_training_log(exp_dir / "training.jsonl")))
-        _check_run(run, corpus, decode_dir)
-        path = Path(results_dir) / f"{run.system}-seed{run.seed}.json"
-        if path in origin:
-            raise ReportError(
-                f"{origin[path]} and {exp_dir} are both {run.system} with seed {run.seed}; "
-                "a table takes one: move the other out of the experiments' folder"
-            )
-        origin[path] = exp_dir
-        save_run(run, path)
-    return list(origin)
-
-
-def _check_run(run: Run, corpus: str, source: Path) -> None:
-    """Raises ReportError unless all records are of `corpus` and of one model."""
-    for name in ("corpus", "system", "seed", "num_layers"):
-        found = sorted({getattr(record, name) for record in run.decode})
-        if len(found) > 1:
-            raise ReportError(f"{source} holds records of {name} {found}: {_REMEDY}")
-    if any(_model_config(record) != _model_config(run.decode[0]) for record in run.decode):
-        raise ReportError(f"{source} holds records of models that were configured differently: {_REMEDY}")
-    if run.decode[0].corpus != corpus:
-        raise ReportError(f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}")
 
 
 _METHODS = (
@@ -104,72 +38,6 @@ _METHODS = (
     "fast_beam_search_nbest_LG",
 )
 _ORACLE = "nbest-oracle"
-_REMEDY = "remove the old ones and decode again"
-
-
-def _model_config(record: DecodeRecord) -> dict[str, Any]:
-    """The configuration that the model was trained with."""
-    return {name: section for name, section in record.config.items() if name != "decoding"}
-
-
-def save_run(run: Run, path: str | Path) -> None:
-    """Write a run: what all its decode records share once, then one record a line; floats of 5 digits."""
-    records = [_rounded({**asdict(record), "config": None}) for record in run.decode]
-    shared, own = _without_repetition(records)
-    # sections of the configuration likewise: the model's are the same, the options of decoding are not
-    shared["config"], own_configs = _without_repetition([record.config for record in run.decode])
-    rows = [{**record, "config": config} if config else record for record, config in zip(own, own_configs)]
-    training = [_rounded(asdict(epoch)) for epoch in run.training]
-    with atomic_write(path) as file:
-        file.write('{\n"shared": ' + json.dumps(shared, indent=1, sort_keys=True, ensure_ascii=False))
-        for name, each in (("decode", rows), ("training", training)):
-            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in each)
-            file.write(f',\n"{name}": [\n' + ",\n".join(lines) + "\n]")
-        file.write("\n}\n")
-
-
-def _without_repetition(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What all rows share, and what is left of each."""
-    shared = {name: value for name, value in rows[0].items() if all(name in row and row[name] == value for row in rows)}
-    return shared, [{name: value for name, value in row.items() if name not in shared} for row in rows]
-
-
-def load_run(path: str | Path) -> Run:
-    """Read what `save_run` wrote. Raises ValueError that names the file where it is something else."""
-    values = read_json(path)
-    if not isinstance(values, dict) or values.keys() != {"shared", "decode", "training"} or not values["decode"]:
-        raise ReportError(f"{path} is no file of results; remove it and run the report again")
-    decode = []
-    for own in values["decode"]:
-        config = {**values["shared"].get("config", {}), **own.get("config", {})}
-        decode.append(DecodeRecord.from_dict({**values["shared"], **own, "config": config}, str(path)))
-    training = [EpochRecord.from_dict(epoch, str(path)) for epoch in values["training"]]
-    return Run(tuple(decode), tuple(training))
-
-
-def load_runs(results_dir: str | Path, corpus: str) -> list[Run]:
-    """All runs of a results folder, by system and seed.
-
-    Raises:
-      ReportError: where there is none, or one is of another corpus.
-    """
-    runs = []
-    for path in sorted(Path(results_dir).glob("*.json")):
-        run = load_run(path)
-        _check_run(run, corpus, path)
-        runs.append(run)
-    if not runs:
-        raise ReportError(f"no results in {results_dir}: train and decode a system first")
-    return sorted(runs, key=lambda run: (run.system, run.seed))
-
-
-def _rounded(value: Any) -> Any:
-    """The same with floats cut to 5 significant digits, so that files stay small and diffs readable."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    return value
 
 
 # ---- published figures
@@ -290,7 +158,7 @@ class Results:
             100.0 * sum(r.errors for r in own) / sum(r.ref_words for r in own)
             for own in ([r for r in records if r.seed == seed] for seed in {r.seed for r in records})
         ]
-        return _mean(per_seed) if per_seed else None
+        return mean(per_seed) if per_seed else None
 
     def chosen_method(self, system: str) -> str | None:
         """The method with the lowest `dev_wer`; None where there is no dev set to choose on.
@@ -299,24 +167,6 @@ class Results:
         """
         wers = {method: self.dev_wer(system, method) for method in self.methods(system) if method != _ORACLE}
         return min((method for method in wers if wers[method] is not None), key=lambda m: wers[m], default=None)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _spread(values: Sequence[float], form: Callable[[float], str], seeds: int = 0) -> str:
-    """One value as `7.37`, several as `7.37 (7.10–7.60)`, none as `–`; too few for `seeds` are counted."""
-    if not values:
-        return "–"
-    text = form(_mean(values))
-    if len(values) > 1:
-        text += f" ({form(min(values))}–{form(max(values))})"
-    return text + (f" [{len(values)} of {seeds} seeds]" if len(values) < seeds else "")
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2f}"
 
 
 # ---- RESULTS.md
@@ -331,6 +181,7 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
       plots: {title: file name relative to RESULTS.md}.
       command: what makes this file, shown in it.
     """
+    own_plots = {name for system in results.systems for name in (training_title(system), dynamic_exits_title(system))}
     parts = [
         f"# Results: {results.corpus}",
         f"Written by `{command}` from `results/*.json`; do not edit.",
@@ -340,7 +191,8 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
         "## Summary",
         _summary(results),
         *(_unlike_configurations(results.runs_of(system)) for system in results.systems),
-        *(f"![{title}]({name})" for title, name in plots.items() if not title.startswith("Training")),
+        *(f"![{title}]({name})" for title, name in plots.items() if title not in own_plots),
+        *dynamic_exits_summary(results.runs, results.dev_sets),
         "## Side by side",
         "WER at every exit on the test sets, one table per decoding method.",
         *(_side_by_side(results, published, method) for method in results.methods()),
@@ -349,18 +201,13 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
     for system in results.systems:
         parts += _system(results, system)
         parts += [f"![{title}]({name})" for title, name in plots.items() if title == training_title(system)]
+        parts += dynamic_exits(results.runs_of(system), results.dev_sets, plots.get(dynamic_exits_title(system)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def training_title(system: str) -> str:
     """The title, in `render`'s `plots`, of a system's training curves."""
     return f"Training of {system}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, the first `left` columns aligned left and the others right."""
-    rule = ["---" if column < left else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def _sets(results: Results) -> str:
@@ -370,7 +217,7 @@ def _sets(results: Results) -> str:
             use = "choices" if r.test_set in results.dev_sets else "results"
             rows[r.test_set] = (use, str(r.num_utterances), str(r.ref_words), f"{r.audio_seconds / 60:.1f}")
     header = ("set", "used for", "utterances", "words", "minutes of audio")
-    return _table(header, [(name, *rows[name]) for name in sorted(rows)], left=2)
+    return markdown_table(header, [(name, *rows[name]) for name in sorted(rows)], left=2)
 
 
 def _summary(results: Results) -> str:
@@ -406,19 +253,19 @@ def _summary(results: Results) -> str:
             row = [f"**{system}**" if system == best else system, _parameters(last.parameters)]
             row += [", ".join(str(run.seed) for run in runs), _training_time(runs), shown]
             if dev:
-                row += [_percent(dev[system]) if system in dev else "–"]
+                row += [percent(dev[system]) if system in dev else "–"]
             for test_set in results.test_sets:
                 for layer in (layers[0], layers[-1]):
-                    row += [_spread(results.wers(system, layer, test_set, shown), _percent, len(runs))]
+                    row += [spread(results.wers(system, layer, test_set, shown), percent, len(runs))]
             rows.append(row)
-    return f"{rule}\n\n{_table(header, rows)}"
+    return f"{rule}\n\n{markdown_table(header, rows)}"
 
 
 def _unlike_configurations(runs: Sequence[Run]) -> str:
     """A warning where the seeds of a system were trained with different configurations."""
     values: dict[str, dict[str, list[int]]] = {}
     for run in runs:
-        for section, table in _model_config(run.decode[0]).items():
+        for section, table in model_config(run.decode[0]).items():
             for key, value in table.items():
                 values.setdefault(f"{section}.{key}", {}).setdefault(json.dumps(value), []).append(run.seed)
     differences = [
@@ -442,7 +289,7 @@ def _side_by_side(results: Results, published: Sequence[Published], method: str)
         header += [f"{test_set}<br>{system}" for system in systems]
         columns += [
             {
-                layer: _spread(results.wers(system, layer, test_set, method), _percent, len(results.runs_of(system)))
+                layer: spread(results.wers(system, layer, test_set, method), percent, len(results.runs_of(system)))
                 for layer in results.layers(system)
             }
             for system in systems
@@ -454,7 +301,7 @@ def _side_by_side(results: Results, published: Sequence[Published], method: str)
         ]
     layers = sorted({layer for column in columns for layer in column})
     rows = [[str(layer), *(column.get(layer, "–") for column in columns)] for layer in layers]
-    return f"### {method}\n\n{_table(header, rows)}"
+    return f"### {method}\n\n{markdown_table(header, rows)}"
 
 
 def _published(published: Sequence[Published]) -> str:
@@ -466,7 +313,7 @@ def _published(published: Sequence[Published]) -> str:
     if flat:
         sets = sorted({test_set for each in flat for test_set in each.wer})
         rows = [[each.name, *(f"{each.wer[s]:g}" if s in each.wer else "–" for s in sets)] for each in flat]
-        parts.append(_table(["system", *sets], rows))
+        parts.append(markdown_table(["system", *sets], rows))
     sources = [f"- {p.name}: [{p.source}]({p.url}){'. ' + p.note if p.note else ''}" for p in published]
     return "\n\n".join([*parts, "\n".join(sources)])
 
@@ -495,7 +342,7 @@ def _system(results: Results, system: str) -> list[str]:
     ]
     if fallbacks:
         parts += ["Utterances whose lattice came out empty, decoded greedily instead:", "\n".join(fallbacks)]
-    return [*parts, _commands(runs)]
+    return [*parts, commands([record for run in runs for record in run.decode])]
 
 
 def _decoding_options(run: Run) -> list[str]:
@@ -539,7 +386,7 @@ def _run_table(runs: Sequence[Run]) -> str:
             ]
         )
     header = ["seed", "epochs", "training (min)", "processes", "device", "commit", "date"]
-    return _table(header, rows, left=2)
+    return markdown_table(header, rows, left=2)
 
 
 def _wer_table(results: Results, system: str, test_sets: Sequence[str], cost: bool = False) -> str:
@@ -554,8 +401,8 @@ def _wer_table(results: Results, system: str, test_sets: Sequence[str], cost: bo
         if cost:
             record = min((r for r in runs[0].decode if r.exit_layer == layer), key=lambda r: r.macs_per_second)
             row += [_parameters(record.parameters), f"{record.macs_per_second / 1e9:.3f}"]
-        rows.append([*row, *(_spread(results.wers(system, layer, s, m), _percent, len(runs)) for s, m in cells)])
-    return _table(header, rows)
+        rows.append([*row, *(spread(results.wers(system, layer, s, m), percent, len(runs)) for s, m in cells)])
+    return markdown_table(header, rows)
 
 
 def _rtf_table(results: Results, system: str) -> str:
@@ -570,31 +417,9 @@ def _rtf_table(results: Results, system: str) -> str:
                 if own:
                     audio = sum(r.audio_seconds for r in own)
                     per_run.append(sum(r.rtf * r.audio_seconds for r in own) / audio)
-            row.append(f"{_mean(per_run):.4f}" if per_run else "–")
+            row.append(f"{mean(per_run):.4f}" if per_run else "–")
         rows.append(row)
-    return _table(["layer", *results.methods(system)], rows)
-
-
-def _commands(runs: Sequence[Run]) -> str:
-    """The commands behind the numbers, folded away."""
-    made: dict[str, list[DecodeRecord]] = {}
-    for run in runs:
-        for record in run.decode:
-            made.setdefault(record.command, []).append(record)
-    blocks = []
-    for command, records in made.items():
-        names = (
-            sorted({f"seed {r.seed}" for r in records}),
-            _names(records, "test_set"),
-            _names(records, "method"),
-        )
-        blocks.append(f"# {'; '.join(', '.join(each) for each in names)}\n{command}")
-    text = "\n\n".join(blocks)
-    return f"<details><summary>Commands that made these numbers</summary>\n\n```\n{text}\n```\n\n</details>"
-
-
-def _names(records: Iterable[DecodeRecord], field: str) -> list[str]:
-    return sorted({getattr(record, field) for record in records})
+    return markdown_table(["layer", *results.methods(system)], rows)
 
 
 def _parameters(count: int) -> str:
@@ -604,5 +429,5 @@ def _parameters(count: int) -> str:
 def _training_time(runs: Sequence[Run]) -> str:
     last = runs[0].last_exit
     processes = f" × {last.world_size} processes" if last.world_size > 1 else ""
-    minutes = _mean([run.last_exit.training_seconds for run in runs]) / 60
+    minutes = mean([run.last_exit.training_seconds for run in runs]) / 60
     return f"{minutes:.1f} min{processes}"

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from splitformer.plots import plot_all
-from splitformer.report import Results, gather, load_published, load_runs, render
+from splitformer.report import Results, load_published, render
 from splitformer.results import atomic_write, command_line
+from splitformer.runs import gather, load_runs
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.report import Published, ReportError, Results, Run, gather, load_published, load_runs, render
+from splitformer.report import Published, Results, load_published, render
 from splitformer.results import DecodeRecord, EpochRecord, append_epoch
+from splitformer.runs import ReportError, Run, gather, load_runs
 
 EXITS = (2, 10)
 

@@ -31,7 +31,9 @@ CALIBRATION = (*INFERENCE, "splitformer.calibration", "splitformer.tradeoff")
 SCORING = (*BASE, "splitformer.scoring")
 DATA = (*MODEL, "splitformer.data.*")
 TRAINING = (*LOSSES, *SCORING, *DATA, "splitformer.training.*")
-REPORT = ("splitformer.report", "splitformer.plots", "splitformer.readme")
+REPORT = tuple(
+    f"splitformer.{name}" for name in ("runs", "tables", "report_early_exit", "report", "plots", "readme")
+)
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
 TENSOR_SEARCHES = tuple(
     f"splitformer.decoding.{name}" for name in ("alignment", "context", "prefix_beam", "prefixes", "transducer")
