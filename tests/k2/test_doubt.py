@@ -122,6 +122,8 @@ def test_the_best_words_count_where_none_of_the_paths_drawn_has_them(hlg, words)
 def test_a_batch_of_lattices_equals_single_ones(hlg, words):
     log_probs = torch.cat([random_log_probs(9, len(TOKENS), seed, 1.0) for seed in range(5)])
     lengths = torch.tensor([7, 9, 0, 4, 1])
+    for utterance, length in enumerate(lengths.tolist()):
+        log_probs[utterance, length:] = math.nan  # ignored, whatever stands there
     before = hlg.scores.clone()
     options = {"num_paths": 30, "hlg_scale": 0.7, "blank_penalty": 0.3}
     together, fallbacks, doubts = one_best_with_doubt(log_probs, lengths, hlg, words, **options)
@@ -136,6 +138,8 @@ def test_a_batch_of_lattices_equals_single_ones(hlg, words):
             assert alone.score == pytest.approx(other.score, abs=1e-3)
     assert doubts[2] == 0.0 and together[2].words is None and (doubts[:2] > 0.1).all()
     assert torch.equal(hlg.scores, before) and not hasattr(hlg, "lm_scores")
+    with pytest.raises(ValueError, match="log_probs hold NaN"):
+        one_best_with_doubt(log_probs, lengths + torch.tensor([0, 0, 0, 1, 0]), hlg, words)
     # none has a frame
     *_, doubts = one_best_with_doubt(log_probs, torch.zeros_like(lengths), hlg, words)
     assert doubts.tolist() == [0.0] * 5
