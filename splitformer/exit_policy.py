@@ -91,7 +91,8 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(dim=2)
+    # what is impossible adds nothing, and 0 * -inf would be NaN
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=2)
 
 
 def _mean(values: Tensor, frames: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ n-best list (arXiv 2309.09546). `disagreement`: of greedy hypotheses, with the e
 of the encoder; `batch_frames`: of the whole batch, padding included; `elapsed`: seconds since the batch set out."""
 
 Statistics = Mapping[str, Tensor]
-"""{name: (n, e)}: for each of n utterances the values at the e exits it has passed, this one last."""
+"""{name: (n, e)}: for each of n utterances the values at the e exits it has passed, this one last; NaN where it was
+not measured."""
 
 
 class Meter:
@@ -125,6 +127,8 @@ class Meter:
       nbest: gives (n,) minus log-posteriors, of rows (n,), their exit output and log-probabilities; where
         `nbest_posterior` is needed.
       clock: seconds; starts now.
+      exit_layers: of the model. An exit at which nothing was measured, for NaN in all of the batch, is then in the
+        history as it is where others of the batch were sound; without them it is left out.
     """
 
     def __init__(
@@ -133,16 +137,17 @@ class Meter:
         needs: Collection[str],
         nbest: Callable[[Tensor, ExitOutput, Tensor], Tensor] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        exit_layers: Sequence[int] = (),
     ) -> None:
         strangers = sorted(set(needs) - set(STATISTICS))
         if strangers:
             raise ValueError(f"unknown statistics {strangers}; there are {', '.join(STATISTICS)}")
         if "nbest_posterior" in needs and nbest is None:
             raise ValueError("nbest_posterior is needed, and there is no search that gives n-best lists")
-        self.needs, self.nbest, self.clock = needs, nbest, clock
+        self.needs, self.nbest, self.clock, self.exit_layers = needs, nbest, clock, exit_layers
         self.started = clock()
         self._passed: dict[str, list[Tensor]] = {name: [] for name in needs}
-        self._batch_size = batch_size
+        self._batch_size, self._last_layer = batch_size, 0
         self._tokens: dict[int, list[int]] = {}
 
     def measure(self, rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None) -> Statistics:
@@ -152,7 +157,9 @@ class Meter:
                 f"this policy reads {', '.join(self.needs)} from CTC's log-probabilities, and the model has no CTC "
                 "head; use fixed or deadline"
             )
-        lengths = exit_output.lengths
+        lengths, layer = exit_output.lengths, exit_output.layer
+        unasked = sum(self._last_layer < each < layer for each in self.exit_layers)
+        self._last_layer = layer
         measured = {}
         for name in self.needs:
             if name == "entropy":
@@ -171,9 +178,10 @@ class Meter:
                 now = torch.full_like(lengths, len(lengths) * max(1, int(lengths.max())))
             else:
                 now = torch.full_like(lengths, self.clock() - self.started, dtype=torch.float64)
-            column = torch.full((self._batch_size,), math.nan, dtype=torch.float64)
+            nothing = torch.full((self._batch_size,), math.nan, dtype=torch.float64)
+            column = nothing.clone()
             column[rows.cpu()] = now.double().cpu()
-            self._passed[name].append(column)
+            self._passed[name] += [*[nothing] * unasked, column]
             measured[name] = torch.stack([each[rows.cpu()] for each in self._passed[name]], dim=1)
         return measured
 
@@ -322,10 +330,11 @@ class Deadline:
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
         elapsed, frames = statistics["elapsed"][:, -1], statistics["batch_frames"][:, -1]
-        deeper = min(each for each in self.encoder if each > layer)
         so_far = _line(self.encoder[layer], frames)
         slowness = (elapsed / so_far.clamp(min=1e-9)).clamp(min=1.0)
-        rest = self.predicted(deeper, frames) - so_far
+        # of any deeper exit, not of the next one only: doubtful exits take longer to search
+        deeper = torch.stack([self.predicted(each, frames) for each in self.encoder if each > layer])
+        rest = deeper.min(dim=0).values - so_far
         return elapsed + rest * slowness > self.seconds
 
 

@@ -16,7 +16,9 @@ import k2
 import torch
 from torch import Tensor
 
+from splitformer.decoding.prefixes import check_no_nan
 from splitformer.greedy import Hypothesis, check_log_probs, ctc_greedy_search
+from splitformer.model.conformer import valid_frames
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def ctc_decoding(
 
     Args:
       log_probs: (N, T', V), log-probabilities, on the graph's device; symbol 0 is the blank.
-      lengths: (N,), output frames of each utterance, in any order.
+      lengths: (N,), output frames of each utterance, in any order; what lies behind them is ignored.
       graph: labels are symbols of V, one a frame; aux_labels (a tensor) the token or 0.
     Returns:
       N hypotheses in the order of the batch, without words; the indices of those whose lattice was empty.
@@ -224,8 +226,7 @@ def make_lattice(log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam, 
             f"the graph was made for another vocabulary: it has {vocab_size} tokens, log_probs have "
             f"{log_probs.shape[2]}; make it again from the lang_dir of the training"
         )
-    if torch.isnan(log_probs).any():
-        raise ValueError("log_probs hold NaN: has the training diverged?")
+    check_no_nan(log_probs, valid_frames(lengths.to(log_probs.device), log_probs.shape[1]), "log_probs")
 
     # k2 wants segments (utterance, first frame, number of frames) on the CPU, the longest first
     cpu_lengths = lengths.cpu()

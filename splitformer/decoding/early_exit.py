@@ -69,10 +69,13 @@ def search_early(
       clock: seconds.
     Returns:
       N results in the order of the batch.
+    Raises:
+      ValueError: where every exit of an utterance holds a NaN, where the policy reads what the model's heads cannot
+        give, and as the method.
     """
-    found: dict[
-        int, tuple[int, Hypothesis, bool]
-    ] = {}  # {row: (layer, hypothesis, fallback)} of the last exit searched
+    # {row: (layer, hypothesis, fallback)} of the last exit searched
+    found: dict[int, tuple[int, Hypothesis, bool]] = {}
+    exit_layers = model.encoder.exit_layers
 
     def search(
         rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None, with_doubt: bool = False
@@ -87,9 +90,11 @@ def search_early(
     def stops(rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None) -> Tensor:
         return policy.stops(exit_output.layer, meter.measure(rows, exit_output, log_probs)).to(rows.device)
 
-    meter = Meter(len(x), policy.needs, lambda *exit: search(*exit, with_doubt=True), clock)
+    meter = Meter(len(x), policy.needs, lambda *exit: search(*exit, with_doubt=True), clock, exit_layers)
     results: list[EarlyResult | None] = [None] * len(x)
     for leaving in model.leave_early(x, x_lens, stops):
+        if (leaving.nan_exits == len(exit_layers)).any():  # not every method looks at what it is given
+            raise ValueError("all exits of an utterance hold NaN: has the training diverged?")
         layer = leaving.exit_output.layer
         if any(row not in found or found[row][0] != layer for row in leaving.rows.tolist()):
             search(leaving.rows, leaving.exit_output, leaving.log_probs)

@@ -1,0 +1,208 @@
+"""How doubtful a hypothesis is beside its competitors, against enumeration of all of them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from splitformer.data.ngram import estimate_arpa
+from splitformer.decoding.ctc import Beam, one_best
+from splitformer.decoding.graphs import compile_hlg
+from splitformer.decoding.lang import prepare_lang, read_symbols
+from splitformer.decoding.nbest import NO_PATH_DOUBT, one_best_with_doubt
+from splitformer.decoding.prefix_beam import prefix_beam_doubt, prefix_beam_search
+from splitformer.greedy import ctc_greedy_search
+from tests.k2.enumeration import (
+    SPELLINGS,
+    TEXT,
+    TOKENS,
+    acoustic_scores,
+    graph_score,
+    make_small_lang,
+    random_log_probs,
+    word_sequences,
+)
+from tests.k2.test_prefix_beam import enumerated
+
+# The output beam is the whole search's, so that no word sequence is lost.
+ALL = Beam(search_beam=200.0, output_beam=200.0, min_active_states=1000, max_active_states=100000)
+FRAMES = 5
+
+
+@pytest.fixture(scope="module")
+def lang_dir(tmp_path_factory):
+    """Without A2: of words that sound alike and leave the language model in one state, HLG has the likeliest only."""
+    folder = make_small_lang(tmp_path_factory.mktemp("lang"))
+    (folder / "text").write_text(TEXT.replace("A2", "A"))
+    spellings = {word: spelling for word, spelling in SPELLINGS.items() if word != "A2"}
+    prepare_lang(folder, spellings, spellings.__getitem__)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(lang_dir):
+    return read_symbols(lang_dir / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def model(lang_dir):
+    return estimate_arpa(lang_dir / "text", lang_dir / "2.arpa", 2)
+
+
+@pytest.fixture(scope="module")
+def hlg(lang_dir, model):
+    return compile_hlg(lang_dir, lang_dir / "2.arpa", report=lambda line: None)
+
+
+def enumerated_doubt(log_probs, model, hlg_scale, blank_penalty):
+    """Minus the log of the best word sequence's share, each sequence by its best alignment; log_probs (T', V)."""
+    penalised = log_probs.clone()
+    penalised[:, 0] -= blank_penalty
+    totals = torch.tensor(
+        [
+            acoustic + hlg_scale * graph_score(model, sentence)
+            for tokens, acoustic in acoustic_scores(penalised).items()
+            for sentence in word_sequences(tokens)
+            if "A2" not in sentence
+        ],
+        dtype=torch.float64,
+    )
+    return (totals.logsumexp(dim=0) - totals.max()).item()
+
+
+@pytest.mark.parametrize(("hlg_scale", "blank_penalty"), [(1.0, 0.0), (0.4, 0.5), (2.0, 1.0)])
+def test_lattice_doubt_equals_enumeration(hlg, words, model, hlg_scale, blank_penalty):
+    weights = {"hlg_scale": hlg_scale, "blank_penalty": blank_penalty, "beam": ALL}
+    doubts = []
+    # from models that say nothing to sure ones
+    for seed, sharpness in enumerate((0.1, 0.5, 1.0, 2.0, 4.0, 8.0)):
+        log_probs = random_log_probs(FRAMES, len(TOKENS), seed, sharpness)
+        # enumeration leaves out two symbols; the lexicon has no words with them
+        log_probs[..., 1:3] -= 30.0
+        batch = (log_probs, torch.tensor([FRAMES]), hlg, words)
+        [found], fallbacks, doubt = one_best_with_doubt(*batch, num_paths=20000, nbest_scale=0.1, **weights)
+        expected = enumerated_doubt(log_probs[0], model, hlg_scale, blank_penalty)
+        assert doubt.tolist() == pytest.approx([expected], abs=2e-3)
+        doubts.append(expected)
+        [best], _ = one_best(*batch, **weights)
+        assert fallbacks == []
+        assert (found.words, found.tokens, found.timestamps) == (best.words, best.tokens, best.timestamps)
+        assert found.score == pytest.approx(best.score, abs=1e-3)
+        # a short list, as is used, sees fewer competitors and the best ones among them
+        *_, short = one_best_with_doubt(*batch, **weights)
+        assert 0.0 <= short.item() <= expected + 1e-3
+    assert max(doubts) > 1.5 * min(doubts) > 0.0
+
+
+def test_without_a_competitor_there_is_no_doubt(hlg, words):
+    log_probs = torch.full((1, FRAMES, len(TOKENS)), -math.inf)
+    for frame, symbol in enumerate((0, 4, 4, 0, 0)):
+        log_probs[0, frame, symbol] = 0.0
+    [found], fallbacks, doubt = one_best_with_doubt(log_probs, torch.tensor([FRAMES]), hlg, words)
+    assert found.words == ["B"] and fallbacks == [] and doubt.tolist() == [0.0]
+
+
+def test_the_best_words_count_where_none_of_the_paths_drawn_has_them(hlg, words):
+    """One path drawn is the middle one of the lattice, whose words may be others: they leave the best less than all."""
+    missed = 0
+    for seed in range(20):
+        log_probs, lengths = random_log_probs(7, len(TOKENS), seed, 1.0), torch.tensor([7])
+        options = {"beam": ALL, "num_paths": 1, "nbest_scale": 0.1}
+        [found], _, doubt = one_best_with_doubt(log_probs, lengths, hlg, words, **options)
+        [best], _ = one_best(log_probs, lengths, hlg, words, beam=ALL)
+        assert found.words == best.words
+        assert 0.0 <= doubt.item() < math.log(2)  # of two, the better
+        missed += doubt.item() > 0.0
+    assert missed > 0
+
+
+def test_a_batch_of_lattices_equals_single_ones(hlg, words):
+    log_probs = torch.cat([random_log_probs(9, len(TOKENS), seed, 1.0) for seed in range(5)])
+    lengths = torch.tensor([7, 9, 0, 4, 1])
+    for utterance, length in enumerate(lengths.tolist()):
+        log_probs[utterance, length:] = math.nan  # ignored, whatever stands there
+    before = hlg.scores.clone()
+    options = {"num_paths": 30, "hlg_scale": 0.7, "blank_penalty": 0.3}
+    together, fallbacks, doubts = one_best_with_doubt(log_probs, lengths, hlg, words, **options)
+    best, _ = one_best(log_probs, lengths, hlg, words, hlg_scale=0.7, blank_penalty=0.3)
+    assert fallbacks == [] and doubts.shape == (5,)
+    for i, length in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        [alone], _, doubt = one_best_with_doubt(log_probs[one, :length], lengths[one], hlg, words, **options)
+        assert doubts[i].item() == pytest.approx(doubt.item(), abs=1e-4)
+        for other in (together[i], best[i]):
+            assert (alone.words, alone.tokens, alone.timestamps) == (other.words, other.tokens, other.timestamps)
+            assert alone.score == pytest.approx(other.score, abs=1e-3)
+    assert doubts[2] == 0.0 and together[2].words is None and (doubts[:2] > 0.1).all()
+    assert torch.equal(hlg.scores, before) and not hasattr(hlg, "lm_scores")
+    with pytest.raises(ValueError, match="log_probs hold NaN"):
+        one_best_with_doubt(log_probs, lengths + torch.tensor([0, 0, 0, 1, 0]), hlg, words)
+    # none has a frame
+    *_, doubts = one_best_with_doubt(log_probs, torch.zeros_like(lengths), hlg, words)
+    assert doubts.tolist() == [0.0] * 5
+
+
+def test_an_empty_lattice_is_as_doubtful_as_can_be(lang_dir, words, tmp_path):
+    """AA alone is a word here: a A needs a blank in between, three frames."""
+    shutil.copytree(lang_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "text").write_text("AA\nAA AA\n")
+    estimate_arpa(tmp_path / "text", tmp_path / "aa.arpa", 2)
+    hlg = compile_hlg(tmp_path, tmp_path / "aa.arpa", report=lambda line: None)
+    log_probs = torch.cat([random_log_probs(6, len(TOKENS), seed) for seed in range(4)])
+    log_probs[..., 0] -= 30  # rather no blank
+    lengths = torch.tensor([2, 6, 0, 1])
+    tight = Beam(search_beam=1.0, output_beam=1.0, min_active_states=0, max_active_states=2)
+    found, fallbacks, doubts = one_best_with_doubt(log_probs, lengths, hlg, words, beam=tight)
+    greedy = ctc_greedy_search(log_probs, lengths)
+    assert {0, 3} <= set(fallbacks) and 2 not in fallbacks
+    for i in range(4):
+        assert (doubts[i] == NO_PATH_DOUBT) == (i in fallbacks)
+        if i in {*fallbacks, 2}:
+            assert found[i] == greedy[i]
+    assert doubts[2] == 0.0
+    assert one_best(log_probs, lengths, hlg, words, beam=tight)[1] == fallbacks
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
+def test_a_wide_beam_s_doubt_equals_enumeration(sharpness):
+    log_probs = (sharpness * random_log_probs(5, 4, 0).repeat(6, 1, 1)).clone()
+    log_probs += sharpness * torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1))
+    log_probs = log_probs.log_softmax(dim=2)
+    lengths = torch.tensor([5, 5, 4, 3, 1, 0])
+    doubts = prefix_beam_doubt(log_probs, lengths, beam_size=400)
+    for utterance, length in enumerate(lengths.tolist()):
+        totals = [entry[0] for entry in enumerated(log_probs[utterance, :length]).values()]
+        assert doubts[utterance].item() == pytest.approx(-max(totals), abs=1e-5)  # all of them sum to 1
+    assert doubts[5] == 0.0 < doubts[0]
+    # of the beam that is searched the doubt is less, and the more prefixes it holds, the more is known to compete
+    narrow = [prefix_beam_doubt(log_probs, lengths, size) for size in (1, 2, 8)]
+    assert narrow[0].abs().max() == 0.0 and (narrow[2] <= doubts + 1e-6).all()
+    assert narrow[1].sum() < narrow[2].sum() < doubts.sum()
+
+
+def test_a_batch_of_beams_equals_single_ones():
+    log_probs = torch.cat([random_log_probs(17, 6, seed, 1.5) for seed in range(6)])
+    lengths = torch.tensor([16, 1, 0, 9, 17, 5])
+    for utterance, length in enumerate(lengths.tolist()):
+        log_probs[utterance, length:] = math.nan  # ignored, whatever stands there
+    doubts = prefix_beam_doubt(log_probs, lengths, 4)
+    for utterance, length in enumerate(lengths.tolist()):
+        alone = prefix_beam_doubt(log_probs[utterance : utterance + 1, :length], torch.tensor([length]), 4)
+        assert doubts[utterance].item() == pytest.approx(alone.item(), abs=1e-6)
+    assert doubts[2] == 0.0 and (doubts[torch.tensor([0, 3, 4])] > 0.1).all()
+    assert prefix_beam_doubt(log_probs[:0], lengths[:0]).tolist() == []
+
+
+def test_certain_log_probs_leave_a_beam_no_doubt():
+    path = [0, 3, 3, 0, 3, 1]
+    log_probs = torch.full((2, len(path), 5), -math.inf)
+    log_probs[0, range(len(path)), path] = 0.0
+    log_probs[1] = log_probs[0].clamp(min=-200.0)
+    lengths = torch.tensor([6, 6])
+    assert prefix_beam_doubt(log_probs, lengths).tolist() == [0.0, 0.0]
+    assert [found.tokens for found in prefix_beam_search(log_probs, lengths)] == [[3, 3, 1]] * 2
+    with pytest.raises(ValueError, match="log_probs hold NaN"):
+        prefix_beam_doubt(log_probs * math.nan, lengths)
