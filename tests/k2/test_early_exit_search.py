@@ -157,12 +157,10 @@ def answers_of(values: list[torch.Tensor], thresholds: dict[int, float]) -> torc
 
 
 def split(values: torch.Tensor) -> float:
-    """Between two of the values, neither close to it: rounding cannot change who is below."""
+    """Above the few lowest of the values, and close to none: rounding cannot change who is below."""
     ordered = values[torch.tensor(SPOKEN)].sort().values
-    gaps = ordered.diff()[1:-1]
-    widest = int(gaps.argmax()) + 1
-    assert gaps.max() > 1e-3
-    return float(ordered[widest : widest + 2].mean())
+    gap = next(place for place in range(1, len(ordered) - 2) if ordered[place + 1] - ordered[place] > 1e-3)
+    return float(ordered[gap : gap + 2].mean())
 
 
 def policy_of(name: str, table):
