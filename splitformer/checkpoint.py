@@ -67,7 +67,7 @@ def load_model(
 
     Args:
       max_layer: an exit; the model ends there, and the weights of layers and exits above are not kept. The
-        configuration returned is that of this smaller model, and the checkpoint lacks those weights too.
+        configuration returned is that of this smaller model, and the checkpoint's `model` lacks those weights too.
     Raises:
       CheckpointError: the file cannot be read, or max_layer is none of the model's exits.
     """
@@ -90,10 +90,13 @@ def _truncated(config: Config, max_layer: int) -> Config:
     exits, branches = (
         [x for x in xs if x <= max_layer] for xs in (config.model.exit_layers, config.model.parallel_exits)
     )
+    weights = config.loss.exit_weights[: len(exits)]
+    if not any(weights):  # the exits above had all the weight
+        weights = ()
     return replace(
         config,
         model=replace(config.model, num_layers=max_layer, exit_layers=tuple(exits), parallel_exits=tuple(branches)),
-        loss=replace(config.loss, exit_weights=config.loss.exit_weights[: len(exits)]),
+        loss=replace(config.loss, exit_weights=weights),
     )
 
 

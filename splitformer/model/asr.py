@@ -82,16 +82,16 @@ class AsrModel(nn.Module):
         sound: dict[int, Leaving] = {}  # {row: its last exit without NaN}, while it meets nothing but NaN
         exits = self.encoder(x, x_lens)
         before, going_on = None, None
+        was_broken = torch.ones_like(rows, dtype=torch.bool)  # no exit comes before the first, so none to go back to
         while len(rows):
             exit_output = exits.send(going_on)
             log_probs = self.ctc_log_probs(exit_output) if "ctc" in self.heads else None
             broken = _has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths)
             now = Leaving(rows, exit_output, log_probs, nan_exits + broken)
-            sound = {
-                row: sound[row] if row in sound else _select(before, before.rows == row)
-                for row in rows[broken].tolist()
-                if row in sound or before is not None
-            }
+            still_broken = rows[broken & was_broken].tolist()
+            sound = {row: leaving for row, leaving in sound.items() if row in still_broken}
+            for row in rows[broken & ~was_broken].tolist():
+                sound[row] = _select(before, before.rows == row)
             if exit_output.layer == self.encoder.exit_layers[-1]:
                 for place, row in enumerate(rows.tolist()):
                     if row in sound:
@@ -106,9 +106,9 @@ class AsrModel(nn.Module):
             yield from _some(now, leave)
             if leave.any():
                 going_on = (~leave).nonzero().flatten()
-                before = _select(now, ~leave)
+                before, was_broken = _select(now, ~leave), broken[~leave]
             else:
-                before, going_on = now, None
+                before, going_on, was_broken = now, None, broken
             rows, nan_exits = before.rows, before.nan_exits
 
 
