@@ -13,12 +13,13 @@ corpus=mini
 # shellcheck source=local/corpus.sh
 source local/corpus.sh
 
-config='' seed=42 num_processes='' exp_dir='' stage=0 stop_stage=report
+config='' seed=42 num_processes='' exp_dir='' policy=learned max_relative_wer=0.05 stage=0 stop_stage=report
 known_methods=(greedy_search prefix_beam_search ctc-decoding 1best nbest nbest-rescoring whole-lattice-rescoring
     nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search fast_beam_search_nbest
     fast_beam_search_nbest_LG)
+known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned budget deadline fixed)
 methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
-value_options=(config seed num_processes exp_dir stage stop_stage "${corpus_options[@]}")
+value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
 list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
 prepare_stages=(download manifests fbank bpe lang lm graphs)
@@ -38,10 +39,13 @@ usage: ./run.sh [options]
   --hlg-scales N ..., --ngram-lm-scales N ..., --blank-penalties N ...
                            weights to choose from on the dev set, of the language model for CTC and for a transducer, and
                            of a penalty on blanks; one of each: no choice, and faster
+  --policy NAME            exit policy that is fitted to policy.json and decoded with (default: learned), one of:
+                           ${known_policies[*]}
+  --max-relative-wer X     errors that it may add, as a share of the last exit's (default: 0.05)
 $corpus_usage
   --stage A, --stop-stage B
                            first and last stage, by number or name: those of prepare.sh (0 to 6), 7 train,
-                           8 average, 9 decode, 10 report
+                           8 average, 9 decode, 10 early_exit, 11 report
 END
 }
 
@@ -131,7 +135,38 @@ run_decoding() {
         --tune-set "${dev_list[0]}" --output-dir "$exp_dir/decode" --corpus "$corpus"
 }
 
-# 10: tables and plots of all runs
+# 10: exit policies, fitted on the first dev set: WER against cost on the test sets, and a decoding with one of them
+stage_early_exit() {
+    local split tests=() model records sets
+    for split in "${test_list[@]}"; do
+        contains "$split" "${dev_list[@]}" || tests+=("$split=$(cuts_of "$split")")
+    done
+    if ((${#tests[@]} == 0)); then
+        log "no test set but the dev sets: exit policies are fitted on these, and there is nothing to show them on"
+        return
+    fi
+    model=$(made_from "$exp_dir/averaged.pt")
+    records=$(made_from "$exp_dir/decode")
+    sets=$(made_from "$(cuts_of "${dev_list[0]}")" "${tests[@]#*=}")
+    make_artefact "$exp_dir/early_exit" "model $model records $records sets $sets policy $policy $max_relative_wer" \
+        run_early_exit --test-cuts "${tests[@]}"
+}
+
+run_early_exit() {
+    local calibration common
+    calibration="${dev_list[0]}=$(cuts_of "${dev_list[0]}")"
+    common=(--checkpoint "$exp_dir/averaged.pt" --lang-dir "$lang_dir")
+    rm -rf "$exp_dir/early_exit"
+    run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" "$@" \
+        --output-dir "$exp_dir/early_exit" --corpus "$corpus"
+    run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" "$@" \
+        --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json"
+    shift # --test-cuts
+    run_python -m splitformer.bin.decode "${common[@]}" --cuts "$@" --exit-policy "$exp_dir/policy.json" \
+        --output-dir "$exp_dir/early_exit" --corpus "$corpus"
+}
+
+# 11: tables and plots of all runs
 stage_report() {
     local published=egs/$corpus/published.toml each flags=() records inputs dev_only=()
     for each in "${dev_list[@]}"; do
@@ -139,6 +174,9 @@ stage_report() {
     done
     if [[ -f $published ]]; then flags=(--published "$published"); fi
     records=("$exp_root"/*/decode/*.json "$exp_root"/*/training.jsonl)
+    for each in "$exp_root"/*/early_exit/*.json; do
+        [[ ! -f $each ]] || records+=("$each")
+    done
     inputs=$(checksum "${records[@]}" "${flags[@]:1}")
     make_artefact "$report_dir/RESULTS.md" "records $inputs" \
         run_python -m splitformer.bin.report --corpus "$corpus" --exp-root "$exp_root" \
@@ -148,10 +186,13 @@ stage_report() {
 # Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.
 main() {
     parse_options "$@"
-    select_stages "${prepare_stages[@]}" train average decode report
+    select_stages "${prepare_stages[@]}" train average decode early_exit report
     load_corpus
     check_number seed
     check_number num_processes empty
+    check_choice policy "${known_policies[@]}"
+    [[ $max_relative_wer =~ ^[0-9]*\.?[0-9]+$ ]] ||
+        option_error "--max-relative-wer is '$max_relative_wer' and must be a number such as 0.05"
     for each in "${methods[@]}"; do
         contains "$each" "${known_methods[@]}" || option_error "unknown method '$each'; methods are: ${known_methods[*]}"
     done
@@ -194,8 +235,8 @@ main() {
     resolved_config=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}")
 
     if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
-    for name in train average decode report; do run_stage "$name"; done
-    ((last_stage < 10)) || log "results are in $report_dir/RESULTS.md"
+    for name in train average decode early_exit report; do run_stage "$name"; done
+    ((last_stage < 11)) || log "results are in $report_dir/RESULTS.md"
 }
 
 main "$@"

@@ -479,10 +479,10 @@ def calibrate(table: ExitTable, family: Family, target: Target) -> Fitted:
     deepest on, that adds more. For a cost it is the deepest setting that costs no more.
 
     Raises:
-      ValueError: fewer than 10 utterances, no reference words, or a cost below that of the first exit.
+      ValueError: fewer than two utterances, no reference words, or a cost below that of the first exit.
     """
-    if len(table) < 10:
-        raise ValueError(f"{len(table)} utterances to calibrate on; give at least 10, better hundreds")
+    if len(table) < 2:
+        raise ValueError(f"{len(table)} utterances to calibrate on; give two at the least, and better hundreds")
     if float(table.ref_words.sum()) == 0:
         raise ValueError("the calibration set has no reference words; check the supervisions' text")
     settings = family.settings(table)

@@ -156,7 +156,8 @@ class Sample(NamedTuple):
 
     def saving(self, policy: str, allowed: float, setting: str, found: Outcome, curve: Curve) -> Saving:
         last = self.last
-        relative = self.wers(found) / self.wers(last).clamp(min=1e-9) - 1.0
+        # a last exit without an error counts as one with one: what is relative to nothing has no size
+        relative = (self.counts @ (found.errors - last.errors)) / (self.counts @ last.errors).clamp(min=1.0)
         low, high = _interval(relative)
         limit = float(last.errors.sum()) * (1.0 + allowed) + 1e-9
         within = [each for each in [*curve.outcomes, found] if float(each.errors.sum()) <= limit]
@@ -165,7 +166,7 @@ class Sample(NamedTuple):
             allowed,
             setting,
             wer=self.wer(found),
-            relative_wer=float(found.errors.sum() / last.errors.sum().clamp(min=1e-9)) - 1.0,
+            relative_wer=float((found.errors - last.errors).sum() / last.errors.sum().clamp(min=1.0)),
             relative_wer_low=low,
             relative_wer_high=high,
             macs_saved=_saved(found.macs, last.macs),

@@ -195,14 +195,6 @@ def decode_early(args: argparse.Namespace) -> None:
     def spell(hypothesis: Hypothesis) -> list[str]:
         return tokenizer.decode(hypothesis.tokens).split() if hypothesis.words is None else hypothesis.words
 
-    cost = _costs(model, config.model.num_mel_bins)[method.head]
-    macs = {layer: cost[layer].macs_per_second for layer in layers}
-    if "ctc" in model.heads:  # read at every exit on the way, whatever the search
-        heads = _costs(model, config.model.num_mel_bins)["ctc"]
-        macs = {
-            layer: macs[layer] + sum(heads[each].head_macs_per_second for each in layers if each < layer)
-            for layer in layers
-        }
     for item in args.cuts:
         test_set, path = named_path("--cuts", item)
         shared = (set(speakers_of(path).values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
@@ -221,6 +213,7 @@ def decode_early(args: argparse.Namespace) -> None:
             seconds += took
             found += zip(batch.cut_ids, batch.texts, results, strict=True)
         audio = {cut.id: cut.duration for cut in load_cuts([path])}
+        macs, last_macs = _macs_on_the_way(model, config.model.num_mel_bins, method, sum(audio.values()) / len(audio))
         scored = score((cut_id, text.split(), spell(r.hypothesis)) for cut_id, text, r in found)
         total = sum(audio[cut_id] for cut_id, _, _ in found)
         taken = [r.layer for _, _, r in found]
@@ -245,7 +238,7 @@ def decode_early(args: argparse.Namespace) -> None:
             exits={layer: taken.count(layer) for layer in layers},
             layers=sum(taken) / len(taken),
             macs_per_second=sum(audio[cut_id] * macs[r.layer] for cut_id, _, r in found) / total,
-            last_exit_macs_per_second=cost[layers[-1]].macs_per_second,
+            last_exit_macs_per_second=last_macs,
             audio_seconds=total,
             rtf=seconds / total,
             commit=git_commit(ROOT),
@@ -269,6 +262,22 @@ def decode_early(args: argparse.Namespace) -> None:
             f", {record.nan_exits} exits with NaN passed" if record.nan_exits else "",
             f", {record.late_utterances} utterances late" if record.late_utterances else "",
         )
+
+
+def _macs_on_the_way(
+    model: AsrModel, num_mel_bins: int, method: Method, seconds: float
+) -> tuple[dict[int, float], float]:
+    """({layer: multiply-accumulates per second of audio of leaving there}, those of the last exit without a policy).
+
+    CTC's heads are read at every exit on the way, whatever the search. Counted at the set's mean length.
+    """
+    costs = _costs(model, num_mel_bins, seconds)
+    macs = {layer: cost.macs_per_second for layer, cost in costs[method.head].items()}
+    heads = {layer: cost.head_macs_per_second for layer, cost in costs.get("ctc", {}).items()}
+    if method.head != "ctc":  # its own head is read beside
+        macs = {layer: value + heads.get(layer, 0.0) for layer, value in macs.items()}
+    passed = {layer: sum(value for each, value in heads.items() if each < layer) for layer in macs}
+    return {layer: value + passed[layer] for layer, value in macs.items()}, macs[max(macs)]
 
 
 def _lost(fallbacks: int) -> str:
@@ -380,12 +389,12 @@ def _bias(args: argparse.Namespace, tokenizer: Tokenizer) -> Bias | None:
     return Bias([tokenizer.encode(phrase) for phrase in phrases], args.hot_word_boost)
 
 
-def _costs(model: AsrModel, num_mel_bins: int) -> dict[str, dict[int, ExitCost]]:
+def _costs(model: AsrModel, num_mel_bins: int, seconds: float = 10.0) -> dict[str, dict[int, ExitCost]]:
     costs = {}
     if "ctc" in model.heads:
-        costs["ctc"] = complexity(model.encoder, model.ctc_heads, num_mel_bins)
+        costs["ctc"] = complexity(model.encoder, model.ctc_heads, num_mel_bins, seconds)
     if "transducer" in model.heads:
-        costs["transducer"] = complexity(model.encoder, transducer_heads(model), num_mel_bins)
+        costs["transducer"] = complexity(model.encoder, transducer_heads(model), num_mel_bins, seconds)
     return costs
 
 

@@ -3,7 +3,7 @@
     python -m splitformer.bin.tradeoff --checkpoint EXP/averaged.pt --cuts dev=CUTS --test-cuts test=CUTS \
         --lang-dir LANG --output-dir EXP/early_exit --corpus NAME
 
-Writes tradeoff-TEST.json for each test set, which bin/report turns into tables and plots, and exits-SET.json, what
+Writes tradeoff-TEST.json for each test set, which bin/report turns into tables and plots, and exits/SET.json, what
 every exit gave for every utterance.
 """
 
@@ -72,7 +72,7 @@ def draw_curves(args: argparse.Namespace) -> None:
     tables = {}
     for each, cuts in {name: path, **tests}.items():
         tables[each] = collect(model, cuts, tokenizer, method, options, device, args.repeats, f"all exits of {each}")
-        tables[each].save(args.output_dir / f"exits-{each}.json")
+        tables[each].save(args.output_dir / "exits" / f"{each}.json")
     for test in tests:
         table = tables[test]
         audio, last = float(table.audio_seconds.sum()), fixed(table, layers[-1])
