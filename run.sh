@@ -13,11 +13,11 @@ corpus=mini
 # shellcheck source=local/corpus.sh
 source local/corpus.sh
 
-config='' seed=42 num_processes='' exp_dir='' policy=learned max_relative_wer=0.05 stage=0 stop_stage=report
+config='' seed=42 num_processes='' exp_dir='' policy=learned_nbest max_relative_wer=0.05 stage=0 stop_stage=report
 known_methods=(greedy_search prefix_beam_search ctc-decoding 1best nbest nbest-rescoring whole-lattice-rescoring
     nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search fast_beam_search_nbest
     fast_beam_search_nbest_LG)
-known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned budget deadline fixed)
+known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned learned_nbest budget deadline fixed)
 methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
 value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
@@ -39,7 +39,7 @@ usage: ./run.sh [options]
   --hlg-scales N ..., --ngram-lm-scales N ..., --blank-penalties N ...
                            weights to choose from on the dev set, of the language model for CTC and for a transducer, and
                            of a penalty on blanks; one of each: no choice, and faster
-  --policy NAME            exit policy that is fitted to policy.json and decoded with (default: learned), one of:
+  --policy NAME            exit policy that is fitted to policy.json and decoded with (default: learned_nbest), one of:
                            ${known_policies[*]}
   --max-relative-wer X     errors that it may add, as a share of the last exit's (default: 0.05)
 $corpus_usage

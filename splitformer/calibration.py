@@ -286,8 +286,9 @@ class Family(NamedTuple):
     describe: Callable[[float], str]
 
 
-LEARNED_FROM = ("entropy", "posterior", "nbest_posterior", "disagreement", "frames")
-"""Statistics of the learned policy; the length in frames is one of them."""
+LEARNED_FROM = ("entropy", "posterior", "disagreement", "frames")
+"""Statistics of the learned policy; the length in frames is one of them. `learned_nbest` reads nbest_posterior too, for
+which every exit that is asked must be searched."""
 
 FAMILY_NAMES = (
     "entropy",
@@ -296,6 +297,7 @@ FAMILY_NAMES = (
     "nbest_posterior",
     "patience",
     "learned",
+    "learned_nbest",
     "budget",
     "deadline",
     "fixed",
@@ -314,11 +316,15 @@ def make_family(name: str, cost: str = "macs") -> Family:
         return _by_probability(name, lambda table: _threshold_policies(table, name))
     if name == "patience":
         return _by_probability(name, _patience_policies)
-    if name == "learned":
-        return _by_probability(name, _learned_policies)
+    if name in ("learned", "learned_nbest"):
+        names = (*LEARNED_FROM, "nbest_posterior") if name == "learned_nbest" else LEARNED_FROM
+        return _by_probability(name, lambda table: _learned_policies(table, names))
     if name == "budget":
         return Family(
-            name, lambda table: _budget_policies(table, cost), _budget_settings, lambda s: f"{100 * s:.0f} % of {cost}"
+            name,
+            lambda table: _budget_policies(table, cost),
+            lambda table: _budget_settings(table, cost),
+            lambda s: f"{100 * s:.0f} % of {cost}",
         )
     if name == "deadline":
         return Family(name, _deadline_policies, _deadline_settings, lambda s: f"{1000 * s:.1f} ms")
@@ -347,9 +353,8 @@ def _patience_policies(table: ExitTable) -> Callable[[float], Policy]:
     return lambda probability: Patience(benefit.thresholds(probability))
 
 
-def _learned_policies(table: ExitTable) -> Callable[[float], Policy]:
+def _learned_policies(table: ExitTable, names: Sequence[str]) -> Callable[[float], Policy]:
     """The penalty is the one of the lowest log-loss on speakers that the fit has not seen."""
-    names = [name for name in LEARNED_FROM if name in table.statistics]
     parts = folds(table)
 
     def unseen_loss(penalty: float) -> float:
@@ -399,8 +404,9 @@ def _exponential_weights(costs: Tensor, budget: float) -> Tensor:
     return torch.softmax(-rate * costs, dim=0)
 
 
-def _budget_settings(table: ExitTable) -> list[float]:
-    first = float(fixed(table, table.layers[0]).macs.sum() / fixed(table, table.layers[-1]).macs.sum())
+def _budget_settings(table: ExitTable, cost: str) -> list[float]:
+    first, last = (_cost(fixed(table, layer), cost).sum() for layer in (table.layers[0], table.layers[-1]))
+    first = float(first / last)
     return torch.linspace(1.0, first, 41, dtype=torch.float64).tolist()
 
 

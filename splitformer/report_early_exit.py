@@ -10,7 +10,7 @@ from splitformer.results import BudgetPoint, EarlyExitRecord, Saving, TradeoffRe
 from splitformer.runs import Run
 from splitformer.tables import commands, markdown_table, mean, percent, spread
 
-FIXED, LEARNED, ORACLE = "fixed", "learned", "oracle"
+FIXED, LEARNED, ORACLE = "fixed", "learned_nbest", "oracle"
 _ORDER = (
     FIXED,
     "entropy",
@@ -18,6 +18,7 @@ _ORDER = (
     "posterior",
     "nbest_posterior",
     "patience",
+    "learned",
     LEARNED,
     "budget",
     "deadline",

@@ -1,7 +1,7 @@
 """Fit an exit policy on a calibration set, so that it meets a target, and write policy.json.
 
     python -m splitformer.bin.calibrate --checkpoint EXP/averaged.pt --cuts dev=CUTS --test-cuts test=CUTS \
-        --lang-dir LANG --policy learned --max-relative-wer 0.05
+        --lang-dir LANG --policy learned_nbest --max-relative-wer 0.05
 
 Every utterance of the set is run through all exits once and searched at each, by the search and with the weights that
 bin/decode chose on that set. The setting is chosen with the set's speakers left out of the fit in turn.
@@ -57,7 +57,7 @@ def main() -> int:
         "--decode-dir", type=Path, help="records of bin/decode (default: decode/ beside the checkpoint)"
     )
     parser.add_argument("--method", help="the search (default: the best one of the records on the calibration set)")
-    parser.add_argument("--policy", default="learned", choices=FAMILY_NAMES, help="(default: learned)")
+    parser.add_argument("--policy", default="learned_nbest", choices=FAMILY_NAMES, help="(default: learned_nbest)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--max-relative-wer",
@@ -98,7 +98,8 @@ def fit_policy(args: argparse.Namespace) -> None:
     method = make_method(method_name, args.lang_dir, tokenizer.vocab_size, device)
     table = collect(model, path, tokenizer, method, options, device, args.repeats, f"all exits of {name}")
 
-    family = make_family(args.policy, cost=target.kind if target and target.kind == "layers" else "macs")
+    cost = {"layers": "layers", "rtf": "seconds"}.get(target.kind if target else "", "macs")
+    family = make_family(args.policy, cost)
     if target is None:
         policy = family.fit(table)(args.deadline_ms / 1000)
         setting, did = family.describe(args.deadline_ms / 1000), {}
