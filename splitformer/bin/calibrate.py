@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_path, speakers_of, timed
+from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, speakers_of, timed
 from splitformer.calibration import FAMILY_NAMES, ExitTable, Fitted, Target, calibrate, make_family
 from splitformer.checkpoint import CheckpointError, checkpoint_id
 from splitformer.config import ConfigError
@@ -31,7 +31,7 @@ from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.early_exit import exit_view
 from splitformer.decoding.searches import Method, Options
 from splitformer.exit_policy import FittedPolicy, Meter
-from splitformer.model.asr import AsrModel
+from splitformer.model.asr import AsrModel, has_nan
 from splitformer.model.complexity import counted, transducer_heads
 from splitformer.model.encoder import ExitOutput
 from splitformer.results import command_line, git_commit
@@ -88,8 +88,8 @@ def main() -> int:
 
 def fit_policy(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, path = named_path("--cuts", args.cuts)
-    check_calibration_set(name, path, dict(named_path("--test-cuts", item) for item in args.test_cuts))
+    [(name, path)] = named_sets("--cuts", [args.cuts]).items()
+    check_calibration_set(name, path, named_sets("--test-cuts", args.test_cuts))
     target = _target(args)
     model, config, _, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
     layers = config.model.exit_layers
@@ -215,8 +215,6 @@ def collect(
         utterances.append(batch.cut_ids[0])
         seconds.append(batch.seconds)
         ref_words.append(len(reference))
-    if not rows:
-        raise ValueError(f"{cuts} holds no cuts")
 
     def column(key: str) -> Tensor:
         return torch.tensor([row[key] for row in rows], dtype=torch.float64)
@@ -274,6 +272,7 @@ def _all_exits(
         log_probs, head_seconds = None, 0.0
         if "ctc" in model.heads:
             log_probs, head_seconds = timed(batch.x.device, lambda out=exit_output: model.ctc_log_probs(out))
+        _check_sound(exit_output, log_probs, batch.cut_ids[0])
         for name, meter in meters.items():
             if name == "nbest_posterior" and exit_output.lengths[0] == 0:
                 measured, seconds = {name: torch.zeros(1, 1)}, 0.0
@@ -292,6 +291,15 @@ def _all_exits(
         note("seconds:encoder", encoder_seconds)
         note("seconds:head", head_seconds)
         note("seconds:search", search_seconds)
+
+
+def _check_sound(exit_output: ExitOutput, log_probs: Tensor | None, utterance: str) -> None:
+    """Raises ValueError where the exit gives NaN: decoding passes such an exit, and a table has no place for that."""
+    if has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths).any():
+        raise ValueError(
+            f"the exit after layer {exit_output.layer} gives NaN for {utterance}, and nothing can be fitted to that: "
+            "has the training diverged? Take another checkpoint, or end the model below (bin/calibrate --max-layer)"
+        )
 
 
 def _multiply_accumulates(model: AsrModel, batch: Batch, method: Method) -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from splitformer.bin.calibrate import check_calibration_set, collect
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_path, system_name
+from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, system_name
 from splitformer.calibration import FAMILY_NAMES, fixed, make_family
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import ConfigError
@@ -59,8 +59,8 @@ def main() -> int:
 
 def draw_curves(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, path = named_path("--cuts", args.cuts)
-    tests = dict(named_path("--test-cuts", item) for item in args.test_cuts)
+    [(name, path)] = named_sets("--cuts", [args.cuts]).items()
+    tests = named_sets("--test-cuts", args.test_cuts)
     check_calibration_set(name, path, tests)
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device)
     layers = config.model.exit_layers
