@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import math
 import platform
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, speakers_of, timed
-from splitformer.calibration import FAMILY_NAMES, ExitTable, Fitted, Target, calibrate, make_family
+from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, ExitTable, Fitted, Target, calibrate, make_family
 from splitformer.checkpoint import CheckpointError, checkpoint_id
-from splitformer.config import ConfigError
+from splitformer.config import ConfigError, ModelConfig
 from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.early_exit import exit_view
@@ -92,6 +94,7 @@ def fit_policy(args: argparse.Namespace) -> None:
     check_calibration_set(name, path, named_sets("--test-cuts", args.test_cuts))
     target = _target(args)
     model, config, _, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    check_model(config.model, [args.policy])
     layers = config.model.exit_layers
     decode_dir = args.decode_dir or args.checkpoint.parent / "decode"
     method_name, options = chosen_search(decode_dir, name, args.method, layers, config.model.heads)
@@ -144,7 +147,7 @@ def _told(fitted: Fitted) -> dict[str, float]:
 def _target(args: argparse.Namespace) -> Target | None:
     """None for a deadline in milliseconds, which is the setting itself."""
     if args.deadline_ms is not None:
-        if args.policy != "deadline" or args.deadline_ms <= 0:
+        if args.policy != "deadline" or not 0 < args.deadline_ms < math.inf:
             raise ValueError(f"--deadline-ms {args.deadline_ms:g} is for --policy deadline, and above 0")
         return None
     given = {"max_relative_wer": args.max_relative_wer, "layers": args.target_layers}
@@ -152,7 +155,10 @@ def _target(args: argparse.Namespace) -> Target | None:
     kind, value = next(
         ((kind, value) for kind, value in given.items() if value is not None), ("max_relative_wer", 0.05)
     )
-    if value < 0 or (value == 0 and kind != "max_relative_wer"):
+    if kind == "max_relative_wer":
+        if not 0 <= value < math.inf:
+            raise ValueError(f"the target {kind} {value:g} must be 0 or above, such as 0.05")
+    elif not 0 < value < math.inf:
         raise ValueError(f"the target {kind} {value:g} must be above 0")
     if kind == "macs" and value > 1:
         raise ValueError(f"--target-macs {value:g} is a share of the last exit's multiply-accumulates: at most 1")
@@ -161,7 +167,7 @@ def _target(args: argparse.Namespace) -> Target | None:
 
 def check_calibration_set(name: str, path: Path, tests: Mapping[str, Path]) -> None:
     """Raises ValueError where the set is a test set, or shares an utterance or a known speaker with one."""
-    if name in tests or "test" in name.lower().replace("-", " ").replace("_", " ").split():
+    if name in tests or re.search("(?<![a-z])test(?![a-z])", name.lower()):
         raise ValueError(
             f"{name} is a test set: what is fitted on it cannot be told on it. Calibrate on a dev set (--cuts dev=PATH)"
         )
@@ -177,6 +183,21 @@ def check_calibration_set(name: str, path: Path, tests: Mapping[str, Path]) -> N
                     f"{name} and the test set {test} share {len(shared)} {what} ({', '.join(sorted(shared)[:5])}): a "
                     "policy fitted on them cannot be told there; calibrate on a set of other speakers"
                 )
+
+
+def check_model(model: ModelConfig, policies: Sequence[str]) -> None:
+    """Raises ValueError where the model has no exits to choose from, or lacks the head that a policy reads."""
+    if len(model.exit_layers) == 1:
+        raise ValueError(
+            f"the model has one exit, after layer {model.exit_layers[0]}: there is nothing to choose; take a model "
+            "with several (model.exit_layers)"
+        )
+    strangers = [policy for policy in policies if policy not in WITHOUT_CTC]
+    if "ctc" not in model.heads and strangers:
+        raise ValueError(
+            f"{', '.join(strangers)}: read from CTC's log-probabilities, and this model's heads are "
+            f"{', '.join(model.heads)}; choose among {', '.join(WITHOUT_CTC)}"
+        )
 
 
 @torch.no_grad()
