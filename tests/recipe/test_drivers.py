@@ -216,6 +216,15 @@ def test_bad_configurations_are_told_before_any_work(driver, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_with_one_exit_has_no_policies(driver, tmp_path: Path) -> None:
+    """The recipe goes on without them; with two exits, it asks for the model."""
+    stage = ["--work-dir", tmp_path, "--stage", "early_exit", "--stop-stage", "early_exit", "--set"]
+    one = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[2]", "model.parallel_exits=[2]")
+    assert one.returncode == 0 and "the model has one exit: there is nothing to choose" in one.stdout + one.stderr
+    two = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[1, 2]", "model.parallel_exits=[2]")
+    assert two.returncode == 1 and "averaged.pt" in two.stderr and "an earlier stage makes it" in two.stderr
+
+
 def test_the_driver_knows_the_policies_that_can_be_fitted(repo_root: Path) -> None:
     text = (repo_root / "run.sh").read_text()
     assert text.split("known_policies=(")[1].split(")")[0].split() == list(FAMILY_NAMES)
