@@ -137,7 +137,11 @@ run_decoding() {
 
 # 10: exit policies, fitted on the first dev set: WER against cost on the test sets, and a decoding with one of them
 stage_early_exit() {
-    local split tests=() model records sets
+    local split tests=() model records sets one_exit='"exit_layers": \[[[:space:]]*[0-9]+[[:space:]]*\]'
+    if [[ $resolved_config =~ $one_exit ]]; then
+        log "the model has one exit: there is nothing to choose"
+        return
+    fi
     for split in "${test_list[@]}"; do
         contains "$split" "${dev_list[@]}" || tests+=("$split=$(cuts_of "$split")")
     done

@@ -312,6 +312,9 @@ FAMILY_NAMES = (
     "fixed",
 )
 
+WITHOUT_CTC = ("learned", "deadline", "fixed")
+"""Those of a model without CTC head, too; `learned` then goes by the length alone."""
+
 
 def make_family(name: str, cost: str = "macs") -> Family:
     """The family of that name.

@@ -13,25 +13,27 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import math
 import platform
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_path, speakers_of, timed
-from splitformer.calibration import FAMILY_NAMES, ExitTable, Fitted, Target, calibrate, make_family
+from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, speakers_of, timed
+from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, ExitTable, Fitted, Target, calibrate, make_family
 from splitformer.checkpoint import CheckpointError, checkpoint_id
-from splitformer.config import ConfigError
+from splitformer.config import ConfigError, ModelConfig
 from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.early_exit import exit_view
 from splitformer.decoding.searches import Method, Options
 from splitformer.exit_policy import FittedPolicy, Meter
-from splitformer.model.asr import AsrModel
+from splitformer.model.asr import AsrModel, has_nan
 from splitformer.model.complexity import counted, transducer_heads
 from splitformer.model.encoder import ExitOutput
 from splitformer.results import command_line, git_commit
@@ -88,10 +90,11 @@ def main() -> int:
 
 def fit_policy(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, path = named_path("--cuts", args.cuts)
-    check_calibration_set(name, path, dict(named_path("--test-cuts", item) for item in args.test_cuts))
+    [(name, path)] = named_sets("--cuts", [args.cuts]).items()
+    check_calibration_set(name, path, named_sets("--test-cuts", args.test_cuts))
     target = _target(args)
     model, config, _, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    check_model(config.model, [args.policy])
     layers = config.model.exit_layers
     decode_dir = args.decode_dir or args.checkpoint.parent / "decode"
     method_name, options = chosen_search(decode_dir, name, args.method, layers, config.model.heads)
@@ -145,7 +148,7 @@ def _told(fitted: Fitted) -> dict[str, float]:
 def _target(args: argparse.Namespace) -> Target | None:
     """None for a deadline in milliseconds, which is the setting itself."""
     if args.deadline_ms is not None:
-        if args.policy != "deadline" or args.deadline_ms <= 0:
+        if args.policy != "deadline" or not 0 < args.deadline_ms < math.inf:
             raise ValueError(f"--deadline-ms {args.deadline_ms:g} is for --policy deadline, and above 0")
         return None
     given = {"max_relative_wer": args.max_relative_wer, "layers": args.target_layers}
@@ -153,7 +156,10 @@ def _target(args: argparse.Namespace) -> Target | None:
     kind, value = next(
         ((kind, value) for kind, value in given.items() if value is not None), ("max_relative_wer", 0.05)
     )
-    if value < 0 or (value == 0 and kind != "max_relative_wer"):
+    if kind == "max_relative_wer":
+        if not 0 <= value < math.inf:
+            raise ValueError(f"the target {kind} {value:g} must be 0 or above, such as 0.05")
+    elif not 0 < value < math.inf:
         raise ValueError(f"the target {kind} {value:g} must be above 0")
     if kind == "macs" and value > 1:
         raise ValueError(f"--target-macs {value:g} is a share of the last exit's multiply-accumulates: at most 1")
@@ -162,7 +168,7 @@ def _target(args: argparse.Namespace) -> Target | None:
 
 def check_calibration_set(name: str, path: Path, tests: Mapping[str, Path]) -> None:
     """Raises ValueError where the set is a test set, or shares an utterance or a known speaker with one."""
-    if name in tests or "test" in name.lower().replace("-", " ").replace("_", " ").split():
+    if name in tests or re.search("(?<![a-z])test(?![a-z])", name.lower()):
         raise ValueError(
             f"{name} is a test set: what is fitted on it cannot be told on it. Calibrate on a dev set (--cuts dev=PATH)"
         )
@@ -178,6 +184,21 @@ def check_calibration_set(name: str, path: Path, tests: Mapping[str, Path]) -> N
                     f"{name} and the test set {test} share {len(shared)} {what} ({', '.join(sorted(shared)[:5])}): a "
                     "policy fitted on them cannot be told there; calibrate on a set of other speakers"
                 )
+
+
+def check_model(model: ModelConfig, policies: Sequence[str]) -> None:
+    """Raises ValueError where the model has no exits to choose from, or lacks the head that a policy reads."""
+    if len(model.exit_layers) == 1:
+        raise ValueError(
+            f"the model has one exit, after layer {model.exit_layers[0]}: there is nothing to choose; take a model "
+            "with several (model.exit_layers)"
+        )
+    strangers = [policy for policy in policies if policy not in WITHOUT_CTC]
+    if "ctc" not in model.heads and strangers:
+        raise ValueError(
+            f"{', '.join(strangers)}: read from CTC's log-probabilities, and this model's heads are "
+            f"{', '.join(model.heads)}; choose among {', '.join(WITHOUT_CTC)}"
+        )
 
 
 @torch.no_grad()
@@ -216,8 +237,6 @@ def collect(
         utterances.append(batch.cut_ids[0])
         seconds.append(batch.seconds)
         ref_words.append(len(reference))
-    if not rows:
-        raise ValueError(f"{cuts} holds no cuts")
 
     def column(key: str) -> Tensor:
         return torch.tensor([row[key] for row in rows], dtype=torch.float64)
@@ -275,6 +294,7 @@ def _all_exits(
         log_probs, head_seconds = None, 0.0
         if "ctc" in model.heads:
             log_probs, head_seconds = timed(batch.x.device, lambda out=exit_output: model.ctc_log_probs(out))
+        _check_sound(exit_output, log_probs, batch.cut_ids[0])
         for name, meter in meters.items():
             if name == "nbest_posterior" and exit_output.lengths[0] == 0:
                 measured, seconds = {name: torch.zeros(1, 1)}, 0.0
@@ -293,6 +313,15 @@ def _all_exits(
         note("seconds:encoder", encoder_seconds)
         note("seconds:head", head_seconds)
         note("seconds:search", search_seconds)
+
+
+def _check_sound(exit_output: ExitOutput, log_probs: Tensor | None, utterance: str) -> None:
+    """Raises ValueError where the exit gives NaN: decoding passes such an exit, and a table has no place for that."""
+    if has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths).any():
+        raise ValueError(
+            f"the exit after layer {exit_output.layer} gives NaN for {utterance}, and nothing can be fitted to that: "
+            "has the training diverged? Take another checkpoint, or end the model below (bin/calibrate --max-layer)"
+        )
 
 
 def _multiply_accumulates(model: AsrModel, batch: Batch, method: Method) -> dict[str, list[float]]:

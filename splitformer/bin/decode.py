@@ -15,20 +15,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from splitformer.bin.loading import load_for_decoding, make_method, named_path, speakers_of, system_name, timed
+from splitformer.bin.loading import load_for_decoding, make_method, named_sets, speakers_of, system_name, timed
 from splitformer.checkpoint import CheckpointError, checkpoint_id
 from splitformer.config import ConfigError
 from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.early_exit import exit_view, search_early
+from splitformer.decoding.early_exit import EarlyResult, exit_view, search_early
 from splitformer.decoding.searches import (
     METHODS,
     Bias,
@@ -96,7 +98,7 @@ def decode(args: argparse.Namespace) -> None:
     """Decode every set of `args.cuts`, the tune set first, and write what was found."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
-    sets = dict(named_path("--cuts", item) for item in args.cuts)
+    sets = named_sets("--cuts", args.cuts)
     costs = _costs(model, config.model.num_mel_bins)
     _tell_size(args, model)
     if args.tune_set and args.tune_set not in sets:
@@ -180,43 +182,26 @@ def decode_early(args: argparse.Namespace) -> None:
 
     Raises:
       PolicyError: the policy was fitted for another model.
-      ValueError: a set shares a speaker with the set that the policy was fitted on.
+      ValueError: a set shares a speaker with the set that the policy was fitted on, or options are given that the
+        policy has settled.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fitted = FittedPolicy.load(args.exit_policy)
-    if args.methods and args.methods != [fitted.method]:
-        raise ValueError(f"{args.exit_policy} was fitted with {fitted.method}; leave --methods out")
+    _check_settled(args, fitted)
+    sets = named_sets("--cuts", args.cuts)
+    for test_set, path in sets.items():
+        _check_unseen(fitted, args.exit_policy, test_set, path)
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
-    layers = config.model.exit_layers
-    fitted.check(layers, checkpoint_id(args.checkpoint), str(args.exit_policy))
+    fitted.check(config.model.exit_layers, checkpoint_id(args.checkpoint), str(args.exit_policy))
+    _tell_size(args, model)
     method = make_method(fitted.method, args.lang_dir, tokenizer.vocab_size, device)
-    options = {layer: tuple(each.items()) for layer, each in fitted.options.items()}
-
-    def spell(hypothesis: Hypothesis) -> list[str]:
-        return tokenizer.decode(hypothesis.tokens).split() if hypothesis.words is None else hypothesis.words
-
-    for item in args.cuts:
-        test_set, path = named_path("--cuts", item)
-        shared = (set(speakers_of(path).values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
-        if shared or test_set == fitted.fitted_on.get("set"):
-            raise ValueError(
-                f"{args.exit_policy} was fitted on {fitted.fitted_on.get('set')}, which is {test_set} or shares "
-                f"speakers with it ({', '.join(sorted(shared)[:5])}): it would be no result; give other sets"
-            )
-        found, seconds = [], 0.0
-        batches = evaluation_batches(load_cuts([path]), tokenizer, args.max_duration)
-        for batch in tqdm(batches, desc=f"decoding {test_set}", unit="batch", disable=None, leave=False):
-            batch = batch.to(device)
-            results, took = timed(
-                device, lambda b=batch: search_early(model, b.x, b.x_lens, fitted.policy, method, options)
-            )
-            seconds += took
-            found += zip(batch.cut_ids, batch.texts, results, strict=True)
-        audio = {cut.id: cut.duration for cut in load_cuts([path])}
-        macs, last_macs = _macs_on_the_way(model, config.model.num_mel_bins, method, sum(audio.values()) / len(audio))
-        scored = score((cut_id, text.split(), spell(r.hypothesis)) for cut_id, text, r in found)
-        total = sum(audio[cut_id] for cut_id, _, _ in found)
-        taken = [r.layer for _, _, r in found]
+    for test_set, path in sets.items():
+        found = evaluation_batches(load_cuts([path]), tokenizer, args.max_duration)
+        batches = tqdm(found, desc=f"decoding {test_set}", unit="batch", disable=None, leave=False)
+        decoded = decode_cuts_early(model, batches, fitted, method, device)
+        scored = score((cut_id, text.split(), _words(r.hypothesis, tokenizer)) for cut_id, text, r in decoded.results)
+        mean_seconds = decoded.audio_seconds / len(decoded.results)
+        macs, last_macs = _macs_on_the_way(model, config.model.num_mel_bins, method, mean_seconds)
         record = EarlyExitRecord(
             corpus=args.corpus,
             system=args.system or system_name(args.checkpoint),
@@ -231,16 +216,12 @@ def decode_early(args: argparse.Namespace) -> None:
             deletions=scored.deletions,
             substitutions=scored.substitutions,
             ref_words=scored.ref_words,
-            num_utterances=len(found),
-            fallback_utterances=sum(r.fallback for _, _, r in found),
-            nan_exits=sum(r.nan_exits for _, _, r in found),
-            late_utterances=sum(r.late for _, _, r in found),
-            exits={layer: taken.count(layer) for layer in layers},
-            layers=sum(taken) / len(taken),
-            macs_per_second=sum(audio[cut_id] * macs[r.layer] for cut_id, _, r in found) / total,
+            num_utterances=len(decoded.results),
+            **decoded.counts(config.model.exit_layers),
+            macs_per_second=decoded.mean_by_seconds(macs),
             last_exit_macs_per_second=last_macs,
-            audio_seconds=total,
-            rtf=seconds / total,
+            audio_seconds=decoded.audio_seconds,
+            rtf=decoded.seconds / decoded.audio_seconds,
             commit=git_commit(ROOT),
             command=command_line(ROOT),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -249,19 +230,97 @@ def decode_early(args: argparse.Namespace) -> None:
         write_recogs(args.output_dir / f"recogs-{stem}.txt", scored)
         write_errs(args.output_dir / f"errs-{stem}.txt", scored)
         record.save(args.output_dir / f"{stem}.json")
-        log.info(
-            "%s %s %s: WER %.2f %% of %d words, layer %.2f on average, %.0f %% of multiply-accumulates saved%s%s%s",
-            test_set,
-            fitted.title,
-            method.name,
-            scored.wer,
-            scored.ref_words,
-            record.layers,
-            100 * (1 - record.macs_per_second / record.last_exit_macs_per_second),
-            _lost(record.fallback_utterances),
-            f", {record.nan_exits} exits with NaN passed" if record.nan_exits else "",
-            f", {record.late_utterances} utterances late" if record.late_utterances else "",
+        log.info("%s", _told(record))
+
+
+def _check_settled(args: argparse.Namespace, fitted: FittedPolicy) -> None:
+    """Raises ValueError where options are given that the policy was fitted with, or that its search does not know."""
+    if args.methods and args.methods != [fitted.method]:
+        raise ValueError(
+            f"--methods {' '.join(args.methods)}: {args.exit_policy} was fitted with {fitted.method}; leave --methods "
+            "out, or fit another policy (bin/calibrate --method)"
         )
+    settled = {"--tune-set": args.tune_set, "--hot-words": args.hot_words}
+    settled |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in Weights._fields}
+    if given := [option for option, value in settled.items() if value]:
+        raise ValueError(
+            f"{', '.join(given)}: {args.exit_policy} holds the search and its weights, and decoding with other ones is "
+            "not what it was fitted to; leave the options out"
+        )
+
+
+def _check_unseen(fitted: FittedPolicy, source: Path, test_set: str, cuts: Path) -> None:
+    """Raises ValueError where the policy was fitted on the set, or on speakers of it."""
+    shared = (set(speakers_of(cuts).values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
+    if shared or test_set == fitted.fitted_on.get("set"):
+        raise ValueError(
+            f"{source} was fitted on {fitted.fitted_on.get('set')}, which is {test_set} or shares speakers with it "
+            f"({', '.join(sorted(shared)[:5])}): it would be no result; give other sets"
+        )
+
+
+@dataclass
+class DecodedEarly:
+    """What one set gave under an exit policy."""
+
+    results: list[tuple[str, str, EarlyResult]] = field(default_factory=list)
+    """(cut id, reference, what became of it)"""
+    durations: list[float] = field(default_factory=list)
+    """seconds of audio of each"""
+    seconds: float = 0.0
+    """that encoder, heads, policy and search took"""
+
+    @property
+    def audio_seconds(self) -> float:
+        return math.fsum(self.durations)
+
+    def counts(self, exit_layers: Sequence[int]) -> dict[str, Any]:
+        """Fields of EarlyExitRecord that count utterances."""
+        results = [result for _, _, result in self.results]
+        taken = [result.layer for result in results]
+        return {
+            "fallback_utterances": sum(result.fallback for result in results),
+            "nan_exits": sum(result.nan_exits for result in results),
+            "late_utterances": sum(result.late for result in results),
+            "exits": {layer: taken.count(layer) for layer in exit_layers},
+            "layers": sum(taken) / len(taken),
+        }
+
+    def mean_by_seconds(self, of_layer: Mapping[int, float]) -> float:
+        """The mean over the audio of what an utterance has by the layer at which it left."""
+        every = zip(self.durations, self.results, strict=True)
+        return sum(seconds * of_layer[result.layer] for seconds, (_, _, result) in every) / self.audio_seconds
+
+
+def decode_cuts_early(
+    model: AsrModel, batches: Iterable[Batch], fitted: FittedPolicy, method: Method, device: torch.device
+) -> DecodedEarly:
+    """Run every batch through the encoder as far as the policy lets it, and search where each utterance leaves."""
+    options = {layer: tuple(each.items()) for layer, each in fitted.options.items()}
+    decoded = DecodedEarly()
+    for batch in (b.to(device) for b in batches):
+        results, seconds = timed(
+            device, lambda b=batch: search_early(model, b.x, b.x_lens, fitted.policy, method, options)
+        )
+        decoded.results += zip(batch.cut_ids, batch.texts, results, strict=True)
+        decoded.durations += batch.durations
+        decoded.seconds += seconds
+    return decoded
+
+
+def _words(hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[str]:
+    return tokenizer.decode(hypothesis.tokens).split() if hypothesis.words is None else hypothesis.words
+
+
+def _told(record: EarlyExitRecord) -> str:
+    saved = 100 * (1 - record.macs_per_second / record.last_exit_macs_per_second)
+    return (
+        f"{record.test_set} {record.policy} {record.method}: WER {record.wer:.2f} % of {record.ref_words} words, layer "
+        f"{record.layers:.2f} on average, {saved:.0f} % of multiply-accumulates saved"
+        + _lost(record.fallback_utterances)
+        + (f", {record.nan_exits} exits with NaN passed" if record.nan_exits else "")
+        + (f", {record.late_utterances} utterances late" if record.late_utterances else "")
+    )
 
 
 def _macs_on_the_way(

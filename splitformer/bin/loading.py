@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,26 @@ from splitformer.checkpoint import load_model
 from splitformer.config import Config
 from splitformer.data.datamodule import load_cuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.searches import METHODS, Method, Options, Weights, default_methods, make_methods
+from splitformer.decoding.searches import METHODS, Method, Options, Weights, make_methods
 from splitformer.model.asr import AsrModel
 from splitformer.results import DecodeRecord
 
 
-def named_path(option: str, item: str) -> tuple[str, Path]:
-    """NAME=PATH as the two."""
-    name, equals, path = item.partition("=")
-    if not equals or not name or not path:
-        raise ValueError(f"{option} {item!r}: expected NAME=PATH")
-    return name, Path(path)
+def named_sets(option: str, items: Iterable[str]) -> dict[str, Path]:
+    """{NAME: PATH} of items NAME=PATH.
+
+    Raises:
+      ValueError, FileNotFoundError: an item is no such pair, or there are no cuts at its path.
+    """
+    sets = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise ValueError(f"{option} {item!r}: expected NAME=PATH")
+        if next(iter(load_cuts([path])), None) is None:
+            raise ValueError(f"{option} {item}: there are no cuts in it; leave it out, or make it again (prepare.sh)")
+        sets[name] = Path(path)
+    return sets
 
 
 def load_for_decoding(
@@ -71,7 +80,12 @@ def chosen_search(
     records = [DecodeRecord.load(path) for path in sorted(decode_dir.glob(f"{tuned_on}-exit-*.json"))]
     at_last = {r.method: r.wer for r in records if r.exit_layer == layers[-1] and r.method != "nbest-oracle"}
     if method is None:
-        method = min(at_last, key=at_last.__getitem__) if at_last else default_methods(heads)[0]
+        if not at_last:
+            raise ValueError(
+                f"{decode_dir} has no record of {tuned_on} at layer {layers[-1]}, of which to take the best search: "
+                f"decode that set first (bin/decode --tune-set {tuned_on})"
+            )
+        method = min(at_last, key=at_last.__getitem__)
     if method not in METHODS or METHODS[method] not in heads or method == "nbest-oracle":
         known = [name for name, head in METHODS.items() if head in heads and name != "nbest-oracle"]
         raise ValueError(f"--method {method}: choose among {', '.join(known)}")

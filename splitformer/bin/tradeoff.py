@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from splitformer.bin.calibrate import check_calibration_set, collect
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_path, system_name
-from splitformer.calibration import FAMILY_NAMES, fixed, make_family
+from splitformer.bin.calibrate import check_calibration_set, check_model, collect
+from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, system_name
+from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, fixed, make_family
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import ConfigError
 from splitformer.results import TradeoffRecord, command_line, git_commit
@@ -59,15 +59,16 @@ def main() -> int:
 
 def draw_curves(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, path = named_path("--cuts", args.cuts)
-    tests = dict(named_path("--test-cuts", item) for item in args.test_cuts)
+    [(name, path)] = named_sets("--cuts", [args.cuts]).items()
+    tests = named_sets("--test-cuts", args.test_cuts)
     check_calibration_set(name, path, tests)
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device)
+    policies = args.policies or [name for name in DYNAMIC if "ctc" in config.model.heads or name in WITHOUT_CTC]
+    check_model(config.model, policies)
     layers = config.model.exit_layers
     decode_dir = args.decode_dir or args.checkpoint.parent / "decode"
     method_name, options = chosen_search(decode_dir, name, args.method, layers, config.model.heads)
     method = make_method(method_name, args.lang_dir, tokenizer.vocab_size, device)
-    policies = args.policies or (DYNAMIC if "ctc" in config.model.heads else ("deadline",))
 
     tables = {}
     for each, cuts in {name: path, **tests}.items():

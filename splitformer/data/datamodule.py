@@ -34,8 +34,13 @@ class Batch(NamedTuple):
     """(N,) valid labels"""
     texts: list[str]
     cut_ids: list[str]
-    seconds: float
-    """of audio, without padding"""
+    durations: list[float]
+    """seconds of audio of each, without padding"""
+
+    @property
+    def seconds(self) -> float:
+        """Of all together."""
+        return math.fsum(self.durations)
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(**{name: getattr(self, name).to(device) for name in ("x", "x_lens", "y", "y_lens")})
@@ -214,7 +219,7 @@ def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int)
             y_lens=torch.tensor([len(label) for label in labels]),
             texts=texts,
             cut_ids=[cut.id for cut in cuts],
-            seconds=math.fsum(cut.duration for cut in cuts),
+            durations=[cut.duration for cut in cuts],
         )
 
 

@@ -86,7 +86,7 @@ class AsrModel(nn.Module):
         while len(rows):
             exit_output = exits.send(going_on)
             log_probs = self.ctc_log_probs(exit_output) if "ctc" in self.heads else None
-            broken = _has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths)
+            broken = has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths)
             now = Leaving(rows, exit_output, log_probs, nan_exits + broken)
             still_broken = rows[broken & was_broken].tolist()
             sound = {row: leaving for row, leaving in sound.items() if row in still_broken}
@@ -133,6 +133,6 @@ def _select(leaving: Leaving, which: Tensor) -> Leaving:
     )
 
 
-def _has_nan(x: Tensor, lengths: Tensor) -> Tensor:
+def has_nan(x: Tensor, lengths: Tensor) -> Tensor:
     """(N,), true where a valid frame of x (N, T', D) holds a NaN."""
     return (x.isnan().any(dim=2) & valid_frames(lengths, x.size(1))).any(dim=1)

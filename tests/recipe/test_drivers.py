@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitformer.checkpoint import save_checkpoint
+from splitformer.calibration import FAMILY_NAMES
+from splitformer.checkpoint import checkpoint_id, save_checkpoint
 from splitformer.config import Config, ModelConfig
 from splitformer.data.manifests import read_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.asr import AsrModel
+from splitformer.results import EarlyExitRecord, TradeoffRecord
 
 # A model that trains in seconds, and learns nothing worth knowing.
 SMALL = ["--set", "training.num_epochs=1", "training.average_epochs=1", "model.d_model=32", "model.num_heads=2"]
@@ -78,16 +80,33 @@ def check_records(experiment: Path, methods: set[str]) -> None:
     assert len({(r["test_set"], r["num_utterances"], r["ref_words"]) for r in records}) == 2
 
 
+def check_early_exit(experiment: Path, method: str | None = None) -> None:
+    """A policy was fitted on dev, for the records that are there, and decoded with on test."""
+    policy = json.loads((experiment / "policy.json").read_text())
+    assert (policy["title"], policy["fitted_on"]["set"]) == ("learned", "dev")
+    assert policy["fitted_on"]["target"] == "max_relative_wer 0.05"
+    assert policy["checkpoint"] == checkpoint_id(experiment / "averaged.pt") and method in (None, policy["method"])
+    found = EarlyExitRecord.load(experiment / "early_exit/test-learned.json")
+    assert set(found.exits) == {1, 2, 3, 4, 5, 6} and found.method == policy["method"]
+    curves = TradeoffRecord.load(experiment / "early_exit/tradeoff-test.json")
+    assert {point.policy for point in curves.points} == {*FAMILY_NAMES, "oracle"}
+    assert sum(found.exits.values()) == found.num_utterances == curves.num_utterances
+
+
 def test_synthesised_corpus(driver, tmp_path: Path) -> None:
     arguments = ["--corpus", "mini", "--limit-utterances", 30]
     experiment = check_whole_recipe(driver, tmp_path, *arguments)
     check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
+    check_early_exit(experiment)
+    (results,) = tmp_path.rglob("RESULTS.md")
+    assert "Dynamic exits" in results.read_text() and list(results.parent.glob("early-exit-*.png"))
     arguments += ["--work-dir", tmp_path, "--exp-dir", experiment, *SMALL]
 
     # other methods: another decoding of the same model
     more = driver("run.sh", *arguments, "--methods", "greedy_search", "--stage", "train")
     assert more.returncode == 0, more.stdout + more.stderr
     check_records(experiment, {"greedy_search"})
+    check_early_exit(experiment, "greedy_search")
 
     # as if it had been killed at its very end: it resumes, and does not train again
     (experiment / ".training.jsonl.done").unlink()
@@ -187,7 +206,28 @@ def test_bad_configurations_are_told_before_any_work(driver, tmp_path: Path) -> 
     assert result.returncode != 0 and "unknown key model.nonesuch" in result.stderr
     result = driver("run.sh", "--work-dir", tmp_path, "--methods", "nonesuch")
     assert result.returncode == 2 and "unknown method 'nonesuch'; methods are: greedy_search" in result.stderr
+    for option, value, message in (
+        ("--policy", "nonesuch", f"--policy is 'nonesuch'; choose one of: {' '.join(FAMILY_NAMES)}"),
+        ("--max-relative-wer", "x", "--max-relative-wer is 'x' and must be a number such as 0.05"),
+        ("--max-relative-wer", "-0.1", "--max-relative-wer is '-0.1' and must be a number such as 0.05"),
+    ):
+        result = driver("run.sh", "--work-dir", tmp_path, option, value)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_one_exit_has_no_policies(driver, tmp_path: Path) -> None:
+    """The recipe goes on without them; with two exits, it asks for the model."""
+    stage = ["--work-dir", tmp_path, "--stage", "early_exit", "--stop-stage", "early_exit", "--set"]
+    one = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[2]", "model.parallel_exits=[2]")
+    assert one.returncode == 0 and "the model has one exit: there is nothing to choose" in one.stdout + one.stderr
+    two = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[1, 2]", "model.parallel_exits=[2]")
+    assert two.returncode == 1 and "averaged.pt" in two.stderr and "an earlier stage makes it" in two.stderr
+
+
+def test_the_driver_knows_the_policies_that_can_be_fitted(repo_root: Path) -> None:
+    text = (repo_root / "run.sh").read_text()
+    assert text.split("known_policies=(")[1].split(")")[0].split() == list(FAMILY_NAMES)
 
 
 def test_without_an_environment_the_remedy_is_named(driver, tmp_path: Path) -> None:
