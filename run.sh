@@ -152,6 +152,7 @@ stage_early_exit() {
     model=$(made_from "$exp_dir/averaged.pt")
     records=$(made_from "$exp_dir/decode")
     sets=$(made_from "$(cuts_of "${dev_list[0]}")" "${tests[@]#*=}")
+    [[ -f $exp_dir/policy.json ]] || rm -f "$exp_dir/early_exit/.done" # made by the same command
     make_artefact "$exp_dir/early_exit" "model $model records $records sets $sets policy $policy $max_relative_wer" \
         run_early_exit --test-cuts "${tests[@]}"
 }
@@ -162,7 +163,8 @@ run_early_exit() {
     common=(--checkpoint "$exp_dir/averaged.pt" --lang-dir "$lang_dir")
     rm -rf "$exp_dir/early_exit"
     run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" "$@" \
-        --output-dir "$exp_dir/early_exit" --corpus "$corpus"
+        --output-dir "$exp_dir/early_exit" --corpus "$corpus" ||
+        die "no exit policies for these sets; --stage report makes the tables without"
     run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" "$@" \
         --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json"
     shift # --test-cuts

@@ -192,16 +192,7 @@ class Benefit:
         Minimised is the sum of log-losses + penalty / 2 * (sum of squares of the weights, of features scaled to
         variance 1, and of the intercepts' differences from a common one, which is free).
         Exits at which none of the statistics is known (`disagreement`, at the first) are left out.
-
-        Raises:
-          ValueError: the table lacks a statistic.
         """
-        missing = [name for name in names if name not in table.statistics]
-        if missing:
-            raise ValueError(
-                f"{', '.join(missing)} are read from CTC's log-probabilities, and the model has no CTC head; use the "
-                "policy fixed or deadline"
-            )
         features = torch.stack(
             [feature(name, table.statistics[name][:, :-1]) for name in names], dim=2
         )  # (U, E - 1, K)
@@ -312,8 +303,8 @@ FAMILY_NAMES = (
     "fixed",
 )
 
-WITHOUT_CTC = ("learned", "deadline", "fixed")
-"""Those of a model without CTC head, too; `learned` then goes by the length alone."""
+WITHOUT_CTC = ("deadline", "fixed")
+"""Those of a model without CTC head, too."""
 
 
 def make_family(name: str, cost: str = "macs") -> Family:

@@ -121,6 +121,7 @@ def fit_policy(args: argparse.Namespace) -> None:
             "set": name,
             "utterances": len(table),
             "speakers": sorted(set(table.speakers) - {""}),
+            "without_speaker": [cut for cut, speaker in zip(table.utterances, table.speakers) if not speaker],
             "target": str(target or f"deadline_ms {args.deadline_ms:g}"),
             "setting": setting,
             "unseen_speakers": did,

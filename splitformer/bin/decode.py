@@ -250,12 +250,15 @@ def _check_settled(args: argparse.Namespace, fitted: FittedPolicy) -> None:
 
 
 def _check_unseen(fitted: FittedPolicy, source: Path, test_set: str, cuts: Path) -> None:
-    """Raises ValueError where the policy was fitted on the set, or on speakers of it."""
-    shared = (set(speakers_of(cuts).values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
+    """Raises ValueError where the policy was fitted on the set, on speakers or, where they are unknown, cuts of it."""
+    ours = speakers_of(cuts)
+    shared = (set(ours.values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
+    shared |= ours.keys() & set(fitted.fitted_on.get("without_speaker", []))
     if shared or test_set == fitted.fitted_on.get("set"):
+        why = f"shares {', '.join(sorted(shared)[:5])} with it" if shared else "is that set"
         raise ValueError(
-            f"{source} was fitted on {fitted.fitted_on.get('set')}, which is {test_set} or shares speakers with it "
-            f"({', '.join(sorted(shared)[:5])}): it would be no result; give other sets"
+            f"{source} was fitted on {fitted.fitted_on.get('set')}, and {test_set} {why}: it would be no result; give "
+            "sets of other speakers"
         )
 
 
