@@ -144,9 +144,7 @@ def walked(policy, table: ExitTable, utterance: int) -> tuple[int, float, float,
             for name in policy.needs:
                 if name in table.statistic_seconds:
                     seconds += float(table.statistic_seconds[name][utterance, place])
-            history = {
-                name: table.statistics[name][utterance : utterance + 1, : place + 1] for name in policy.needs
-            }
+            history = {name: table.statistics[name][utterance : utterance + 1, : place + 1] for name in policy.needs}
             [leaves] = policy.stops(layer, history).tolist()
         if place == last or leaves:
             break
