@@ -166,6 +166,15 @@ def test_hindsight_saves_no_less(found):
     assert any(each.hindsight_macs_saved > each.macs_saved + 0.02 for each in found.savings)
 
 
+def test_hindsight_knows_the_calibrated_setting_too():
+    """Which may lie between those that the curve shows."""
+    sample, last = Sample.draw(TEST, 20, 0), fixed(TEST, LAYERS[-1])
+    good = fixed(TEST, 2)._replace(errors=last.errors)
+    saving = sample.saving("good", 0.0, "", good, Curve("good", [""], [last]))
+    assert saving.hindsight_macs_saved == saving.macs_saved > 0.5
+    assert saving.hindsight_layers_saved == saving.layers_saved == pytest.approx(1 - 2 / 12)
+
+
 def test_hindsight_finds_nothing_where_nothing_is_within():
     sample, bad = Sample.draw(TEST, 20, 0), fixed(TEST, 2)
     saving = sample.saving("bad", 0.05, "", bad, Curve("bad", [""], [bad]))
