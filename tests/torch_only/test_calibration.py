@@ -631,15 +631,12 @@ def test_what_is_told_is_of_unseen_speakers():
 
 def unseen(table: ExitTable, family: Family) -> dict[str, list[tuple[float, Outcome]]]:
     """For each setting: the errors added, and the outcome."""
+    fits = [(family.fit(table.some(~part)), table.some(part)) for part in folds(table)]
+    last = torch.cat([fixed(rest, table.layers[-1]).errors for _, rest in fits])
     found = []
     for setting in family.settings(table):
-        parts, lasts = [], []
-        for part in folds(table):
-            rest = table.some(part)
-            parts.append(outcome(family.fit(table.some(~part))(setting), rest))
-            lasts.append(fixed(rest, table.layers[-1]))
+        parts = [outcome(policies(setting), rest) for policies, rest in fits]
         together = Outcome(*(torch.cat(values) for values in zip(*parts)))
-        last = torch.cat([each.errors for each in lasts])
         found.append((sum(max(0.0, a - b) for a, b in zip(together.errors.tolist(), last.tolist())), together))
     return found
 
