@@ -91,12 +91,28 @@ class ExitTable:
         names = {each.name for each in fields(cls)}
         if not isinstance(values, dict) or values.keys() != names:
             raise ValueError(f"{path} is no table of exits of this version; make it again")
-        for name in names - {"layers", "utterances", "speakers"}:
-            value = values[name]
-            values[name] = (
-                {key: _tensor(each) for key, each in value.items()} if isinstance(value, dict) else _tensor(value)
-            )
-        return cls(**{**values, "layers": tuple(values["layers"])})
+        try:
+            for name in names - {"layers", "utterances", "speakers"}:
+                value = values[name]
+                values[name] = (
+                    {key: _tensor(each) for key, each in value.items()} if isinstance(value, dict) else _tensor(value)
+                )
+            table = cls(**{**values, "layers": tuple(values["layers"])})
+            table.check()
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged table of exits ({error}); make it again") from error
+        return table
+
+    def check(self) -> None:
+        """Raises ValueError where the columns are not all of the same utterances and exits."""
+        shape = (len(self), len(self.layers))
+        if len(self.speakers) != len(self):
+            raise ValueError(f"{len(self.speakers)} speakers of {len(self)} utterances")
+        columns = [(each.name, getattr(self, each.name)) for each in fields(self) if each.type == "Tensor"]
+        for name, column in [*columns, *self.statistics.items(), *self.statistic_seconds.items()]:
+            expected = shape[:1] if name in ("audio_seconds", "ref_words") else shape
+            if column.shape != expected:
+                raise ValueError(f"{name} is {tuple(column.shape)}, and should be {expected}")
 
 
 def _plain(value: object) -> object:
@@ -160,10 +176,10 @@ def fixed(table: ExitTable, layer: int) -> Outcome:
 
 
 def oracle(table: ExitTable, price: float) -> Outcome:
-    """For each utterance the exit with the lowest errors + price * cost, the cost a share of the last exit's
-    multiply-accumulates: no policy can be below the curve that prices trace."""
+    """For each utterance the exit with the lowest errors + price * cost, the cost a share of the last exit's mean
+    multiply-accumulates: no policy can be below the curve of errors against them that prices trace."""
     cost = table.encoder_macs + table.head_macs + table.search_macs
-    return without_policy(table, (table.errors + price * cost / cost[:, -1:]).argmin(dim=1))
+    return without_policy(table, (table.errors + price * cost / cost[:, -1].mean()).argmin(dim=1))
 
 
 def at(values: Tensor, taken: Tensor) -> Tensor:
@@ -172,6 +188,8 @@ def at(values: Tensor, taken: Tensor) -> Tensor:
 
 
 # ---- the benefit of going on
+
+_NO_CTC = "use the policy fixed or deadline: this one is fitted to what the model's CTC heads give, and there is no"
 
 
 @dataclass(frozen=True)
@@ -191,22 +209,27 @@ class Benefit:
 
         Minimised is the sum of log-losses + penalty / 2 * (sum of squares of the weights, of features scaled to
         variance 1, and of the intercepts' differences from a common one, which is free).
-        Exits at which none of the statistics is known (`disagreement`, at the first) are left out.
+        Exits at which none of the statistics is known (`disagreement`, at the first) are left out; a statistic that no
+        exit knows gets the weight 0.
         """
+        missing = [name for name in names if name not in table.statistics]
+        if missing:
+            raise ValueError(f"{_NO_CTC} {', '.join(missing)}")
         features = torch.stack(
             [feature(name, table.statistics[name][:, :-1]) for name in names], dim=2
         )  # (U, E - 1, K)
         known = ~features.isnan().all(dim=2).all(dim=0)
         layers = list(itertools.compress(table.layers[:-1], known.tolist()))
         features = features[:, known]
-        means = features.flatten(0, 1).nanmean(dim=0)
+        # the means of nothing are NaN
+        means = features.flatten(0, 1).nanmean(dim=0).nan_to_num()
         features = torch.where(features.isnan(), means, features) - means
-        scales = features.flatten(0, 1).square().mean(dim=0).sqrt().clamp(min=1e-9)
+        scales = features.flatten(0, 1).square().mean(dim=0).sqrt().nan_to_num().clamp(min=1e-9)
         best_deeper = table.errors.flip(1).cummin(dim=1).values.flip(1)[:, 1:]
         target = (best_deeper < table.errors[:, :-1])[:, known].double().flatten()
 
         exits = torch.eye(len(layers), dtype=torch.float64).repeat(len(table), 1)
-        x = torch.cat([torch.ones_like(exits[:, :1]), exits, (features / scales).flatten(0, 1)], dim=1)
+        x = torch.cat([torch.ones(len(target), 1), exits, (features / scales).flatten(0, 1)], dim=1)
         penalties = torch.full((x.size(1),), penalty, dtype=torch.float64)
         penalties[0] = 1e-6
         found = _logistic_regression(x, target, penalties)
@@ -232,10 +255,10 @@ class Benefit:
     def thresholds(self, probability: float) -> dict[int, float]:
         """Of one statistic: for each exit the largest value at which P is at most `probability`.
 
-        Empty where P falls with the statistic, which then is no doubt at all.
+        Empty where P falls with the statistic, which then is no doubt at all, and for probability 0.
         """
         [(name, weight)] = self.weights.items()
-        if weight <= 0:
+        if weight <= 0 or probability == 0:
             return {}
         edges = {layer: (_logit(probability) - intercept) / weight for layer, intercept in self.intercepts.items()}
         if name == "disagreement":
@@ -278,7 +301,8 @@ def _logistic_regression(x: Tensor, target: Tensor, penalties: Tensor, steps: in
 
 
 class Family(NamedTuple):
-    """Policies of one kind. `fit(table)` learns all but the setting; settings go from the deepest to the shallowest."""
+    """Policies of one kind. `fit(table)` learns all but the setting; settings go from the deepest, at which nothing
+    leaves before the last exit, to the shallowest."""
 
     name: str
     fit: Callable[[ExitTable], Callable[[float], Policy]]
@@ -311,7 +335,8 @@ def make_family(name: str, cost: str = "macs") -> Family:
     """The family of that name.
 
     Args:
-      cost: what a `budget` is of: layers, macs or seconds.
+      cost: what a `budget` is of: layers or macs. (Not seconds: a doubtful exit may take longer to search than the
+        last one takes for everything.)
     Raises:
       ValueError: an unknown name.
     """
@@ -326,11 +351,16 @@ def make_family(name: str, cost: str = "macs") -> Family:
         return Family(
             name,
             lambda table: _budget_policies(table, cost),
-            lambda table: _budget_settings(table, cost),
-            lambda s: f"{100 * s:.0f} % of {cost}",
+            lambda table: torch.linspace(1.0, float(_shares_of_cost(table, cost)[0]), 41, dtype=torch.float64).tolist(),
+            lambda budget: f"{100 * budget:.0f} % of {cost}",
         )
     if name == "deadline":
-        return Family(name, _deadline_policies, _deadline_settings, lambda s: f"{1000 * s:.1f} ms")
+        return Family(
+            name,
+            _deadline_policies,
+            _deadline_settings,
+            lambda s: "no limit" if s == _NO_LIMIT else f"{1000 * s:.1f} ms",
+        )
     if name == "fixed":
         return Family(
             name,
@@ -342,7 +372,7 @@ def make_family(name: str, cost: str = "macs") -> Family:
 
 
 def _by_probability(name: str, fit: Callable[[ExitTable], Callable[[float], Policy]]) -> Family:
-    probabilities = torch.sigmoid(torch.linspace(-10.0, 4.0, 113, dtype=torch.float64)).tolist()
+    probabilities = [0.0, *torch.sigmoid(torch.linspace(-10.0, 4.0, 113, dtype=torch.float64)).tolist()]
     return Family(name, fit, lambda table: probabilities, lambda p: f"probability {p:.2g}")
 
 
@@ -375,9 +405,9 @@ def _budget_policies(table: ExitTable, cost: str) -> Callable[[float], Policy]:
     has such weights, with the exits' risks in them too; without, audio that nobody transcribed is enough.
     """
     statistic = "nbest_posterior" if "nbest_posterior" in table.statistics else "posterior"
-    doubt = table.statistics[statistic]
-    costs = torch.stack([_cost(fixed(table, layer), cost).mean() for layer in table.layers])
-    costs = costs / costs[-1]
+    if statistic not in table.statistics:
+        raise ValueError(f"{_NO_CTC} {statistic}")
+    doubt, costs = table.statistics[statistic], _shares_of_cost(table, cost)
 
     def policy(budget: float) -> Policy:
         shares = _exponential_weights(costs, budget)
@@ -387,7 +417,7 @@ def _budget_policies(table: ExitTable, cost: str) -> Callable[[float], Policy]:
             if leaving > 0:
                 here = doubt[left, place].sort().values
                 thresholds[layer] = float(here[min(leaving, len(here)) - 1])
-                left &= doubt[:, place] > thresholds[layer]
+                left &= doubt[:, place] > thresholds[layer]  # those of equal doubt leave together
             if not left.any():
                 break
         return Threshold(statistic, thresholds)
@@ -407,10 +437,11 @@ def _exponential_weights(costs: Tensor, budget: float) -> Tensor:
     return torch.softmax(-rate * costs, dim=0)
 
 
-def _budget_settings(table: ExitTable, cost: str) -> list[float]:
-    first, last = (_cost(fixed(table, layer), cost).sum() for layer in (table.layers[0], table.layers[-1]))
-    first = float(first / last)
-    return torch.linspace(1.0, first, 41, dtype=torch.float64).tolist()
+def _shares_of_cost(table: ExitTable, cost: str) -> Tensor:
+    """(E,) what each exit costs, as a share of the last one."""
+    by_exit = [fixed(table, layer) for layer in table.layers]
+    costs = torch.stack([{"layers": each.layers, "macs": each.macs}[cost].sum() for each in by_exit])
+    return costs / costs[-1]
 
 
 def _deadline_policies(table: ExitTable) -> Callable[[float], Policy]:
@@ -435,9 +466,14 @@ def _rising_line(x: Tensor, y: Tensor) -> tuple[float, float]:
     return (a, b) if a >= 0 else (0.0, float((x * y).sum() / x.square().sum().clamp(min=1e-12)))
 
 
+_NO_LIMIT = 1e6
+"""seconds, of a deadline that cuts nothing short (JSON has no infinity)"""
+
+
 def _deadline_settings(table: ExitTable) -> list[float]:
     seconds = [fixed(table, layer).seconds for layer in (table.layers[0], table.layers[-1])]
-    return torch.linspace(float(seconds[1].max()) * 1.2, float(seconds[0].min()), 41, dtype=torch.float64).tolist()
+    limits = torch.linspace(float(seconds[1].max()) * 1.2, float(seconds[0].min()), 41, dtype=torch.float64)
+    return [_NO_LIMIT, *limits.tolist()]
 
 
 # ---- choosing the setting by a target
@@ -537,7 +573,3 @@ def _unseen(table: ExitTable, family: Family, settings: Sequence[float]) -> tupl
         by_part.append([*(outcome(policies(setting), rest) for setting in settings), fixed(rest, table.layers[-1])])
     *unseen, last = (Outcome(*(torch.cat(values) for values in zip(*each))) for each in zip(*by_part))
     return unseen, last
-
-
-def _cost(what: Outcome, cost: str) -> Tensor:
-    return {"layers": what.layers, "macs": what.macs, "seconds": what.seconds}[cost]

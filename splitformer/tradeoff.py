@@ -54,18 +54,21 @@ def tradeoff(
     """Fit every family on `calibration`, and tell what it does on `test`.
 
     Raises:
-      ValueError: the tables are of different exits, or share a speaker or an utterance.
+      ValueError: the tables are of different exits, or share a speaker or an utterance, or the test set has no
+        reference words.
     """
     check_disjoint(calibration, test)
     if calibration.layers != test.layers:
         raise ValueError(f"tables of different exits: {calibration.layers} and {test.layers}")
+    if float(test.ref_words.sum()) == 0:
+        raise ValueError("the test set has no reference words; check the supervisions' text")
     sample = Sample.draw(test, draws, seed)
     fixed_curve = Curve(
         "fixed", [f"layer {layer}" for layer in test.layers], [fixed(test, layer) for layer in test.layers]
     )
     points, savings, budgets = [sample.point("fixed", s, o) for s, o in zip(*fixed_curve[1:])], [], []
     prices = torch.logspace(-4, 3, 15, dtype=torch.float64).tolist()
-    best = _different([(f"price {price:.2g}", oracle(test, price)) for price in prices], sample)
+    best = _different([(f"price {price:.2g}", oracle(test, price)) for price in prices])
     points += [sample.point("oracle", setting, found) for setting, found in best]
     for family in progress(families):
         policies = family.fit(calibration)
@@ -105,7 +108,7 @@ def _spread(calibration: ExitTable, family: Family, policies: Callable, most: in
     return [settings[place] for place in sorted(set(nearest.tolist()))]
 
 
-def _different(found: list[tuple[str, Outcome]], sample: Sample) -> list[tuple[str, Outcome]]:
+def _different(found: list[tuple[str, Outcome]]) -> list[tuple[str, Outcome]]:
     """One of each run of equal outcomes."""
     kept: list[tuple[str, Outcome]] = []
     for setting, each in found:

@@ -101,8 +101,7 @@ def fit_policy(args: argparse.Namespace) -> None:
     method = make_method(method_name, args.lang_dir, tokenizer.vocab_size, device)
     table = collect(model, path, tokenizer, method, options, device, args.repeats, f"all exits of {name}")
 
-    cost = {"layers": "layers", "rtf": "seconds"}.get(target.kind if target else "", "macs")
-    family = make_family(args.policy, cost)
+    family = make_family(args.policy, "layers" if target and target.kind == "layers" else "macs")
     if target is None:
         policy = family.fit(table)(args.deadline_ms / 1000)
         setting, did = family.describe(args.deadline_ms / 1000), {}
