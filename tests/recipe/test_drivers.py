@@ -83,10 +83,10 @@ def check_records(experiment: Path, methods: set[str]) -> None:
 def check_early_exit(experiment: Path, method: str | None = None) -> None:
     """A policy was fitted on dev, for the records that are there, and decoded with on test."""
     policy = json.loads((experiment / "policy.json").read_text())
-    assert (policy["title"], policy["fitted_on"]["set"]) == ("learned", "dev")
+    assert (policy["title"], policy["fitted_on"]["set"]) == ("learned_nbest", "dev")
     assert policy["fitted_on"]["target"] == "max_relative_wer 0.05"
     assert policy["checkpoint"] == checkpoint_id(experiment / "averaged.pt") and method in (None, policy["method"])
-    found = EarlyExitRecord.load(experiment / "early_exit/test-learned.json")
+    found = EarlyExitRecord.load(experiment / "early_exit/test-learned_nbest.json")
     assert set(found.exits) == {1, 2, 3, 4, 5, 6} and found.method == policy["method"]
     curves = TradeoffRecord.load(experiment / "early_exit/tradeoff-test.json")
     assert {point.policy for point in curves.points} == {*FAMILY_NAMES, "oracle"}
