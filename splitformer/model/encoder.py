@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.exit_layers = config.exit_layers
+        self.exit_layers, self.num_mel_bins = config.exit_layers, config.num_mel_bins
         if config.feature_norm == "utterance":
             self.feature_norm: nn.Module = UtteranceNorm(config.num_mel_bins)
         else:
