@@ -18,6 +18,10 @@ from splitformer.model.joiner import Joiner
 from splitformer.model.subsampling import MIN_FRAMES
 
 
+class ExportError(ValueError):
+    """A model that cannot be exported as asked, or whose file computes something else."""
+
+
 class CtcExport(nn.Module):
     """Features to the CTC log-probabilities of the model's last exit."""
 
@@ -139,7 +143,12 @@ TRACED_LENGTHS = (67, 50)
 
 
 def head_parts(model: AsrModel, head: str) -> list[Part]:
-    """The files of a model that ends at its exit: one for `ctc`, three for `transducer`."""
+    """The files of a model that ends at its exit: one for `ctc`, three for `transducer`.
+
+    Raises ExportError where the model has no such head.
+    """
+    if head not in model.heads:
+        raise ExportError(f"the model has no {head} head; choose among {', '.join(model.heads)}")
     layer = model.encoder.exit_layers[-1]
     features = _traced_features(model)
     axes = {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}, "lengths": {0: "N"}}
@@ -196,7 +205,12 @@ def head_parts(model: AsrModel, head: str) -> list[Part]:
 
 
 def stage_parts(model: AsrModel) -> list[Part]:
-    """One file per exit of the model, each going on from the one before; stages count from 1."""
+    """One file per exit of the model, each going on from the one before; stages count from 1.
+
+    Raises ExportError for a model without CTC heads: what a policy reads are their log-probabilities.
+    """
+    if "ctc" not in model.heads:
+        raise ExportError(f"stages are for exit policies, which read CTC's log-probabilities; heads: {model.heads}")
     layers = model.encoder.exit_layers
     axes = {
         "x": {0: "N", 1: "T"},
@@ -214,8 +228,8 @@ def stage_parts(model: AsrModel) -> list[Part]:
             example, inputs = _traced_features(model), ("x", "x_lens")
         else:
             module = NextStage(model, layer)
-            example, inputs = (torch.randn(2, 15, module.head.in_features), torch.tensor([15, 11])), ("hidden_in",
-                                                                                                      "lengths_in")
+            example = (torch.randn(2, 15, module.head.in_features), torch.tensor([15, 11]))
+            inputs = ("hidden_in", "lengths_in")
         outputs = ("hidden", "lengths", "log_probs")
         parts.append(
             Part(
@@ -225,8 +239,12 @@ def stage_parts(model: AsrModel) -> list[Part]:
                 inputs,
                 outputs,
                 {name: axes[name] for name in (*inputs, *outputs)},
-                {"model_type": "splitformer_stage", "stage": str(stage), "stages": str(len(layers)),
-                 "stage_exit_layer": str(layer)},
+                {
+                    "model_type": "splitformer_stage",
+                    "stage": str(stage),
+                    "stages": str(len(layers)),
+                    "exit_layer": str(layer),
+                },
             )
         )
     return [_evaluating(part) for part in parts]
