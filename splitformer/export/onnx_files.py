@@ -6,7 +6,6 @@ import inspect
 import io
 import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 
-from splitformer.export.wrappers import ExportError, Part
+from splitformer.export.wrappers import ExportError, Part, refuse_frozen_values
 from splitformer.results import atomic_write
 
 OPSETS = range(12, 18)
@@ -45,23 +44,17 @@ def write_onnx(part: Part, path: Path, metadata: Mapping[str, str], opset: int =
     buffer = io.BytesIO()
     # torch from 2.9 on has a second exporter as its default, which wants packages that are not needed here
     tracing = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=UserWarning)
-        warnings.filterwarnings("error", category=torch.jit.TracerWarning)
-        try:
-            torch.onnx.export(
-                part.module,
-                part.example,
-                buffer,
-                input_names=list(part.inputs),
-                output_names=list(part.outputs),
-                dynamic_axes=part.axes,
-                opset_version=opset,
-                **tracing,
-            )
-        except torch.jit.TracerWarning as warning:
-            raise ExportError(f"{path.name}: the trace would freeze what depends on the input: {warning}") from None
+    with refuse_frozen_values(path.name), torch.no_grad():
+        torch.onnx.export(
+            part.module,
+            part.example,
+            buffer,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_axes=part.axes,
+            opset_version=opset,
+            **tracing,
+        )
     model = onnx.load_model_from_string(buffer.getvalue())
     model.ir_version = min(model.ir_version, IR_VERSION)
     save_onnx(model, path, {**metadata, **part.metadata, "opset": str(opset)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import save
 
 from splitformer.checkpoint import CheckpointError, build_model
 from splitformer.config import Config
-from splitformer.export.wrappers import ExportError, Part
+from splitformer.export.wrappers import Part, refuse_frozen_values
 from splitformer.model.asr import AsrModel
 from splitformer.results import atomic_write
 
@@ -29,13 +28,8 @@ def write_torchscript(part: Part, path: Path, metadata: Mapping[str, str]) -> No
     Raises:
       ExportError: where tracing would freeze something that depends on the input.
     """
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("error", category=torch.jit.TracerWarning)
-        try:
-            traced = torch.jit.trace(part.module, part.example, check_trace=False)
-        except torch.jit.TracerWarning as warning:
-            raise ExportError(f"{path.name}: the trace would freeze what depends on the input: {warning}") from None
+    with refuse_frozen_values(path.name), torch.no_grad():
+        traced = torch.jit.trace(part.module, part.example, check_trace=False)
     told = json.dumps({**metadata, **part.metadata}, ensure_ascii=False)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer, _extra_files={METADATA_FILE: told})

@@ -6,6 +6,9 @@ there to be written. Inputs and outputs are in the order that sherpa-onnx expect
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +23,20 @@ from splitformer.model.subsampling import MIN_FRAMES
 
 class ExportError(ValueError):
     """A model that cannot be exported as asked, or whose file computes something else."""
+
+
+@contextmanager
+def refuse_frozen_values(name: str) -> Iterator[None]:
+    """Raises ExportError, which names the file, where tracing within took something for a constant.
+
+    Torch's warnings are gathered and looked at afterwards: those that it gives from C++ cannot be made exceptions.
+    """
+    with warnings.catch_warnings(record=True) as gathered:
+        warnings.simplefilter("always")
+        yield
+    for each in gathered:
+        if issubclass(each.category, torch.jit.TracerWarning):
+            raise ExportError(f"{name}: the trace would freeze what depends on the input: {each.message}")
 
 
 class CtcExport(nn.Module):
