@@ -69,7 +69,7 @@ def load_model(
       max_layer: an exit; the model ends there, and the weights of layers and exits above are not kept. The
         configuration returned is that of this smaller model, and the checkpoint's `model` lacks those weights too.
     Raises:
-      CheckpointError: the file cannot be read, or max_layer is none of the model's exits.
+      CheckpointError: the file cannot be read, is of another version, or max_layer is none of the model's exits.
     """
     contents = load_checkpoint(path, device)
     config = Config.from_dict(contents["config"], source=str(path))
@@ -78,11 +78,40 @@ def load_model(
             exits = ", ".join(map(str, config.model.exit_layers))
             raise CheckpointError(f"{path} has no exit after layer {max_layer}; choose among {exits}")
         config = _truncated(config, max_layer)
-    model = AsrModel(config.model)
-    if max_layer is not None:
-        contents["model"] = {name: contents["model"][name] for name in model.state_dict()}
-    model.load_state_dict(contents["model"])
+    model, contents["model"] = _with_weights(config, contents["model"], str(path), truncated=max_layer is not None)
     return model.to(device).eval(), config, contents
+
+
+def build_model(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> tuple[AsrModel, Config]:
+    """The model of a configuration with these weights, in evaluation mode.
+
+    Raises CheckpointError, which names `source`, where they do not go together.
+    """
+    built = Config.from_dict(config, source=source)
+    model, _ = _with_weights(built, state, source, truncated=False)
+    return model.eval(), built
+
+
+def _with_weights(
+    config: Config, state: Mapping[str, Tensor], source: str, truncated: bool
+) -> tuple[AsrModel, dict[str, Tensor]]:
+    """The model with its weights, and of `state` those that it has; more of them is an error unless `truncated`."""
+    model = AsrModel(config.model)
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    unknown = [] if truncated else sorted(state.keys() - expected.keys())
+    other = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
+    if missing or unknown or other:
+        what = [f"{why} {', '.join(names[:3])}{', ...' if names[3:] else ''}"
+                for why, names in (("it lacks", missing), ("has the unknown", unknown), ("has other shapes of", other))
+                if names]  # fmt: skip
+        raise CheckpointError(
+            f"{source} is a checkpoint of another version of this code: {'; '.join(what)}. Use it with the code that "
+            "made it, or train again"
+        )
+    state = {name: state[name] for name in expected}
+    model.load_state_dict(state)
+    return model, state
 
 
 def _truncated(config: Config, max_layer: int) -> Config:

@@ -44,7 +44,10 @@ PACKAGES = (
     Package("torchaudio", "some of Lhotse's readers and augmentations", optional=True),
     Package("kaldifeat", "--fbank kaldifeat", optional=True),
     Package("lilcom", "compressed feature files", optional=True),
-    Package("safetensors", "released weights in that format", optional=True),
+    Package("onnx", "bin/export", optional=True),
+    Package("onnxruntime", "bin/export: running what it wrote, int8", optional=True),
+    Package("sherpa_onnx", "tests of exported models", optional=True),
+    Package("safetensors", "released weights in that format, and exporting to it", optional=True),
     Package("espeakng_loader", "the corpus that the recipe synthesises", optional=True),
 )
 

@@ -23,7 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lhotse import Fbank, FbankConfig, Features, KaldifeatFbank, KaldifeatFbankConfig, LilcomChunkyWriter
+from lhotse import (
+    Fbank,
+    FbankConfig,
+    Features,
+    KaldifeatFbank,
+    KaldifeatFbankConfig,
+    LilcomChunkyWriter,
+    Recording,
+)
 from lhotse.cut import MonoCut
 from lhotse.features import FeatureExtractor
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
@@ -115,6 +123,28 @@ def extract(extractor: FeatureExtractor, waveforms: list[np.ndarray]) -> list[np
         feats = extractor.extractor(tensors, chunk_size=extractor.config.chunk_size)
         return [each.cpu().numpy() for each in feats]
     return [extractor.extract(each, SAMPLING_RATE) for each in waveforms]
+
+
+def fbank_of_file(path: str | Path, num_mel_bins: int) -> torch.Tensor:
+    """(T, C) features of an audio file's first channel, resampled where need be.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, or none that can be read as audio.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no audio file {path}")
+    use_soundfile()
+    try:
+        recording = Recording.from_file(path)
+        if recording.sampling_rate != SAMPLING_RATE:
+            recording = recording.resample(SAMPLING_RATE)
+        samples = recording.load_audio(channels=recording.channel_ids[:1])[0]
+    except Exception as error:  # each format has a reader with errors of its own
+        raise ValueError(f"{path} cannot be read as audio: {error}") from error
+    if len(samples) < WINDOW_SAMPLES:
+        raise ValueError(f"{path} has {len(samples)} samples, less than one window of {WINDOW_SAMPLES}")
+    return torch.from_numpy(extract(make_extractor(FbankOptions(num_mel_bins=num_mel_bins)), [samples])[0])
 
 
 def compute_fbank(

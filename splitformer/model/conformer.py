@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, key_bias: Tensor) -> Tensor:
         """x (N, T, D); key_bias (N, 1, 1, T), 0 on valid keys and `MASK_BIAS` on padded ones."""
         n, t, d = x.shape
-        q, k, v = self.in_proj(x).view(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        projected = self.in_proj(x).view(n, t, 3, self.num_heads, d // self.num_heads)
+        q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)  # iterating over a tensor does not trace
         scores = torch.matmul(q * self.scale, k.transpose(-2, -1)) + key_bias
         weights = self.dropout(scores.softmax(dim=-1))
         return self.out_proj(torch.matmul(weights, v).transpose(1, 2).reshape(n, t, d))

@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.exit_layers = config.exit_layers
+        self.exit_layers, self.num_mel_bins = config.exit_layers, config.num_mel_bins
         if config.feature_norm == "utterance":
             self.feature_norm: nn.Module = UtteranceNorm(config.num_mel_bins)
         else:
@@ -67,23 +67,36 @@ class Encoder(nn.Module):
           x: (N, T, C) features, padded with anything
           x_lens: (N,) valid frames
         """
-        lengths = subsampled_lengths(x_lens)
-        x = self.subsampling(self.feature_norm(x, x_lens))
-        x = self.dropout(x.float() + sinusoidal_positions(x))  # the residual stream stays float32 under autocast
-        key_bias, mask = frame_masks(lengths, x)
-        first = 0
+        x, lengths = self.front_end(x, x_lens)
         for exit_layer in self.exit_layers:
-            block_input = x
-            for layer in self.layers[first:exit_layer]:
-                x = layer(x, key_bias, mask)
-            if str(exit_layer) in self.parallel:
-                x = x + self.parallel[str(exit_layer)](block_input, lengths)
+            x = self.block(exit_layer, x, lengths)
             going_on = yield ExitOutput(exit_layer, x, lengths)
             if going_on is not None:
                 lengths = lengths[going_on]
                 x = x[going_on, : max(1, int(lengths.max()))]
-                key_bias, mask = frame_masks(lengths, x)
-            first = exit_layer
+
+    def front_end(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features x (N, T, C) with `x_lens` (N,) to the first layer's input (N, T', D) and its lengths (N,)."""
+        x = self.subsampling(self.feature_norm(x, x_lens))
+        # the residual stream stays float32 under autocast
+        return self.dropout(x.float() + sinusoidal_positions(x)), subsampled_lengths(x_lens)
+
+    def block(self, exit_layer: int, x: Tensor, lengths: Tensor) -> Tensor:
+        """The layers between the exit before (or the front end), whose output is x, and the exit after `exit_layer`.
+
+        Args:
+          x: (N, T', D) with `lengths` (N,)
+        Returns:
+          (N, T', D), this exit's output
+        """
+        first = max((each for each in self.exit_layers if each < exit_layer), default=0)
+        key_bias, mask = frame_masks(lengths, x)
+        out = x
+        for layer in self.layers[first:exit_layer]:
+            out = layer(out, key_bias, mask)
+        if str(exit_layer) in self.parallel:
+            out = out + self.parallel[str(exit_layer)](x, lengths)
+        return out
 
 
 class ParallelBranch(nn.Module):

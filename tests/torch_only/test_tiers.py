@@ -35,6 +35,7 @@ REPORT = tuple(
     f"splitformer.{name}" for name in ("runs", "tables", "report_early_exit", "report", "plots", "readme")
 )
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
+EXPORT = tuple(f"splitformer.export.{name}" for name in ("wrappers", "check", "reference"))
 TENSOR_SEARCHES = tuple(
     f"splitformer.decoding.{name}" for name in ("alignment", "context", "prefix_beam", "prefixes", "transducer")
 )
@@ -57,15 +58,18 @@ TIERS = {
     "training": Tier(
         ("splitformer.training.*",), frozenset({*DATA_PACKAGES, "tensorboard", "kaldialign"}), TRAINING
     ),
+    "export without packages": Tier(EXPORT, frozenset({"torch"}), (*INFERENCE, *EXPORT)),
     "export": Tier(
-        ("splitformer.export.*",), frozenset({"torch", "onnx"}), (*INFERENCE, "splitformer.export.*")
+        ("splitformer.export.*",),
+        frozenset({"torch", "onnx", "onnxruntime", "safetensors"}),
+        (*INFERENCE, "splitformer.export.*"),
     ),
     "report": Tier(REPORT, frozenset({"matplotlib"}), (*BASE, *REPORT)),
     "commands without k2": Tier(
-        tuple(f"splitformer.bin.{name}" for name in ("train", "average", "report", "doctor")),
+        tuple(f"splitformer.bin.{name}" for name in ("train", "average", "export", "report", "doctor")),
         frozenset({"torch"}),
         # train imports it inside a function, for systems that have a transducer: the import test runs without k2
-        (*TRAINING, *REPORT, "splitformer.losses.pruned_transducer"),
+        (*TRAINING, *REPORT, "splitformer.losses.pruned_transducer", "splitformer.export.*"),
     ),
     "commands": Tier(("splitformer.bin.*",), frozenset({"torch", *IO}), ("splitformer.*",)),
     "stage scripts": Tier(("local.*",), frozenset({"torch", "lhotse", *IO}), ("splitformer.*",)),
@@ -76,6 +80,9 @@ BROUGHT_ALONG = {
     "matplotlib": {"numpy"},
     "lhotse": {"torch", "torchaudio", "soundfile", *IO},
     "tensorboard": {"numpy"},
+    "onnx": {"numpy"},
+    "onnxruntime": {"numpy"},
+    "safetensors": {"numpy"},
 }
 BLOCKABLE = {"k2", "torchaudio"}.union(*(tier.packages for tier in TIERS.values()))
 NEED_K2 = ("transducer", "decoding", "commands", "stage scripts")
