@@ -15,7 +15,9 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --train-splits 'A B', --dev-splits, --test-splits, --token-type bpe|char, --vocab-size N, --lm-order N,
   --rescore-lm-order N, --speed-perturb true|false, --num-mel-bins N
                            instead of what the corpus says
-  --fbank lhotse|kaldifeat what computes the features (default: lhotse)
+  --fbank lhotse|kaldifeat|linear-mel
+                           what computes the features (default: lhotse); linear-mel is the front end of the authors'
+                           released code, without logarithm
   --num-jobs N             processes for data preparation (default: one per core)
   --lm-prune X             for the graphs HLG and LG leave out n-grams that are worth less than X, such as 1e-7, of the
                            perplexity; G, which rescores, keeps them
@@ -89,7 +91,7 @@ load_corpus() {
         option_error "--lm-prune is '$lm_prune' and must be a number such as 1e-7"
     check_choice token_type bpe char
     check_choice speed_perturb true false
-    check_choice fbank lhotse kaldifeat
+    check_choice fbank lhotse kaldifeat linear-mel
     for each in vocab_size lm_order rescore_lm_order num_mel_bins num_jobs; do check_number "$each"; done
     for each in train_splits dev_splits test_splits; do
         [[ -n ${!each} ]] || option_error "$description sets no $each"

@@ -14,6 +14,7 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, K2SpeechRecognitionDataset, SimpleCutSampler, SpecAugment
+from lhotse.dataset.input_strategies import PrecomputedFeatures
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -133,6 +134,40 @@ def feature_deviation(cuts: CutSet, max_cuts: int = 1000) -> Tensor:
     return (total / frames).sqrt().clamp(min=1e-3).float()
 
 
+class WholeFeatures(PrecomputedFeatures):
+    """Lhotse's reading of stored features, less its trimming.
+
+    Lhotse counts the frames of a cut from its duration. A front end that centres its windows makes one more where the
+    rest of the division is small, and Lhotse would cut that off; the encoder is to see what the front end computed.
+    """
+
+    def __call__(self, cuts: CutSet) -> tuple[Tensor, Tensor]:
+        """(N, T, C) features, padded with 0, and (N,) their frames."""
+        if not any(map(_has_more_frames, cuts)):
+            return super().__call__(cuts)[:2]
+        each = [torch.from_numpy(cut.features.load() if _has_more_frames(cut) else cut.load_features()) for cut in cuts]
+        return torch.nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(x) for x in each])
+
+    def supervision_intervals(self, cuts: CutSet) -> dict[str, Tensor]:
+        intervals = super().supervision_intervals(cuts)
+        cuts = list(cuts)
+        for i, index in enumerate(intervals["sequence_idx"].tolist()):
+            # the transcript's last frame is the cut's: that is now a later one
+            last = intervals["start_frame"][i] + intervals["num_frames"][i]
+            if _has_more_frames(cuts[index]) and last == cuts[index].num_frames:
+                intervals["num_frames"][i] = cuts[index].features.num_frames - intervals["start_frame"][i]
+        return intervals
+
+
+def _has_more_frames(cut: Cut) -> bool:
+    """The features belong to all of this cut, and are more than Lhotse would load."""
+    features = getattr(cut, "features", None)  # a mixed cut has none of its own
+    if features is None:
+        return False
+    spans = abs(cut.start - features.start) < 1e-3 and abs(cut.duration - features.duration) < 1e-3
+    return spans and features.num_frames > cut.num_frames
+
+
 class TrainingData:
     """Batches of one rank's share of the training cuts, in an order that depends on the seed and the epoch alone."""
 
@@ -184,7 +219,10 @@ class TrainingData:
             max_frames_mask_fraction=a.max_frames_mask_fraction,
             p=a.p * ramp,
         )
-        dataset = K2SpeechRecognitionDataset(return_cuts=True, input_transforms=[spec_augment] if a.p else [])
+        transforms = [spec_augment] if a.p else []
+        dataset = K2SpeechRecognitionDataset(
+            return_cuts=True, input_transforms=transforms, input_strategy=WholeFeatures()
+        )
         return _batches(dataset, self._sampler(epoch), self.tokenizer, self.num_workers)
 
 
@@ -196,7 +234,8 @@ def evaluation_batches(
     A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
     """
     sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False)
-    return _batches(K2SpeechRecognitionDataset(return_cuts=True), sampler, tokenizer, num_workers)
+    dataset = K2SpeechRecognitionDataset(return_cuts=True, input_strategy=WholeFeatures())
+    return _batches(dataset, sampler, tokenizer, num_workers)
 
 
 def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int) -> Iterator[Batch]:

@@ -40,7 +40,7 @@ TENSOR_SEARCHES = tuple(
 )
 
 IO = {"numpy", "tqdm"}
-DATA_PACKAGES = {"torch", "lhotse", "sentencepiece", "kaldifeat", "soundfile", "espeakng_loader", *IO}
+DATA_PACKAGES = {"torch", "torchaudio", "lhotse", "sentencepiece", "kaldifeat", "soundfile", "espeakng_loader", *IO}
 
 # The first pattern that fits a module names its tier.
 TIERS = {
