@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from splitformer.config import AugmentConfig, DataConfig
+from splitformer.data.features import STORED_FRAMES
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import MIN_FRAMES, subsampled_lengths
 
@@ -137,35 +138,33 @@ def feature_deviation(cuts: CutSet, max_cuts: int = 1000) -> Tensor:
 class WholeFeatures(PrecomputedFeatures):
     """Lhotse's reading of stored features, less its trimming.
 
-    Lhotse counts the frames of a cut from its duration. A front end that centres its windows makes one more where the
-    rest of the division is small, and Lhotse would cut that off; the encoder is to see what the front end computed.
+    Lhotse counts the frames of a cut from its duration. A front end that centres its windows often makes one more, and
+    Lhotse would cut that off; the encoder is to see what the front end computed.
     """
 
     def __call__(self, cuts: CutSet) -> tuple[Tensor, Tensor]:
-        """(N, T, C) features, padded with 0, and (N,) their frames."""
-        if not any(map(_has_more_frames, cuts)):
+        """(N, T, C) features, padded with 0 where one has more frames than Lhotse counts, and (N,) their frames."""
+        if not any(map(_more_frames, cuts)):
             return super().__call__(cuts)[:2]
-        each = [torch.from_numpy(cut.features.load() if _has_more_frames(cut) else cut.load_features()) for cut in cuts]
+        each = [torch.from_numpy(cut.features.load() if _more_frames(cut) else cut.load_features()) for cut in cuts]
         return torch.nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(x) for x in each])
 
     def supervision_intervals(self, cuts: CutSet) -> dict[str, Tensor]:
         intervals = super().supervision_intervals(cuts)
         cuts = list(cuts)
         for i, index in enumerate(intervals["sequence_idx"].tolist()):
-            # the transcript's last frame is the cut's: that is now a later one
-            last = intervals["start_frame"][i] + intervals["num_frames"][i]
-            if _has_more_frames(cuts[index]) and last == cuts[index].num_frames:
-                intervals["num_frames"][i] = cuts[index].features.num_frames - intervals["start_frame"][i]
+            start, frames = intervals["start_frame"][i], intervals["num_frames"][i]
+            if start + frames == cuts[index].num_frames:  # where the cut ends, the transcript does
+                frames += _more_frames(cuts[index])
         return intervals
 
 
-def _has_more_frames(cut: Cut) -> bool:
-    """The features belong to all of this cut, and are more than Lhotse would load."""
-    features = getattr(cut, "features", None)  # a mixed cut has none of its own
-    if features is None:
-        return False
-    spans = abs(cut.start - features.start) < 1e-3 and abs(cut.duration - features.duration) < 1e-3
-    return spans and features.num_frames > cut.num_frames
+def _more_frames(cut: Cut) -> int:
+    """How many more frames are stored than Lhotse would load, where the features are those of the whole cut."""
+    stored = (getattr(cut, "custom", None) or {}).get(STORED_FRAMES)
+    if stored is None or abs(cut.start - cut.features.start) > 1e-3:
+        return 0
+    return stored - cut.num_frames if abs(cut.duration - cut.features.duration) < 1e-3 else 0
 
 
 class TrainingData:

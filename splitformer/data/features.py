@@ -30,7 +30,7 @@ from lhotse.features import FeatureExtractor
 from lhotse.features.base import register_extractor
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
 from lhotse.features.kaldifeat import KaldifeatMelOptions
-from lhotse.utils import is_module_available
+from lhotse.utils import compute_num_frames, is_module_available
 from tqdm import tqdm
 
 from splitformer.data.manifests import (
@@ -47,6 +47,8 @@ SPEED_FACTORS = (0.9, 1.1)
 """The three-fold speed perturbation of Ko et al., "Audio augmentation for speech recognition" (2015)."""
 EXTRACTORS = ("lhotse", "kaldifeat", "linear-mel")
 """Of these the first two compute the same, on a CPU and on a GPU."""
+STORED_FRAMES = "stored_frames"
+"""Custom field of cuts that have another number of stored frames than Lhotse counts from the duration."""
 SHARD_CUTS = 100
 MIN_SAMPLES = {"lhotse": 400, "kaldifeat": 400, "linear-mel": 513}
 """Less audio has no frame: one analysis window of 25 ms; for linear-mel, which mirrors half of its 1024 points at both
@@ -115,7 +117,7 @@ class LinearMel(FeatureExtractor):
     Nyquist), as the authors' released code computes them.
 
     Windows are centred on their frame and the signal is mirrored at both ends, so that there are samples // hop + 1
-    frames, sometimes one more than Lhotse counts from the duration: `datamodule.WholeFeatures` keeps it.
+    frames, often one more than Lhotse counts from the duration: `datamodule.WholeFeatures` keeps it.
     """
 
     name = "linear-mel"
@@ -340,13 +342,18 @@ def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], optio
     with make_writer(folder, options) as writer, manifest_writer(folder / "cuts.jsonl") as write_cut:
         for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
             key = writer.write(cut.id, feats)
+            num_frames = compute_num_frames(cut.duration, extractor.frame_shift, SAMPLING_RATE)
+            if num_frames < feats.shape[0] <= num_frames + 1:
+                cut.custom = {**(cut.custom or {}), STORED_FRAMES: feats.shape[0]}
+            else:
+                num_frames = feats.shape[0]
             cut.features = Features(
                 recording_id=cut.recording.id,
                 channels=cut.channel,
                 start=cut.start,
                 duration=cut.duration,
                 type=extractor.name,
-                num_frames=feats.shape[0],
+                num_frames=num_frames,  # Lhotse refuses a manifest with another number than its own
                 num_features=feats.shape[1],
                 frame_shift=extractor.frame_shift,
                 sampling_rate=SAMPLING_RATE,

@@ -41,10 +41,10 @@ def test_stored_features_are_those_of_the_released_code(shared: Path, tmp_path: 
     tokenizer = Tokenizer(make_lang_dir(tmp_path, ["AB"]))
     [batch] = evaluation_batches(load_cuts([cuts]), tokenizer, 100.0)
     assert torch.equal(batch.x, golden["in.mel"].transpose(1, 2)) and batch.x_lens.tolist() == [209]
-    # why they are not compressed: to lilcom most energies are nothing
+    # why they are not compressed: a good part of the energies is smaller than what lilcom adds to them
     energies = batch.x[0].numpy()
     lossy = lilcom.decompress(lilcom.compress(energies, tick_power=-5))
-    assert np.mean(lossy == 0.0) > 0.5
+    assert np.mean(np.abs(lossy - energies) > energies) > 0.25
 
 
 @pytest.mark.parametrize("samples", [513, 16000, 16079, 16080, 16159])
