@@ -40,7 +40,8 @@ TENSOR_SEARCHES = tuple(
 )
 
 IO = {"numpy", "tqdm"}
-DATA_PACKAGES = {"torch", "torchaudio", "lhotse", "sentencepiece", "kaldifeat", "soundfile", "espeakng_loader", *IO}
+DATA_PACKAGES = {"torch", "torchaudio", "lhotse", "kaldifeat", "soundfile", "espeakng_loader", *IO}
+DATA_PACKAGES |= {"sentencepiece", "google"}  # google.protobuf reads sentencepiece's files
 
 # The first pattern that fits a module names its tier.
 TIERS = {
@@ -62,10 +63,10 @@ TIERS = {
     ),
     "report": Tier(REPORT, frozenset({"matplotlib"}), (*BASE, *REPORT)),
     "commands without k2": Tier(
-        tuple(f"splitformer.bin.{name}" for name in ("train", "average", "report", "doctor")),
+        tuple(f"splitformer.bin.{name}" for name in ("train", "average", "report", "doctor", "import_reference")),
         frozenset({"torch"}),
         # train imports it inside a function, for systems that have a transducer: the import test runs without k2
-        (*TRAINING, *REPORT, "splitformer.losses.pruned_transducer"),
+        (*TRAINING, *REPORT, "splitformer.losses.pruned_transducer", "splitformer.export.reference"),
     ),
     "commands": Tier(("splitformer.bin.*",), frozenset({"torch", *IO}), ("splitformer.*",)),
     "stage scripts": Tier(("local.*",), frozenset({"torch", "lhotse", *IO}), ("splitformer.*",)),
@@ -75,7 +76,7 @@ BROUGHT_ALONG = {
     "torch": {"numpy"},
     "matplotlib": {"numpy"},
     "lhotse": {"torch", "torchaudio", "soundfile", *IO},
-    "tensorboard": {"numpy"},
+    "tensorboard": {"numpy", "google"},
 }
 BLOCKABLE = {"k2", "torchaudio"}.union(*(tier.packages for tier in TIERS.values()))
 NEED_K2 = ("transducer", "decoding", "commands", "stage scripts")

@@ -1,4 +1,4 @@
-"""The U-Net variant keeps the encoder's contracts; that it computes what the authors' code does is in test_reference."""
+"""The U-Net variant keeps the encoder's contracts; test_reference holds it against the authors' code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gradients_reach_every_layer(model):
 
 
 def test_its_cost_is_counted_where_the_frames_are(model):
-    """A stack at an eighth of the rate costs an eighth of its linear layers at the full one."""
+    """More frames in a stack cost more."""
     heads = model.ctc_heads
     cost = complexity(model.encoder, heads, 20)[5]
     assert cost.parameters == sum(p.numel() for p in model.parameters())
