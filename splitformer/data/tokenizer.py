@@ -34,13 +34,7 @@ class Tokenizer:
         model = Path(lang_dir) / "bpe.model"
         if not model.is_file():
             raise FileNotFoundError(f"{model} does not exist; local/train_bpe.py makes it")
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        for piece_id, expected in enumerate((BLANK, SOS_EOS, UNKNOWN)):
-            piece = self._model.id_to_piece(piece_id)
-            if piece != expected:
-                raise ValueError(
-                    f"{model}: token {piece_id} is {piece!r}, expected {expected!r}; train it with local/train_bpe.py"
-                )
+        self._model = _load(model)
         self.blank_id = 0
         self.unknown_id = 2
         self.vocab_size: int = self._model.get_piece_size()
@@ -124,6 +118,33 @@ def train_tokenizer(
         ) from None
 
     _write(model.getvalue(), lang_dir)
+
+
+def take_tokenizer(model_path: str | Path, lang_dir: str | Path) -> None:
+    """Put a sentencepiece model of this project into `lang_dir`, with its `tokens.txt`.
+
+    Raises FileNotFoundError without one, ValueError where its ids are not the ones of this project.
+    """
+    if not Path(model_path).is_file():
+        raise FileNotFoundError(f"there is no {model_path}")
+    _load(Path(model_path))
+    _write(Path(model_path).read_bytes(), lang_dir)
+
+
+def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The model, with the ids of this project."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no sentencepiece model ({error})") from error
+    for piece_id, expected in enumerate((BLANK, SOS_EOS, UNKNOWN)):
+        piece = model.id_to_piece(piece_id)
+        if piece != expected:
+            raise ValueError(
+                f"{path}: token {piece_id} is {piece!r}, expected {expected!r}; train it with local/train_bpe.py, or "
+                "import it with splitformer.bin.import_reference"
+            )
+    return model
 
 
 def import_tokenizer(

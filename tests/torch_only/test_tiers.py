@@ -36,7 +36,8 @@ REPORT = tuple(
 )
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
 TENSOR_SEARCHES = tuple(
-    f"splitformer.decoding.{name}" for name in ("alignment", "context", "prefix_beam", "prefixes", "transducer")
+    f"splitformer.decoding.{name}"
+    for name in ("alignment", "context", "lexicon", "prefix_beam", "prefixes", "transducer")
 )
 
 IO = {"numpy", "tqdm"}
