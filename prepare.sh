@@ -63,6 +63,7 @@ make_manifests() {
 stage_fbank() {
     local split perturb inputs
     for split in "${splits[@]}"; do
+        if [[ $decode_only == true ]] && ! contains "$split" "${dev_list[@]}" "${test_list[@]}"; then continue; fi
         perturb=false
         if contains "$split" "${train_list[@]}"; then perturb=$speed_perturb; fi
         inputs=$(checksum "$(recordings_of "$split")" "$(supervisions_of "$split")")
@@ -83,11 +84,21 @@ make_fbank() {
 # 3: tokens
 stage_bpe() {
     local split inputs made_from supervisions=()
-    for split in "${train_list[@]}"; do supervisions+=("$(supervisions_of "$split")"); done
-    inputs=$(checksum "${supervisions[@]}")
-    make_artefact "$train_text" "manifests $inputs" \
-        run_python local/export_text.py --supervisions "${supervisions[@]}" --output "$train_text"
+    if [[ $no_training_data == true ]]; then
+        make_artefact "$train_text" "no training data" touch "$train_text"
+    else
+        for split in "${train_list[@]}"; do supervisions+=("$(supervisions_of "$split")"); done
+        inputs=$(checksum "${supervisions[@]}")
+        make_artefact "$train_text" "manifests $inputs" \
+            run_python local/export_text.py --supervisions "${supervisions[@]}" --output "$train_text"
+    fi
     make_artefact "$extra_words_file" "corpus $corpus source $corpus_source lm $lm_arpa_url" make_extra_words
+    if [[ -n $bpe_model ]]; then
+        inputs=$(checksum "$bpe_model")
+        make_artefact "$lang_dir/bpe.model" "given $inputs" \
+            run_python local/train_bpe.py --bpe-model "$bpe_model" --lang-dir "$lang_dir"
+        return
+    fi
     inputs=$(checksum "$train_text")
     made_from="text $inputs $token_type"
     [[ $token_type == char ]] || made_from+=" $vocab_size"
@@ -98,7 +109,7 @@ stage_bpe() {
 
 # A few utterances may lack letters that the corpus's own dictionary has: it serves the whole corpus only.
 make_extra_words() {
-    if [[ -z $limit_utterances ]]; then extra_words; fi >"$extra_words_file.tmp"
+    if [[ -z $limit_utterances || $no_training_data == true ]]; then extra_words; fi >"$extra_words_file.tmp"
     mv -f "$extra_words_file.tmp" "$extra_words_file"
 }
 

@@ -14,12 +14,14 @@ corpus=mini
 source local/corpus.sh
 
 config='' seed=42 num_processes='' exp_dir='' policy=learned_nbest max_relative_wer=0.05 stage=0 stop_stage=report
-known_methods=(greedy_search prefix_beam_search ctc-decoding 1best nbest nbest-rescoring whole-lattice-rescoring
-    nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search fast_beam_search_nbest
-    fast_beam_search_nbest_LG)
+checkpoint='' word_list=''
+known_methods=(greedy_search greedy_search+lexicon prefix_beam_search ctc-decoding 1best nbest nbest-rescoring
+    whole-lattice-rescoring nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search
+    fast_beam_search_nbest fast_beam_search_nbest_LG)
 known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned learned_nbest budget deadline fixed)
 methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
-value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage "${corpus_options[@]}")
+value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage checkpoint word_list
+    "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
 list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
 prepare_stages=(download manifests fbank bpe lang lm graphs)
@@ -39,6 +41,9 @@ usage: ./run.sh [options]
   --hlg-scales N ..., --ngram-lm-scales N ..., --blank-penalties N ...
                            weights to choose from on the dev set, of the language model for CTC and for a transducer, and
                            of a penalty on blanks; one of each: no choice, and faster
+  --checkpoint FILE        decode with this one, of bin/average or bin/import_reference, instead of training; its tokens
+                           are the bpe.model beside it, where there is one and no --bpe-model; implies --decode-only
+  --word-list FILE         words of greedy_search+lexicon (default: those of the corpus's lexicon)
   --policy NAME            exit policy that is fitted to policy.json and decoded with (default: learned_nbest), one of:
                            ${known_policies[*]}
   --max-relative-wer X     errors that it may add, as a share of the last exit's (default: 0.05)
@@ -62,8 +67,17 @@ run_prepare() {
     ./prepare.sh "${options[@]}"
 }
 
-# 7: training; what a run was started from is kept with it, because a run cannot go on from something else
+# 7: training, unless a checkpoint is given
 stage_train() {
+    if [[ -n $checkpoint ]]; then
+        log "nothing to train: the checkpoint is $checkpoint"
+    else
+        train_system
+    fi
+}
+
+# What a run was started from is kept with it, because a run cannot go on from something else.
+train_system() {
     local split train_cuts=() dev_cuts=() started_from=$exp_dir/.started-from
     local cuts tokens made_from
     for split in "${train_list[@]}"; do train_cuts+=("$(cuts_of "$split")"); done
@@ -102,9 +116,16 @@ run_training() {
     fi
 }
 
-# 8: the mean of the weights over the last epochs
+# 8: the mean of the weights over the last epochs, or the checkpoint that is given
 stage_average() {
     local training
+    if [[ -n $checkpoint ]]; then
+        training=$(checksum "$checkpoint")
+        make_artefact "$exp_dir/averaged.pt" "$(printf '%s\n' "checkpoint $training" "$resolved_config")" \
+            run_python local/use_checkpoint.py --checkpoint "$checkpoint" --config "$config_path" "${set_flags[@]}" \
+            --output "$exp_dir/averaged.pt"
+        return
+    fi
     training=$(made_from "$exp_dir/training.jsonl")
     make_artefact "$exp_dir/averaged.pt" "training $training" \
         run_python -m splitformer.bin.average --exp-dir "$exp_dir"
@@ -112,11 +133,15 @@ stage_average() {
 
 # 9: every exit, every method; dev sets too, on which choices are made
 stage_decode() {
-    local split model sets graphs cuts=() names=() choice_flags=()
+    local split model sets graphs words='' choices cuts=() names=() choice_flags=()
     ((${#methods[@]} == 0)) || choice_flags+=(--methods "${methods[@]}")
     ((${#hlg_scales[@]} == 0)) || choice_flags+=(--hlg-scales "${hlg_scales[@]}")
     ((${#ngram_lm_scales[@]} == 0)) || choice_flags+=(--ngram-lm-scales "${ngram_lm_scales[@]}")
     ((${#blank_penalties[@]} == 0)) || choice_flags+=(--blank-penalties "${blank_penalties[@]}")
+    if [[ -n $word_list ]]; then
+        words=$(checksum "$word_list")
+        choice_flags+=(--word-list "$word_list")
+    fi
     for split in "${dev_list[@]}" "${test_list[@]}"; do
         contains "$split" "${names[@]}" && continue # one split may serve as both
         names+=("$split")
@@ -125,7 +150,8 @@ stage_decode() {
     model=$(made_from "$exp_dir/averaged.pt")
     sets=$(made_from "${cuts[@]#*=}")
     graphs=$(made_from "$lang_dir/HLG.pt" "$lang_dir/LG.pt" "$lang_dir/G.pt")
-    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graphs $graphs choice_flags ${choice_flags[*]}" \
+    choices="${choice_flags[*]}${words:+ words $words}"
+    make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graphs $graphs choice_flags $choices" \
         run_decoding --cuts "${cuts[@]}" "${choice_flags[@]}"
 }
 
@@ -137,8 +163,8 @@ run_decoding() {
 
 # 10: exit policies, fitted on the first dev set: WER against cost on the test sets, and a decoding with one of them
 stage_early_exit() {
-    local split tests=() model records sets one_exit='"exit_layers": \[[[:space:]]*[0-9]+[[:space:]]*\]'
-    if [[ $resolved_config =~ $one_exit ]]; then
+    local split tests=() model records sets
+    if [[ $(config_value model.exit_layers) != *' '* ]]; then
         log "the model has one exit: there is nothing to choose"
         return
     fi
@@ -179,8 +205,8 @@ stage_report() {
         contains "$each" "${test_list[@]}" || dev_only+=("$each") # a corpus without test set reports its dev set
     done
     if [[ -f $published ]]; then flags=(--published "$published"); fi
-    records=("$exp_root"/*/decode/*.json "$exp_root"/*/training.jsonl)
-    for each in "$exp_root"/*/early_exit/*.json; do
+    records=("$exp_root"/*/decode/*.json)
+    for each in "$exp_root"/*/training.jsonl "$exp_root"/*/early_exit/*.json; do
         [[ ! -f $each ]] || records+=("$each")
     done
     inputs=$(checksum "${records[@]}" "${flags[@]:1}")
@@ -189,10 +215,43 @@ stage_report() {
         --results-dir "$report_dir/results" --output "$report_dir/RESULTS.md" --dev-sets "${dev_only[@]}" "${flags[@]}"
 }
 
+# config_value SECTION.KEY: of the resolved configuration
+config_value() {
+    run_python local/show_config.py --config "$config_path" "${set_flags[@]}" --print "$1"
+}
+
+# The configuration says what features are; --fbank says what computes them, where there is a choice.
+choose_features() {
+    local features
+    features=$(config_value data.features)
+    if [[ $features == linear-mel && ! -v "given[fbank]" ]]; then
+        given[fbank]=linear-mel
+        fbank=linear-mel
+    fi
+    if [[ $features == linear-mel && $fbank != linear-mel || $features == fbank && $fbank == linear-mel ]]; then
+        option_error "--fbank $fbank does not compute the features of this configuration, whose data.features is $features;\
+ leave --fbank out, or give a conf or --set data.features=... that fits"
+    fi
+    place_features
+}
+
 # Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.
 main() {
     parse_options "$@"
     select_stages "${prepare_stages[@]}" train average decode early_exit report
+    if [[ -n $checkpoint ]]; then
+        checkpoint=$(absolute_path "$checkpoint")
+        [[ -f $checkpoint ]] || option_error "--checkpoint: there is no $checkpoint"
+        decode_only=true
+        each=$(dirname "$checkpoint")/bpe.model
+        if [[ -z $bpe_model && -f $each ]]; then bpe_model=$each; fi
+    elif [[ $decode_only == true ]]; then
+        option_error "--decode-only makes no features to train on: give a --checkpoint, or prepare with ./prepare.sh"
+    fi
+    if [[ -n $word_list ]]; then
+        word_list=$(absolute_path "$word_list")
+        [[ -f $word_list ]] || option_error "--word-list: there is no $word_list"
+    fi
     load_corpus
     check_number seed
     check_number num_processes empty
@@ -231,7 +290,8 @@ main() {
         exp_dir=$(absolute_path "$exp_dir")
         exp_root=$(dirname "$exp_dir")
     else
-        exp_dir=$exp_root/$system-seed$seed
+        exp_dir=$exp_root/$system
+        [[ -n $checkpoint ]] || exp_dir+=-seed$seed # nothing is drawn where nothing is trained
     fi
 
     # Another environment, where one is named, is not ours to set up.
@@ -239,6 +299,11 @@ main() {
 
     # Checked before hours of work: an unknown key in the configuration is fatal.
     resolved_config=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}")
+
+    choose_features
+    if [[ -n $checkpoint && ${#methods[@]} -eq 0 && $(config_value model.heads) == ctc ]]; then
+        methods=(greedy_search greedy_search+lexicon ctc-decoding 1best) # as published, perhaps, and beside it ours
+    fi
 
     if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
     for name in train average decode early_exit report; do run_stage "$name"; done

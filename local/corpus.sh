@@ -4,8 +4,8 @@
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
-    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs)
-corpus_flags=(strict estimate_lm)
+    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model)
+corpus_flags=(strict estimate_lm decode_only)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --work-dir DIR           where data/, exp/ and results/ go (default: egs/NAME)
@@ -15,16 +15,21 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --train-splits 'A B', --dev-splits, --test-splits, --token-type bpe|char, --vocab-size N, --lm-order N,
   --rescore-lm-order N, --speed-perturb true|false, --num-mel-bins N
                            instead of what the corpus says
-  --fbank lhotse|kaldifeat what computes the features (default: lhotse)
+  --fbank lhotse|kaldifeat|linear-mel
+                           what computes the features (default: lhotse); linear-mel is the front end of the authors'
+                           released code, without logarithm
   --num-jobs N             processes for data preparation (default: one per core)
   --lm-prune X             for the graphs HLG and LG leave out n-grams that are worth less than X, such as 1e-7, of the
                            perplexity; G, which rescores, keeps them
   --estimate-lm            make the language model from the training text, even where the corpus brings one
+  --bpe-model FILE         take these tokens, a bpe.model of this project, instead of training some
+  --decode-only            no features of training data; with --bpe-model no training data at all, where the corpus
+                           brings a language model and words
   --strict                 unreadable audio and bad transcripts are fatal, not skipped"
 
 # Defaults of the options above.
 work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
-num_jobs=$(cores) strict=false estimate_lm=false
+num_jobs=$(cores) strict=false estimate_lm=false bpe_model='' decode_only=false
 
 # Defaults of the corpus's description.
 train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
@@ -67,6 +72,11 @@ load_corpus() {
 
     # paths on the command line are relative to where the user stands, the drivers stand in the repository's root
     [[ -z $work_dir ]] || given[work_dir]=$(absolute_path "$work_dir")
+    if [[ -n $bpe_model ]]; then
+        bpe_model=$(absolute_path "$bpe_model")
+        given[bpe_model]=$bpe_model
+        [[ -f $bpe_model ]] || option_error "--bpe-model: there is no $bpe_model"
+    fi
     [[ -z $download_dir ]] || given[download_dir]=$(absolute_path "$download_dir")
     work_dir=${given[work_dir]:-egs/$corpus}
     download_dir=${given[download_dir]:-$work_dir/download}
@@ -89,13 +99,19 @@ load_corpus() {
         option_error "--lm-prune is '$lm_prune' and must be a number such as 1e-7"
     check_choice token_type bpe char
     check_choice speed_perturb true false
-    check_choice fbank lhotse kaldifeat
+    check_choice fbank lhotse kaldifeat linear-mel
     for each in vocab_size lm_order rescore_lm_order num_mel_bins num_jobs; do check_number "$each"; done
     for each in train_splits dev_splits test_splits; do
         [[ -n ${!each} ]] || option_error "$description sets no $each"
     done
 
     read -ra train_list <<<"$train_splits"
+    # To decode, training data are of use as text alone: for tokens, for words, for the language model.
+    no_training_data=false
+    if [[ $decode_only == true && -n $bpe_model && -n $lm_arpa_url && -n $rescore_lm_arpa_url ]]; then
+        no_training_data=true
+        train_list=()
+    fi
     read -ra dev_list <<<"$dev_splits"
     read -ra test_list <<<"$test_splits"
     splits=()
@@ -103,10 +119,9 @@ load_corpus() {
         contains "$each" "${splits[@]}" || splits+=("$each") # one split may serve twice
     done
     manifests_dir=$data_dir/manifests
-    fbank_dir=$data_dir/fbank
-    [[ $fbank == lhotse ]] || fbank_dir+=_$fbank
-    [[ $num_mel_bins == 80 ]] || fbank_dir+=_$num_mel_bins
+    place_features
     lm_dir=$data_dir/lm$subset_tag
+    [[ $no_training_data == false ]] || lm_dir+=_decode
     train_text=$lm_dir/train.txt
     arpa=$lm_dir/${lm_order}gram.arpa
     graph_arpa=$arpa
@@ -114,11 +129,20 @@ load_corpus() {
     rescore_arpa=$lm_dir/${rescore_lm_order}gram.arpa
     lang_dir=$data_dir/lang_$token_type
     [[ $token_type == char ]] || lang_dir+=_$vocab_size
+    [[ -z $bpe_model ]] || lang_dir=$data_dir/lang_given_$(checksum "$bpe_model" | cut -c 1-8)
     lang_dir+=$subset_tag
+    [[ $no_training_data == false ]] || lang_dir+=_decode
 
     common_flags=()
     [[ -z $limit_utterances ]] || common_flags+=(--limit-utterances "$limit_utterances")
     [[ $strict == false ]] || common_flags+=(--strict)
+}
+
+# Where features lie: run.sh asks again when it knows what its configuration takes.
+place_features() {
+    fbank_dir=$data_dir/fbank
+    [[ $fbank == lhotse ]] || fbank_dir+=_$fbank
+    [[ $num_mel_bins == 80 ]] || fbank_dir+=_$num_mel_bins
 }
 
 absolute_path() {

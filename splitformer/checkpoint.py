@@ -114,6 +114,33 @@ def _with_weights(
     return model, state
 
 
+def adopt_checkpoint(source: str | Path, config: Config, output: str | Path) -> None:
+    """Copy a checkpoint that was made elsewhere to `output`, if it is of the model that `config` describes.
+
+    Raises:
+      CheckpointError: it cannot be read, lacks what decoding needs, or is of another model; the message names the keys.
+    """
+    contents = load_checkpoint(source)
+    if missing := sorted({"tokens", "progress", "seed", "world_size", "device"} - contents.keys()):
+        raise CheckpointError(
+            f"{source} lacks {', '.join(missing)}: give one that bin/average or bin/import_reference made"
+        )
+    theirs, ours = Config.from_dict(contents["config"], source=str(source)).to_dict(), config.to_dict()
+    different = [
+        f"model.{key} = {ours['model'][key]} in the conf, {value} in the checkpoint"
+        for key, value in theirs["model"].items()
+        if key not in ("vocab_size", "dropout") and value != ours["model"][key]
+    ]
+    if theirs["data"]["features"] != ours["data"]["features"]:
+        different.append(
+            f"data.features = {ours['data']['features']} in the conf, {theirs['data']['features']} in the checkpoint"
+        )
+    if different:
+        raise CheckpointError(f"{source} is of another system than the conf: {'; '.join(different)}")
+    with atomic_write(output, "wb") as file:
+        file.write(Path(source).read_bytes())
+
+
 def _truncated(config: Config, max_layer: int) -> Config:
     """The same up to encoder layer `max_layer`."""
     exits, branches = (

@@ -45,6 +45,12 @@ class ModelConfig:
     exit_layers: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
     parallel_exits: tuple[int, ...] = (2, 12)
     """Exits with a parallel layer at half the frame rate; () is the EE-baseline."""
+    encoder: Literal["conformer", "unet"] = "conformer"
+    """`unet`: the authors' variant with stacks of layers at lower frame rates, each added back; it has one exit."""
+    unet_stacks: tuple[int, ...] = (2, 4, 5, 4, 2)
+    """Layers of each stack; what remains of num_layers runs before them, on every second feature frame."""
+    unet_factors: tuple[int, ...] = (2, 4, 8, 4, 2)
+    """Of the frames before the stacks, each stack takes one in so many."""
     parallel_gate: bool = False
     """Multiply each parallel branch by a learned scalar that starts at zero (ours, not published)."""
     dropout: float = 0.1
@@ -72,12 +78,32 @@ class ModelConfig:
                 f"model.parallel_exits names {strangers}, which are no exits; choose among model.exit_layers = "
                 f"{list(exits)}"
             )
+        if self.encoder == "unet":
+            self._check_unet()
         if self.d_model % self.num_heads:
             raise ConfigError(
                 f"model.d_model = {self.d_model} must be a multiple of model.num_heads = {self.num_heads}"
             )
         if self.conv_kernel % 2 == 0:
             raise ConfigError(f"model.conv_kernel = {self.conv_kernel} must be odd, so that frames keep their place")
+
+    def _check_unet(self) -> None:
+        stacks, factors = self.unet_stacks, self.unet_factors
+        if not stacks or len(stacks) != len(factors) or min(stacks) < 1 or min(factors) < 2:
+            raise ConfigError(
+                f"model.unet_stacks = {list(stacks)} and model.unet_factors = {list(factors)} must be lists of one "
+                "length, of whole numbers; a stack has at least 1 layer, a factor is at least 2"
+            )
+        if self.num_layers < sum(stacks):
+            raise ConfigError(
+                f"model.num_layers = {self.num_layers} must be at least {sum(stacks)}, the sum of model.unet_stacks = "
+                f"{list(stacks)}"
+            )
+        if self.exit_layers != (self.num_layers,) or self.parallel_exits or self.subsampling != "conv1d":
+            raise ConfigError(
+                f"model.encoder = 'unet' has one exit, no parallel layers and its own subsampling: set "
+                f"model.exit_layers = [{self.num_layers}], model.parallel_exits = [], model.subsampling = 'conv1d'"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,8 +150,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Batches and the utterances that enter them."""
+    """Features, batches and the utterances that enter them."""
 
+    features: Literal["fbank", "linear-mel"] = "fbank"
+    """`fbank`: Kaldi's log-mel filterbank, by either program; `linear-mel`: the released code's, without logarithm."""
     max_duration: float = 1200.0
     """Seconds of audio in one global batch, padding included; each rank takes its share."""
     num_buckets: int = 30

@@ -24,6 +24,7 @@ else:
 
 _METHODS = (
     "greedy_search",
+    "greedy_search+lexicon",
     "prefix_beam_search",
     "ctc-decoding",
     "1best",

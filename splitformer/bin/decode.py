@@ -76,6 +76,12 @@ def main() -> int:
         metavar="FILE",
         help="phrases to favour, one a line, by prefix_beam_search, modified_beam_search and fast_beam_search",
     )
+    parser.add_argument(
+        "--word-list",
+        type=Path,
+        metavar="FILE",
+        help="words of greedy_search+lexicon, one a line (default: words.txt of the lang_dir); the first wins ties",
+    )
     parser.add_argument("--hot-word-boost", type=float, default=1.5, help="nats for each token of a phrase")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--corpus", required=True, help="the name that the records carry")
@@ -110,6 +116,7 @@ def decode(args: argparse.Namespace) -> None:
         device,
         _weights(args),
         _bias(args, tokenizer),
+        args.word_list,
     )
 
     def spell(tokens: list[int]) -> list[str]:
@@ -410,6 +417,9 @@ def decode_cuts(
                         device, lambda m=method, v=view, o=options: m.run(v, o)
                     )
                     words = [h.words if h.words is not None else spell(h.tokens) for h in hypotheses]
+                    if (correct := method.correct) is not None:
+                        words, seconds = timed(device, lambda c=correct, w=words: [c(each) for each in w])
+                        search_seconds += seconds
                     entry = decoded.setdefault((layer, method.name, options), Decoded())
                     entry.results += zip(batch.cut_ids, references, words, strict=True)
                     entry.fallbacks += len(fallbacks)

@@ -24,7 +24,7 @@ import torch
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_model
 from splitformer.config import Config, ConfigError
 from splitformer.data.datamodule import load_cuts
-from splitformer.data.features import SAMPLING_RATE, fbank_of_file
+from splitformer.data.features import SAMPLING_RATE, FbankOptions, fbank_of_file
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.export.check import (
     TOLERANCE,
@@ -118,7 +118,8 @@ def export(args: argparse.Namespace) -> None:
     if strangers:
         raise ExportError(f"--head {strangers[0]}: the model has {', '.join(config.model.heads)}")
     models = {layer: load_model(args.checkpoint, max_layer=layer)[:2] for layer in layers}
-    speech = _speech(args.check, config.model.num_mel_bins)
+    extractor = "lhotse" if config.data.features == "fbank" else config.data.features
+    speech = _speech(args.check, FbankOptions(extractor, config.model.num_mel_bins))
     common = _metadata(config, args.checkpoint)
     _write_tokens(tokenizer.tokens, args.output_dir / "tokens.txt")
 
@@ -317,8 +318,9 @@ def greedy_search(
 # ---- speech to check on
 
 
-def _speech(files: Iterable[Path] | None, num_mel_bins: int) -> Speech:
+def _speech(files: Iterable[Path] | None, options: FbankOptions) -> Speech:
     """Features of audio or cuts; random ones without either."""
+    num_mel_bins = options.num_mel_bins
     if files is None:
         return Speech(random_features(num_mel_bins), [], [])
     utterances, texts = [], []
@@ -330,7 +332,7 @@ def _speech(files: Iterable[Path] | None, num_mel_bins: int) -> Speech:
                 utterances.append(_alone(torch.from_numpy(cut.load_features())))
                 texts.append(" ".join(each.text or "" for each in cut.supervisions))
         else:
-            utterances.append(_alone(fbank_of_file(path, num_mel_bins)))
+            utterances.append(_alone(fbank_of_file(path, options)))
     for x, _ in utterances[:1]:
         if x.size(2) != num_mel_bins:
             raise ValueError(f"--check: features of {x.size(2)} mel bins, and the model takes {num_mel_bins}")

@@ -13,7 +13,7 @@ from splitformer.checkpoint import load_model
 from splitformer.config import Config
 from splitformer.data.datamodule import load_cuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.searches import METHODS, Method, Options, Weights, make_methods
+from splitformer.decoding.searches import METHODS, NOT_CHOSEN, Method, Options, Weights, make_methods
 from splitformer.model.asr import AsrModel
 from splitformer.results import DecodeRecord
 
@@ -78,7 +78,7 @@ def chosen_search(
       ValueError: where the records lack what is needed, with what does.
     """
     records = [DecodeRecord.load(path) for path in sorted(decode_dir.glob(f"{tuned_on}-exit-*.json"))]
-    at_last = {r.method: r.wer for r in records if r.exit_layer == layers[-1] and r.method != "nbest-oracle"}
+    at_last = {r.method: r.wer for r in records if r.exit_layer == layers[-1] and r.method not in NOT_CHOSEN}
     if method is None:
         if not at_last:
             raise ValueError(
@@ -86,8 +86,8 @@ def chosen_search(
                 f"decode that set first (bin/decode --tune-set {tuned_on})"
             )
         method = min(at_last, key=at_last.__getitem__)
-    if method not in METHODS or METHODS[method] not in heads or method == "nbest-oracle":
-        known = [name for name, head in METHODS.items() if head in heads and name != "nbest-oracle"]
+    if method not in METHODS or METHODS[method] not in heads or method in NOT_CHOSEN:
+        known = [name for name, head in METHODS.items() if head in heads and name not in NOT_CHOSEN]
         raise ValueError(f"--method {method}: choose among {', '.join(known)}")
     options = {}
     for record in records:

@@ -14,11 +14,13 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, K2SpeechRecognitionDataset, SimpleCutSampler, SpecAugment
+from lhotse.dataset.input_strategies import PrecomputedFeatures
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from splitformer.config import AugmentConfig, DataConfig
+from splitformer.data.features import STORED_FRAMES
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import MIN_FRAMES, subsampled_lengths
 
@@ -138,6 +140,38 @@ def feature_deviation(cuts: CutSet, max_cuts: int = 1000) -> Tensor:
     return (total / frames).sqrt().clamp(min=1e-3).float()
 
 
+class WholeFeatures(PrecomputedFeatures):
+    """Lhotse's reading of stored features, less its trimming.
+
+    Lhotse counts the frames of a cut from its duration. A front end that centres its windows often makes one more, and
+    Lhotse would cut that off; the encoder is to see what the front end computed.
+    """
+
+    def __call__(self, cuts: CutSet) -> tuple[Tensor, Tensor]:
+        """(N, T, C) features, padded with 0 where one has more frames than Lhotse counts, and (N,) their frames."""
+        if not any(map(_more_frames, cuts)):
+            return super().__call__(cuts)[:2]
+        each = [torch.from_numpy(cut.features.load() if _more_frames(cut) else cut.load_features()) for cut in cuts]
+        return torch.nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(x) for x in each])
+
+    def supervision_intervals(self, cuts: CutSet) -> dict[str, Tensor]:
+        intervals = super().supervision_intervals(cuts)
+        cuts = list(cuts)
+        for i, index in enumerate(intervals["sequence_idx"].tolist()):
+            start, frames = intervals["start_frame"][i], intervals["num_frames"][i]
+            if start + frames == cuts[index].num_frames:  # where the cut ends, the transcript does
+                frames += _more_frames(cuts[index])
+        return intervals
+
+
+def _more_frames(cut: Cut) -> int:
+    """How many more frames are stored than Lhotse would load, where the features are those of the whole cut."""
+    stored = (getattr(cut, "custom", None) or {}).get(STORED_FRAMES)
+    if stored is None or abs(cut.start - cut.features.start) > 1e-3:
+        return 0
+    return stored - cut.num_frames if abs(cut.duration - cut.features.duration) < 1e-3 else 0
+
+
 class TrainingData:
     """Batches of one rank's share of the training cuts, in an order that depends on the seed and the epoch alone."""
 
@@ -189,7 +223,10 @@ class TrainingData:
             max_frames_mask_fraction=a.max_frames_mask_fraction,
             p=a.p * ramp,
         )
-        dataset = K2SpeechRecognitionDataset(return_cuts=True, input_transforms=[spec_augment] if a.p else [])
+        transforms = [spec_augment] if a.p else []
+        dataset = K2SpeechRecognitionDataset(
+            return_cuts=True, input_transforms=transforms, input_strategy=WholeFeatures()
+        )
         return _batches(dataset, self._sampler(epoch), self.tokenizer, self.num_workers)
 
 
@@ -201,7 +238,8 @@ def evaluation_batches(
     A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
     """
     sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False)
-    return _batches(K2SpeechRecognitionDataset(return_cuts=True), sampler, tokenizer, num_workers)
+    dataset = K2SpeechRecognitionDataset(return_cuts=True, input_strategy=WholeFeatures())
+    return _batches(dataset, sampler, tokenizer, num_workers)
 
 
 def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Log-mel filterbank features (fbank): computed in parallel, stored in shards, continued after a fault.
+"""Mel filterbank features (fbank): computed in parallel, stored in shards, continued after a fault.
 
 A shard is a folder with the features of SHARD_CUTS consecutive cuts and their manifest. It is written under a
 temporary name and moved into place when complete, so that a run that was killed, or met a full disk, goes on
@@ -18,8 +18,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +35,10 @@ from lhotse import (
 )
 from lhotse.cut import MonoCut
 from lhotse.features import FeatureExtractor
+from lhotse.features.base import register_extractor
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
 from lhotse.features.kaldifeat import KaldifeatMelOptions
-from lhotse.utils import is_module_available
+from lhotse.utils import compute_num_frames, is_module_available
 from tqdm import tqdm
 
 from splitformer.data.manifests import (
@@ -51,10 +53,14 @@ from splitformer.data.manifests import (
 SAMPLING_RATE = 16000
 SPEED_FACTORS = (0.9, 1.1)
 """The three-fold speed perturbation of Ko et al., "Audio augmentation for speech recognition" (2015)."""
-EXTRACTORS = ("lhotse", "kaldifeat")
+EXTRACTORS = ("lhotse", "kaldifeat", "linear-mel")
+"""Of these the first two compute the same, on a CPU and on a GPU."""
+STORED_FRAMES = "stored_frames"
+"""Custom field of cuts that have another number of stored frames than Lhotse counts from the duration."""
 SHARD_CUTS = 100
-WINDOW_SAMPLES = 400
-"""Samples of one analysis window (25 ms); less audio than that has no frame."""
+MIN_SAMPLES = {"lhotse": 400, "kaldifeat": 400, "linear-mel": 513}
+"""Less audio has no frame: one analysis window of 25 ms; for linear-mel, which mirrors half of its 1024 points at both
+ends, one sample more than that half."""
 
 
 class DiskFullError(OSError):
@@ -65,8 +71,9 @@ class DiskFullError(OSError):
 class FbankOptions:
     """What determines the features.
 
-    extractor: "lhotse" (lhotse.Fbank) or "kaldifeat" (lhotse.KaldifeatFbank, on the GPU where there is one).
-    num_mel_bins: features per frame; frames are 25 ms wide, 10 ms apart.
+    extractor: "lhotse" (lhotse.Fbank), "kaldifeat" (lhotse.KaldifeatFbank, on the GPU where there is one), or
+      "linear-mel" (LinearMel), the front end of the authors' released code.
+    num_mel_bins: features per frame; frames are 25 ms wide (those of linear-mel 20), 10 ms apart.
     strict: unreadable audio is fatal, not skipped.
     """
 
@@ -80,6 +87,9 @@ class FbankOptions:
         if self.extractor == "kaldifeat" and not is_module_available("kaldifeat"):
             raise ValueError("kaldifeat is not installed (setup.sh builds it where there is a C++ compiler); "
                              "use --fbank lhotse")  # fmt: skip
+        if self.extractor == "linear-mel" and not is_module_available("torchaudio"):
+            raise ValueError("--fbank linear-mel is torchaudio's Spectrogram and MelScale, and torchaudio is not "
+                             "installed: use the environment that ./setup.sh makes without --torch2")  # fmt: skip
 
 
 @dataclass
@@ -91,19 +101,82 @@ class FbankSummary:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class LinearMelConfig:
+    """The released code's numbers (arXiv 2506.18035): windows of 20 ms, padded to 1024 points, every 10 ms."""
+
+    sampling_rate: int = SAMPLING_RATE
+    n_fft: int = 1024
+    win_length: int = 320
+    hop_length: int = 160
+    num_mel_bins: int = 80
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> LinearMelConfig:
+        return LinearMelConfig(**data)
+
+
+@register_extractor
+class LinearMel(FeatureExtractor):
+    """Mel energies without logarithm: torchaudio's Spectrogram (power 2), then its MelScale (HTK's scale, 0 Hz to
+    Nyquist), as the authors' released code computes them.
+
+    Windows are centred on their frame and the signal is mirrored at both ends, so that there are samples // hop + 1
+    frames, often one more than Lhotse counts from the duration: `datamodule.WholeFeatures` keeps it.
+    """
+
+    name = "linear-mel"
+    config_type = LinearMelConfig
+
+    def __init__(self, config: LinearMelConfig | None = None) -> None:
+        super().__init__(config)
+        from torchaudio.transforms import MelScale, Spectrogram  # not in every environment, see FbankOptions
+
+        c = self.config
+        self._transform = torch.nn.Sequential(
+            Spectrogram(n_fft=c.n_fft, win_length=c.win_length, hop_length=c.hop_length, power=2.0),
+            MelScale(sample_rate=c.sampling_rate, n_mels=c.num_mel_bins, n_stft=c.n_fft // 2 + 1),
+        )
+
+    @property
+    def frame_shift(self) -> float:
+        return self.config.hop_length / self.config.sampling_rate
+
+    def feature_dim(self, sampling_rate: int) -> int:
+        return self.config.num_mel_bins
+
+    def extract(self, samples: np.ndarray | torch.Tensor, sampling_rate: int) -> np.ndarray:
+        """Samples (S,) or (1, S) to features (S // hop + 1, C)."""
+        if sampling_rate != self.config.sampling_rate:
+            raise ValueError(f"linear-mel takes audio of {self.config.sampling_rate} Hz, not of {sampling_rate}")
+        waveform = torch.as_tensor(samples, dtype=torch.float32).flatten()
+        return self._transform(waveform).T.contiguous().numpy()
+
+
 def make_extractor(options: FbankOptions) -> FeatureExtractor:
     """Lhotse's defaults (no dither, 20 Hz to 400 Hz below Nyquist, povey window, no cut edges), at 16 kHz."""
     if options.extractor == "lhotse":
         return Fbank(FbankConfig(sampling_rate=SAMPLING_RATE, num_filters=options.num_mel_bins))
+    if options.extractor == "linear-mel":
+        return LinearMel(LinearMelConfig(num_mel_bins=options.num_mel_bins))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return KaldifeatFbank(
         KaldifeatFbankConfig(mel_opts=KaldifeatMelOptions(num_bins=options.num_mel_bins), device=device)
     )
 
 
-def make_writer(folder: Path) -> FeaturesWriter:
-    """Lhotse's lilcom archive (lossy, a third of the size); plain numpy files where lilcom is absent."""
-    return LilcomChunkyWriter(folder / "feats") if is_module_available("lilcom") else NumpyFilesWriter(folder)
+def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
+    """Lhotse's lilcom archive (lossy, a third of the size); plain numpy files where lilcom is absent.
+
+    Energies without logarithm are stored as they are: they span nine orders of magnitude, and lilcom rounds to steps
+    of 2 ** -5, which is nothing to a logarithm and more than most of these energies.
+    """
+    if options.extractor == "linear-mel" or not is_module_available("lilcom"):
+        return NumpyFilesWriter(folder)
+    return LilcomChunkyWriter(folder / "feats")
 
 
 def all_cuts(recordings: str | Path, supervisions: str | Path, speed_perturb: bool) -> Iterator[MonoCut]:
@@ -125,7 +198,7 @@ def extract(extractor: FeatureExtractor, waveforms: list[np.ndarray]) -> list[np
     return [extractor.extract(each, SAMPLING_RATE) for each in waveforms]
 
 
-def fbank_of_file(path: str | Path, num_mel_bins: int) -> torch.Tensor:
+def fbank_of_file(path: str | Path, options: FbankOptions) -> torch.Tensor:
     """(T, C) features of an audio file's first channel, resampled where need be.
 
     Raises:
@@ -142,9 +215,9 @@ def fbank_of_file(path: str | Path, num_mel_bins: int) -> torch.Tensor:
         samples = recording.load_audio(channels=recording.channel_ids[:1])[0]
     except Exception as error:  # each format has a reader with errors of its own
         raise ValueError(f"{path} cannot be read as audio: {error}") from error
-    if len(samples) < WINDOW_SAMPLES:
-        raise ValueError(f"{path} has {len(samples)} samples, less than one window of {WINDOW_SAMPLES}")
-    return torch.from_numpy(extract(make_extractor(FbankOptions(num_mel_bins=num_mel_bins)), [samples])[0])
+    if len(samples) < (least := MIN_SAMPLES[options.extractor]):
+        raise ValueError(f"{path} has {len(samples)} samples; {least} are the fewest for a frame")
+    return torch.from_numpy(extract(make_extractor(options), [samples])[0])
 
 
 def compute_fbank(
@@ -283,8 +356,8 @@ def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], optio
     for cut in cuts:
         try:
             samples = cut.load_audio()[0]
-            if len(samples) < WINDOW_SAMPLES:
-                raise ManifestError(f"{len(samples)} samples are less than one window of {WINDOW_SAMPLES}")
+            if len(samples) < (least := MIN_SAMPLES[options.extractor]):
+                raise ManifestError(f"{len(samples)} samples are less than one window of {least}")
         except ImportError:
             raise  # not the file's fault
         except Exception as error:  # whatever a decoder raises on a damaged file
@@ -296,16 +369,21 @@ def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], optio
             continue
         loaded.append(cut)
         waveforms.append(np.ascontiguousarray(samples, dtype=np.float32))
-    with make_writer(folder) as writer, manifest_writer(folder / "cuts.jsonl") as write_cut:
+    with make_writer(folder, options) as writer, manifest_writer(folder / "cuts.jsonl") as write_cut:
         for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
             key = writer.write(cut.id, feats)
+            num_frames = compute_num_frames(cut.duration, extractor.frame_shift, SAMPLING_RATE)
+            if num_frames < feats.shape[0] <= num_frames + 1:
+                cut.custom = {**(cut.custom or {}), STORED_FRAMES: feats.shape[0]}
+            else:
+                num_frames = feats.shape[0]
             cut.features = Features(
                 recording_id=cut.recording.id,
                 channels=cut.channel,
                 start=cut.start,
                 duration=cut.duration,
                 type=extractor.name,
-                num_frames=feats.shape[0],
+                num_frames=num_frames,  # Lhotse refuses a manifest with another number than its own
                 num_features=feats.shape[1],
                 frame_shift=extractor.frame_shift,
                 sampling_rate=SAMPLING_RATE,

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from splitformer.results import atomic_write
 
 BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"
 MODEL_TYPES = ("bpe", "char")
+CASES = ("keep", "upper", "lower")
 
 
 class Tokenizer:
@@ -30,13 +34,7 @@ class Tokenizer:
         model = Path(lang_dir) / "bpe.model"
         if not model.is_file():
             raise FileNotFoundError(f"{model} does not exist; local/train_bpe.py makes it")
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        for piece_id, expected in enumerate((BLANK, SOS_EOS, UNKNOWN)):
-            piece = self._model.id_to_piece(piece_id)
-            if piece != expected:
-                raise ValueError(
-                    f"{model}: token {piece_id} is {piece!r}, expected {expected!r}; train it with local/train_bpe.py"
-                )
+        self._model = _load(model)
         self.blank_id = 0
         self.unknown_id = 2
         self.vocab_size: int = self._model.get_piece_size()
@@ -119,9 +117,100 @@ def train_tokenizer(
             f"set vocab_size to {limit[1]} or less"
         ) from None
 
+    _write(model.getvalue(), lang_dir)
+
+
+def take_tokenizer(model_path: str | Path, lang_dir: str | Path) -> None:
+    """Put a sentencepiece model of this project into `lang_dir`, with its `tokens.txt`.
+
+    Raises FileNotFoundError without one, ValueError where its ids are not the ones of this project.
+    """
+    if not Path(model_path).is_file():
+        raise FileNotFoundError(f"there is no {model_path}")
+    _load(Path(model_path))
+    _write(Path(model_path).read_bytes(), lang_dir)
+
+
+def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The model, with the ids of this project."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no sentencepiece model ({error})") from error
+    for piece_id, expected in enumerate((BLANK, SOS_EOS, UNKNOWN)):
+        piece = model.id_to_piece(piece_id)
+        if piece != expected:
+            raise ValueError(
+                f"{path}: token {piece_id} is {piece!r}, expected {expected!r}; train it with local/train_bpe.py, or "
+                "import it with splitformer.bin.import_reference"
+            )
+    return model
+
+
+def import_tokenizer(
+    model_path: str | Path, lang_dir: str | Path, num_units: int, blank_id: int = 0, case: str = "keep"
+) -> list[int | None]:
+    """Make a foreign sentencepiece model, whose units a CTC model already has, one of this project's, in `lang_dir`.
+
+    Units get the numbers that this project gives them: the blank 0, `<s>` 1, the unknown unit 2, then the others in
+    their order. Where a role has no unit, or that of the blank plays it too, a new unit plays it. Control symbols stay
+    such, and are spelled as nothing. Text is taken as it is, without the foreign model's normalisation.
+
+    Args:
+      num_units: those of the CTC model.
+      blank_id: the number of the foreign unit that is CTC's blank; its piece, whatever it is, stands for nothing else.
+      case: of the pieces: "keep", "upper" or "lower"; choose that of the transcripts.
+    Returns:
+      for each of our units its number in the foreign model, None where it had none.
+    Raises:
+      ValueError: what is no sentencepiece model, or one of another size; a blank_id that it has not; a case in which
+        two pieces are one.
+    """
+    if case not in CASES:
+        raise ValueError(f"case {case!r}: choose one of {', '.join(CASES)}")
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(Path(model_path).read_bytes())
+        foreign = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except (ValueError, RuntimeError, DecodeError) as error:
+        raise ValueError(f"{model_path} is no sentencepiece model ({error})") from error
+    size = len(model.pieces)
+    if size != num_units:
+        raise ValueError(
+            f"{model_path} has {size} units, the heads of the model have {num_units}: give the sentencepiece model "
+            "with which it was trained"
+        )
+    if not 0 <= blank_id < size:
+        raise ValueError(f"blank {blank_id}: {model_path} has units 0 to {size - 1}")
+
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    roles = [blank_id, foreign.bos_id(), foreign.unk_id()]
+    rows = [role if role >= 0 and role not in roles[:i] else None for i, role in enumerate(roles)]
+    rows += [i for i in range(size) if i not in rows]
+    pieces = []
+    for number, row in enumerate(rows):
+        piece = kinds() if row is None else kinds.FromString(model.pieces[row].SerializeToString())
+        if number < 3:
+            piece.piece = (BLANK, SOS_EOS, UNKNOWN)[number]
+            piece.score = 0.0
+            piece.type = kinds.UNKNOWN if number == 2 else kinds.CONTROL
+        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED) and case != "keep":
+            piece.piece = piece.piece.upper() if case == "upper" else piece.piece.lower()
+        pieces.append(piece)
+    if twice := [piece for piece, count in Counter(p.piece for p in pieces).items() if count > 1]:
+        raise ValueError(f"{model_path}: in {case} case two pieces are {', '.join(twice[:5])}; leave the case as it is")
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    model.normalizer_spec.name, model.normalizer_spec.precompiled_charsmap = "identity", b""
+    _write(model.SerializeToString(), lang_dir)
+    return rows
+
+
+def _write(model: bytes, lang_dir: str | Path) -> None:
+    """`bpe.model` and its `tokens.txt`."""
     lang_dir = Path(lang_dir)
     with atomic_write(lang_dir / "bpe.model", "wb") as file:
-        file.write(model.getvalue())
+        file.write(model)
     with atomic_write(lang_dir / "tokens.txt") as file:
         for piece_id, piece in enumerate(Tokenizer(lang_dir).tokens):
             file.write(f"{piece} {piece_id}\n")

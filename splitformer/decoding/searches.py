@@ -24,6 +24,7 @@ from splitformer.decoding.ctc import ctc_decoding, one_best
 from splitformer.decoding.fast_beam import fast_beam_search, fast_beam_search_nbest, fast_beam_search_nbest_LG
 from splitformer.decoding.graphs import context_graph_fsa, ctc_topology, trivial_graph
 from splitformer.decoding.lang import load_graph, read_symbols, words_checksum
+from splitformer.decoding.lexicon import NearestWords, read_words
 from splitformer.decoding.nbest import (
     nbest,
     nbest_oracle,
@@ -39,6 +40,7 @@ from splitformer.model.joiner import Joiner
 
 METHODS = {
     "greedy_search": "ctc",
+    "greedy_search+lexicon": "ctc",
     "prefix_beam_search": "ctc",
     "ctc-decoding": "ctc",
     "1best": "ctc",
@@ -54,6 +56,9 @@ METHODS = {
 }
 """{name: the head whose output it searches}. Named as in icefall; both heads have a greedy search, so the
 transducer's says so."""
+
+NOT_CHOSEN = ("nbest-oracle", "greedy_search+lexicon")
+"""Methods that no policy searches with: no result, and a correction of words behind the search."""
 
 
 _FAMILIES = (
@@ -108,6 +113,8 @@ class Method:
     """the method whose options, chosen on the tune set, this one takes"""
     fixed: dict[str, Any] = field(default_factory=dict)
     """what else the record says of the method"""
+    correct: Callable[[list[str]], list[str]] | None = None
+    """what is done in the end to an utterance's words"""
     lattice_doubt: Callable[[ExitView, Options], tuple[list[Hypothesis], list[int], Tensor]] | None = None
     """of methods that read HLG's lattice: 1best's hypotheses, and their doubt beside the lattice's other words"""
 
@@ -154,17 +161,20 @@ def make_methods(
     device: torch.device,
     weights: Weights,
     bias: Bias | None = None,
+    word_list: Path | None = None,
 ) -> list[Method]:
     """The methods of these names, with what they need of `lang_dir` loaded once.
 
     Args:
+      word_list: of greedy_search+lexicon; None for words.txt of `lang_dir`.
       bias: for prefix_beam_search, modified_beam_search and fast_beam_search; the others know no context.
     Raises:
       FileNotFoundError, ValueError: a graph is missing, or was made from another words.txt or for other tokens.
     """
-    needs = _Needs(lang_dir, vocab_size, device, bias)
+    needs = _Needs(lang_dir, vocab_size, device, bias, word_list)
     makers = {
         "greedy_search": _greedy_search,
+        "greedy_search+lexicon": _greedy_search_and_lexicon,
         "prefix_beam_search": _prefix_beam_search,
         "ctc-decoding": _ctc_decoding,
         "1best": _one_best,
@@ -197,8 +207,11 @@ def _leader(name: str, names: Sequence[str]) -> str | None:
 class _Needs:
     """What methods share, loaded when the first of them asks."""
 
-    def __init__(self, lang_dir: Path, vocab_size: int, device: torch.device, bias: Bias | None) -> None:
+    def __init__(
+        self, lang_dir: Path, vocab_size: int, device: torch.device, bias: Bias | None, word_list: Path | None
+    ) -> None:
         self.lang_dir, self.vocab_size, self.device, self.bias = lang_dir, vocab_size, device, bias
+        self.word_list = word_list
 
     @functools.cached_property
     def words(self) -> list[str]:
@@ -233,6 +246,24 @@ def _grid(**choices: Iterable[float]) -> tuple[Options, ...]:
 
 def _greedy_search(needs: _Needs, weights: Weights) -> Method:
     return Method("greedy_search", lambda view, options: (ctc_greedy_search(view.log_probs, view.lengths), []))
+
+
+def _greedy_search_and_lexicon(needs: _Needs, weights: Weights) -> Method:
+    """Each decoded word that the list lacks becomes its nearest word there, as in the authors' released decoding."""
+    table = needs.lang_dir / "words.txt"
+    path = needs.word_list or table
+    words = read_words(path)
+    if path != table and table.is_file() and not set(words) & set(read_words(table)):
+        raise ValueError(
+            f"{path} has no word of {table}: are they in another case, or of another language? Every word would be "
+            "replaced by a stranger"
+        )
+    return replace(
+        _greedy_search(needs, weights),
+        name="greedy_search+lexicon",
+        correct=NearestWords(words),
+        fixed={"word_list": path.name, "word_list_words": len(words)},
+    )
 
 
 def _prefix_beam_search(needs: _Needs, weights: Weights) -> Method:

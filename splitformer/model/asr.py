@@ -13,6 +13,7 @@ from splitformer.model.conformer import valid_frames
 from splitformer.model.decoder import Decoder
 from splitformer.model.encoder import Encoder, ExitOutput
 from splitformer.model.joiner import Joiner
+from splitformer.model.unet import UNetEncoder
 
 
 class Leaving(NamedTuple):
@@ -34,7 +35,7 @@ class AsrModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.encoder = Encoder(config)
+        self.encoder = UNetEncoder(config) if config.encoder == "unet" else Encoder(config)
         if "ctc" in config.heads:
             self.ctc_heads = nn.ModuleDict(
                 {str(layer): nn.Linear(config.d_model, config.vocab_size) for layer in config.exit_layers}

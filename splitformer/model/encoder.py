@@ -35,10 +35,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.exit_layers, self.num_mel_bins = config.exit_layers, config.num_mel_bins
-        if config.feature_norm == "utterance":
-            self.feature_norm: nn.Module = UtteranceNorm(config.num_mel_bins)
-        else:
-            self.feature_norm = NoNorm()
+        self.feature_norm = make_feature_norm(config)
         if config.subsampling == "conv2d":
             self.subsampling: nn.Module = Conv2dSubsampling(
                 config.num_mel_bins, config.d_model, config.subsampling_channels
@@ -47,14 +44,12 @@ class Encoder(nn.Module):
             self.subsampling = Conv1dSubsampling(config.num_mel_bins, config.d_model)
         self.dropout = Dropout(config.dropout)
 
-        def layer() -> ConformerLayer:
-            return ConformerLayer(
-                config.d_model, config.num_heads, config.feedforward_dim, config.conv_kernel, config.dropout
-            )
-
-        self.layers = nn.ModuleList([layer() for _ in range(config.num_layers)])
+        self.layers = nn.ModuleList([make_layer(config) for _ in range(config.num_layers)])
         self.parallel = nn.ModuleDict(
-            {str(exit_layer): ParallelBranch(layer(), config.parallel_gate) for exit_layer in config.parallel_exits}
+            {
+                str(exit_layer): ParallelBranch(make_layer(config), config.parallel_gate)
+                for exit_layer in config.parallel_exits
+            }
         )
 
     def forward(self, x: Tensor, x_lens: Tensor) -> Generator[ExitOutput, Tensor | None, None]:
@@ -113,12 +108,31 @@ class ParallelBranch(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (N, T', D) with `lengths` (N,) to (N, T', D)."""
-        n, t, d = x.shape
         half = x[:, ::2]
-        # frames 0, 2, 4, ... of L valid ones: ceil(L / 2) of them
-        half = self.layer(half, *frame_masks(torch.div(lengths + 1, 2, rounding_mode="floor"), half))
-        full = half.unsqueeze(2).expand(n, half.size(1), 2, d).reshape(n, half.size(1) * 2, d)[:, :t]
+        half = self.layer(half, *frame_masks(every_nth(lengths, 2), half))
+        full = repeat_frames(half, 2, x.size(1))
         return full if self.gate is None else full * self.gate
+
+
+def every_nth(lengths: Tensor, n: int) -> Tensor:
+    """How many of the frames 0, n, 2n, ... are among `lengths` valid ones: the quotient, rounded up."""
+    return torch.div(lengths + (n - 1), n, rounding_mode="floor")
+
+
+def repeat_frames(x: Tensor, times: int, num_frames: int | Tensor) -> Tensor:
+    """Each frame of x (N, T, D) so many times, cut to `num_frames`: the inverse of taking every so-manieth."""
+    n, t, d = x.shape
+    return x.unsqueeze(2).expand(n, t, times, d).reshape(n, t * times, d)[:, :num_frames]
+
+
+def make_layer(config: ModelConfig) -> ConformerLayer:
+    return ConformerLayer(
+        config.d_model, config.num_heads, config.feedforward_dim, config.conv_kernel, config.dropout
+    )
+
+
+def make_feature_norm(config: ModelConfig) -> nn.Module:
+    return UtteranceNorm(config.num_mel_bins) if config.feature_norm == "utterance" else NoNorm()
 
 
 class UtteranceNorm(nn.Module):

@@ -191,7 +191,7 @@ def untrained_published_model(lang_dir: Path, path: Path) -> Path:
         (["--corpus", "an4", "--subset", "10"], "egs/an4 has: no subsets"),
         (["--token-type", "word"], "--token-type is 'word'; choose one of: bpe char"),
         (["--num-jobs", "0"], "--num-jobs is '0'; it takes a whole number from 1 up"),
-        (["--fbank", "torch"], "--fbank is 'torch'; choose one of: lhotse kaldifeat"),
+        (["--fbank", "torch"], "--fbank is 'torch'; choose one of: lhotse kaldifeat linear-mel"),
     ],
 )
 def test_bad_arguments_name_the_choices(driver, script: str, arguments: list[str], message: str) -> None:

@@ -136,8 +136,14 @@ def test_a_shard_is_kept_while_its_cuts_and_options_are_the_same(tmp_path: Path)
 
 
 def test_unknown_extractor_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="'torch': choose one of lhotse, kaldifeat"):
+    with pytest.raises(ValueError, match="'torch': choose one of lhotse, kaldifeat, linear-mel"):
         FbankOptions("torch")
+
+
+def test_the_front_end_that_needs_torchaudio_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitformer.data.features.is_module_available", lambda name: name != "torchaudio")
+    with pytest.raises(ValueError, match=r"linear-mel.*torchaudio is not installed.*setup\.sh"):
+        FbankOptions("linear-mel")
 
 
 def run_script(

@@ -37,11 +37,13 @@ REPORT = tuple(
 DECODING = (*INFERENCE, *SCORING, "splitformer.decoding.*")
 EXPORT = tuple(f"splitformer.export.{name}" for name in ("wrappers", "check", "reference"))
 TENSOR_SEARCHES = tuple(
-    f"splitformer.decoding.{name}" for name in ("alignment", "context", "prefix_beam", "prefixes", "transducer")
+    f"splitformer.decoding.{name}"
+    for name in ("alignment", "context", "lexicon", "prefix_beam", "prefixes", "transducer")
 )
 
 IO = {"numpy", "tqdm"}
-DATA_PACKAGES = {"torch", "lhotse", "sentencepiece", "kaldifeat", "soundfile", "espeakng_loader", *IO}
+DATA_PACKAGES = {"torch", "torchaudio", "lhotse", "kaldifeat", "soundfile", "espeakng_loader", *IO}
+DATA_PACKAGES |= {"sentencepiece", "google"}  # google.protobuf reads sentencepiece's files
 
 # The first pattern that fits a module names its tier.
 TIERS = {
@@ -66,7 +68,10 @@ TIERS = {
     ),
     "report": Tier(REPORT, frozenset({"matplotlib"}), (*BASE, *REPORT)),
     "commands without k2": Tier(
-        tuple(f"splitformer.bin.{name}" for name in ("train", "average", "export", "report", "doctor")),
+        tuple(
+            f"splitformer.bin.{name}"
+            for name in ("train", "average", "export", "report", "doctor", "import_reference")
+        ),
         frozenset({"torch"}),
         # train imports it inside a function, for systems that have a transducer: the import test runs without k2
         (*TRAINING, *REPORT, "splitformer.losses.pruned_transducer", "splitformer.export.*"),
@@ -79,9 +84,9 @@ BROUGHT_ALONG = {
     "torch": {"numpy"},
     "matplotlib": {"numpy"},
     "lhotse": {"torch", "torchaudio", "soundfile", *IO},
-    "tensorboard": {"numpy"},
-    "onnx": {"numpy"},
-    "onnxruntime": {"numpy"},
+    "tensorboard": {"numpy", "google"},
+    "onnx": {"numpy", "google"},
+    "onnxruntime": {"numpy", "google"},
     "safetensors": {"numpy"},
 }
 BLOCKABLE = {"k2", "torchaudio"}.union(*(tier.packages for tier in TIERS.values()))
