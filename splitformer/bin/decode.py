@@ -23,7 +23,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from splitformer.bin.loading import load_for_decoding, make_method, named_path, speakers_of, system_name, timed
+from splitformer.bin.loading import (
+    check_features,
+    load_for_decoding,
+    make_method,
+    named_path,
+    speakers_of,
+    system_name,
+    timed,
+)
 from splitformer.checkpoint import CheckpointError, checkpoint_id
 from splitformer.config import ConfigError
 from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
@@ -103,6 +111,8 @@ def decode(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
     sets = dict(named_path("--cuts", item) for item in args.cuts)
+    for path in sets.values():
+        check_features(path, config)
     costs = _costs(model, config.model.num_mel_bins)
     _tell_size(args, model)
     if args.tune_set and args.tune_set not in sets:
@@ -204,6 +214,7 @@ def decode_early(args: argparse.Namespace) -> None:
 
     for item in args.cuts:
         test_set, path = named_path("--cuts", item)
+        check_features(path, config)
         shared = (set(speakers_of(path).values()) - {""}) & set(fitted.fitted_on.get("speakers", []))
         if shared or test_set == fitted.fitted_on.get("set"):
             raise ValueError(
