@@ -100,3 +100,30 @@ def test_a_given_checkpoint_is_decoded(shared: Path, repo_root: Path, tmp_path: 
     assert refused.returncode == 1 and "has kaldi-fbank features" in refused.stderr, refused.stderr
     refused = run("--checkpoint", tmp_path / "absent.pt")
     assert refused.returncode == 2 and "--checkpoint: there is no" in refused.stderr
+
+
+def test_no_training_data_are_needed_where_the_corpus_brings_words(
+    shared: Path, repo_root: Path, tmp_path: Path, imported: Path
+) -> None:
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / "LibriSpeech").symlink_to(shared / "data/LibriSpeech")
+    text = "\n".join(line for path in sorted((shared / "data/LibriSpeech").rglob("*.trans.txt"))
+                     for line in [each.split(" ", 1)[1] for each in path.read_text().splitlines()])  # fmt: skip
+    (tmp_path / "text").write_text(text + "\n")
+    (downloads / "librispeech-vocab.txt").write_text("\n".join(sorted(set(text.split()))) + "\nZEBRA\n")
+    estimate = ["local/estimate_lm.py", "--text", tmp_path / "text", "--order", 3, "--arpa", tmp_path / "arpa"]
+    environment = {**os.environ, "SPLITFORMER_PYTHON": sys.executable, "PYTHONPATH": str(repo_root)}
+    subprocess.run([sys.executable, *map(str, estimate)], cwd=repo_root, check=True, env=environment)
+    with gzip.open(downloads / "3-gram.pruned.1e-7.arpa.gz", "wb") as file:
+        file.write((tmp_path / "arpa").read_bytes())
+
+    work = tmp_path / "work"
+    command = ["./prepare.sh", "--corpus", "librispeech", "--work-dir", work, "--download-dir", downloads]
+    command += ["--dev-splits", "dev-clean", "--test-splits", "test-clean", "--decode-only", "--num-jobs", 1]
+    command += ["--bpe-model", imported.parent / "bpe.model", "--fbank", "linear-mel"]
+    done = subprocess.run(list(map(str, command)), cwd=repo_root, text=True, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [words] = (work / "data").glob("lang_given_*_decode/words.txt")
+    assert "ZEBRA" in words.read_text() and (words.parent / "HLG.pt").is_file()
+    assert not list((work / "data/manifests").glob("train*"))
