@@ -229,8 +229,8 @@ choose_features() {
         fbank=linear-mel
     fi
     if [[ $features == linear-mel && $fbank != linear-mel || $features == fbank && $fbank == linear-mel ]]; then
-        option_error "--fbank $fbank does not compute the features of this configuration, whose data.features is $features;\
- leave --fbank out, or give a conf or --set data.features=... that fits"
+        option_error "--fbank $fbank does not compute the features of this configuration, whose data.features is\
+ $features; leave --fbank out, or give a conf or --set data.features=... that fits"
     fi
     place_features
 }

@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from splitformer.bin.loading import load_for_decoding, make_method, named_sets, speakers_of, system_name, timed
+from splitformer.bin.loading import (
+    check_features,
+    load_for_decoding,
+    make_method,
+    named_sets,
+    speakers_of,
+    system_name,
+    timed,
+)
 from splitformer.checkpoint import CheckpointError, checkpoint_id
 from splitformer.config import ConfigError
 from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
@@ -105,6 +113,8 @@ def decode(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
     sets = named_sets("--cuts", args.cuts)
+    for path in sets.values():
+        check_features(path, config)
     costs = _costs(model, config.model.num_mel_bins)
     _tell_size(args, model)
     if args.tune_set and args.tune_set not in sets:
@@ -200,6 +210,8 @@ def decode_early(args: argparse.Namespace) -> None:
         _check_unseen(fitted, args.exit_policy, test_set, path)
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
     fitted.check(config.model.exit_layers, checkpoint_id(args.checkpoint), str(args.exit_policy))
+    for path in sets.values():
+        check_features(path, config)
     _tell_size(args, model)
     method = make_method(fitted.method, args.lang_dir, tokenizer.vocab_size, device)
     for test_set, path in sets.items():

@@ -54,6 +54,17 @@ def load_for_decoding(
     return model, config, contents, tokenizer
 
 
+def check_features(cuts: Path, config: Config) -> None:
+    """Raises ValueError where the stored features are not of the kind that the model was trained on."""
+    first = next(iter(load_cuts([cuts])), None)
+    kind = first.features.type if first is not None and first.has_features else None
+    if kind is not None and (kind == "linear-mel") != (config.data.features == "linear-mel"):
+        raise ValueError(
+            f"{cuts} has {kind} features, and the model was trained with data.features = {config.data.features}: "
+            "prepare the set with --fbank " + ("linear-mel" if kind != "linear-mel" else "lhotse")
+        )
+
+
 def system_name(checkpoint: Path) -> str:
     """The exp_dir's name, less its -seedN."""
     return checkpoint.resolve().parent.name.rsplit("-seed", 1)[0]

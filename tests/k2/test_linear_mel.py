@@ -18,6 +18,7 @@ from splitformer.data.features import FbankOptions, LinearMel, LinearMelConfig, 
 from splitformer.data.manifests import write_split
 from splitformer.data.tokenizer import Tokenizer
 from tests.factories import make_lang_dir
+from tests.torch_only.test_reference import KINDS, load_reference
 
 
 def store(folder: Path, waves: list[np.ndarray]) -> Path:
@@ -45,6 +46,24 @@ def test_stored_features_are_those_of_the_released_code(shared: Path, tmp_path: 
     energies = batch.x[0].numpy()
     lossy = lilcom.decompress(lilcom.compress(energies, tick_power=-5))
     assert np.mean(np.abs(lossy - energies) > energies) > 0.25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_wave_file_to_log_probabilities(shared: Path, tmp_path: Path, kind: str) -> None:
+    """In a padded batch too, where the released code's own masks would let padding in."""
+    model, golden, _ = load_reference(shared, kind)
+    wave = golden["in.wav"][0].numpy()
+    cuts = store(tmp_path / "data", [wave, np.tile(wave, 2)])
+    tokenizer = Tokenizer(make_lang_dir(tmp_path, ["AB"]))
+    for seconds in (3.0, 100.0):
+        [batch] = [b for b in evaluation_batches(load_cuts([cuts]), tokenizer, seconds) if "u0" in b.cut_ids]
+        row = batch.cut_ids.index("u0")
+        with torch.no_grad():
+            exits = list(model(batch.x, batch.x_lens))
+        for (exit_output, log_probs), expected in zip(exits, golden["out.mel"], strict=True):
+            length = int(exit_output.lengths[row])
+            torch.testing.assert_close(log_probs[row : row + 1, :length], expected, atol=1e-4, rtol=0)
+    assert len(batch.cut_ids) == 2
 
 
 @pytest.mark.parametrize("samples", [513, 16000, 16079, 16080, 16159])
