@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, speakers_of, timed
+from splitformer.bin.loading import (
+    check_features,
+    chosen_search,
+    load_for_decoding,
+    make_method,
+    named_sets,
+    speakers_of,
+    timed,
+)
 from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, ExitTable, Fitted, Target, calibrate, make_family
 from splitformer.checkpoint import CheckpointError, checkpoint_id
 from splitformer.config import ConfigError, ModelConfig
@@ -95,6 +103,7 @@ def fit_policy(args: argparse.Namespace) -> None:
     target = _target(args)
     model, config, _, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
     check_model(config.model, [args.policy])
+    check_features(path, config)
     layers = config.model.exit_layers
     decode_dir = args.decode_dir or args.checkpoint.parent / "decode"
     method_name, options = chosen_search(decode_dir, name, args.method, layers, config.model.heads)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from splitformer.bin.calibrate import check_calibration_set, check_model, collect
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method, named_sets, system_name
+from splitformer.bin.loading import check_features, chosen_search, load_for_decoding, make_method, named_sets, system_name
 from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, fixed, make_family
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import ConfigError
@@ -65,6 +65,8 @@ def draw_curves(args: argparse.Namespace) -> None:
     model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device)
     policies = args.policies or [name for name in DYNAMIC if "ctc" in config.model.heads or name in WITHOUT_CTC]
     check_model(config.model, policies)
+    for each in (path, *tests.values()):
+        check_features(each, config)
     layers = config.model.exit_layers
     decode_dir = args.decode_dir or args.checkpoint.parent / "decode"
     method_name, options = chosen_search(decode_dir, name, args.method, layers, config.model.heads)
