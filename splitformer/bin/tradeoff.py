@@ -19,7 +19,14 @@ import torch
 from tqdm import tqdm
 
 from splitformer.bin.calibrate import check_calibration_set, check_model, collect
-from splitformer.bin.loading import check_features, chosen_search, load_for_decoding, make_method, named_sets, system_name
+from splitformer.bin.loading import (
+    check_features,
+    chosen_search,
+    load_for_decoding,
+    make_method,
+    named_sets,
+    system_name,
+)
 from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, fixed, make_family
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import ConfigError
