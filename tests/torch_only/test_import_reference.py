@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from splitformer.bin.import_reference import main
-from splitformer.checkpoint import load_model
-from splitformer.data.tokenizer import Tokenizer, import_tokenizer
+from splitformer.checkpoint import CheckpointError, adopt_checkpoint, load_model
+from splitformer.config import DataConfig
+from splitformer.data.tokenizer import Tokenizer, import_tokenizer, take_tokenizer
 
 SENTENCES = ["the cat sat on the mat", "a dog ate the hat", "hello there cat dog"]
 RELEASED = {"bos_id": 1, "eos_id": 2, "pad_id": 11, "unk_id": 12, "user_defined_symbols": ["@"]}
@@ -56,6 +58,22 @@ def test_units_of_sentencepieces_own_layout(tmp_path):
     assert ours.encode("Z")[-1] == 2
     rows = import_tokenizer(tmp_path / "theirs.model", tmp_path / "lang", 24, blank_id=23)
     assert rows == [23, 1, 0, *range(2, 23)]
+
+
+def test_imported_tokens_can_be_taken_elsewhere_and_foreign_ones_cannot(tmp_path):
+    foreign_tokens(tmp_path / "theirs.model")
+    import_tokenizer(tmp_path / "theirs.model", tmp_path / "lang", 24)
+    take_tokenizer(tmp_path / "lang/bpe.model", tmp_path / "other")
+    for name in ("bpe.model", "tokens.txt"):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "lang" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"theirs\.model: token 0 is '@', expected '<blk>'.*import_reference"):
+        take_tokenizer(tmp_path / "theirs.model", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        take_tokenizer(tmp_path / "absent", tmp_path / "none")
+    (tmp_path / "text").write_text("no model")
+    with pytest.raises(ValueError, match="text is no sentencepiece model"):
+        take_tokenizer(tmp_path / "text", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_tokens_are_named(tmp_path):
@@ -105,6 +123,11 @@ def test_a_checkpoint_computes_what_the_released_code_does(shared, tmp_path, run
     for (_, log_probs), expected in zip(exits, golden["out.mel"]):
         torch.testing.assert_close(log_probs, expected[:, :, rows], atol=1e-4, rtol=0)
     assert {"progress", "seed", "world_size", "device", "epoch", "avg"} <= contents.keys()
+    adopt_checkpoint(tmp_path / "made/averaged.pt", replace(config, data=DataConfig(features="linear-mel")),
+                     tmp_path / "exp/averaged.pt")  # fmt: skip
+    assert (tmp_path / "exp/averaged.pt").read_bytes() == (tmp_path / "made/averaged.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=r"data\.features = fbank in the conf, linear-mel in the checkpoint"):
+        adopt_checkpoint(tmp_path / "made/averaged.pt", replace(config, data=DataConfig()), tmp_path / "none.pt")
     assert json.dumps(contents["imported_from"]["states"]).startswith('{"model": ')
 
 
