@@ -56,6 +56,16 @@ METHODS = {
 transducer's says so."""
 
 
+NEED_LANG_DIR = (
+    "1best",
+    "nbest",
+    "nbest-rescoring",
+    "whole-lattice-rescoring",
+    "nbest-oracle",
+    "fast_beam_search_nbest_LG",
+)
+"""Methods that read graphs and words.txt of the lang_dir; the others need no file."""
+
 _FAMILIES = (
     ("1best", "nbest", "whole-lattice-rescoring", "nbest-rescoring", "nbest-oracle"),
     ("fast_beam_search", "fast_beam_search_nbest"),
@@ -149,7 +159,7 @@ class Bias:
 
 def make_methods(
     names: Iterable[str],
-    lang_dir: Path,
+    lang_dir: Path | None,
     vocab_size: int,
     device: torch.device,
     weights: Weights,
@@ -158,10 +168,14 @@ def make_methods(
     """The methods of these names, with what they need of `lang_dir` loaded once.
 
     Args:
+      lang_dir: None for methods that are not among NEED_LANG_DIR.
       bias: for prefix_beam_search, modified_beam_search and fast_beam_search; the others know no context.
     Raises:
       FileNotFoundError, ValueError: a graph is missing, or was made from another words.txt or for other tokens.
     """
+    names = list(names)
+    if lang_dir is None and (needy := [name for name in names if name in NEED_LANG_DIR]):
+        raise ValueError(f"{', '.join(needy)}: words and graphs are read from a lang_dir; give one (--lang-dir)")
     needs = _Needs(lang_dir, vocab_size, device, bias)
     makers = {
         "greedy_search": _greedy_search,
@@ -178,7 +192,6 @@ def make_methods(
         "fast_beam_search_nbest": _fast_beam_search_nbest,
         "fast_beam_search_nbest_LG": _fast_beam_search_nbest_lg,
     }
-    names = list(names)
     return [replace(makers[name](needs, weights), follows=_leader(name, names)) for name in names]
 
 
@@ -197,7 +210,7 @@ def _leader(name: str, names: Sequence[str]) -> str | None:
 class _Needs:
     """What methods share, loaded when the first of them asks."""
 
-    def __init__(self, lang_dir: Path, vocab_size: int, device: torch.device, bias: Bias | None) -> None:
+    def __init__(self, lang_dir: Path | None, vocab_size: int, device: torch.device, bias: Bias | None) -> None:
         self.lang_dir, self.vocab_size, self.device, self.bias = lang_dir, vocab_size, device, bias
 
     @functools.cached_property
