@@ -115,7 +115,7 @@ def chosen_search(
     return method, options
 
 
-def make_method(name: str, lang_dir: Path, vocab_size: int, device: torch.device) -> Method:
+def make_method(name: str, lang_dir: Path | None, vocab_size: int, device: torch.device) -> Method:
     """One method, with whatever options it is given later."""
     return make_methods([name], lang_dir, vocab_size, device, Weights())[0]
 
