@@ -29,8 +29,8 @@ from splitformer.config import ConfigError
 from splitformer.data.audio import AudioError, open_recording
 from splitformer.data.features import (
     EXTRACTORS,
+    MIN_SAMPLES,
     SAMPLING_RATE,
-    WINDOW_SAMPLES,
     FbankOptions,
     extract,
     make_extractor,
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--channel", type=int, metavar="N", help="from 0 (default: the mean of all)")
     parser.add_argument("--max-segment", type=float, default=MAX_SEGMENT, help="seconds; see the guide (%(default)s)")
     parser.add_argument("--overlap", type=float, default=OVERLAP, help="seconds, where no silence is (%(default)s)")
-    parser.add_argument("--fbank", choices=EXTRACTORS, default="lhotse", help="as in training (%(default)s)")
+    parser.add_argument("--fbank", choices=EXTRACTORS, help="(default: as in training)")
     parser.add_argument("--batch-duration", type=float, default=60.0, help="seconds of audio in a batch (%(default)s)")
     parser.add_argument("--device", help="such as cuda:1 (default: a GPU where there is one)")
     args = parser.parse_args()
@@ -179,7 +179,7 @@ class Recognizer:
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[EarlyResult | None]:
         """What was found in each waveform (n,); None where it has no output frame."""
         results: list[EarlyResult | None] = [None] * len(waveforms)
-        long_enough = [row for row, each in enumerate(waveforms) if len(each) >= WINDOW_SAMPLES]
+        long_enough = [row for row, each in enumerate(waveforms) if len(each) >= MIN_SAMPLES[self.fbank.extractor]]
         features = self.features([waveforms[row] for row in long_enough]) if long_enough else []
         chosen = [(row, each) for row, each in zip(long_enough, features) if len(each) >= MIN_FRAMES]
         if chosen:
@@ -221,6 +221,7 @@ def make_recognizer(args: argparse.Namespace) -> Recognizer:
     else:
         model, config, contents, _ = load_for_decoding(args.checkpoint, args.lang_dir, device, args.exit)
     layers, heads = config.model.exit_layers, config.model.heads
+    trained_on = "lhotse" if config.data.features == "fbank" else config.data.features
     given = {name: getattr(args, name) for name in WEIGHTS if getattr(args, name) is not None}
     fitted = FittedPolicy.load(args.exit_policy) if args.exit_policy else None
     if fitted is not None:
@@ -247,7 +248,7 @@ def make_recognizer(args: argparse.Namespace) -> Recognizer:
         if fitted
         else dict.fromkeys(layers, chosen),
         policy=fitted.policy if fitted else Fixed(layers[-1]),
-        fbank=FbankOptions(args.fbank, config.model.num_mel_bins),
+        fbank=FbankOptions(args.fbank or trained_on, config.model.num_mel_bins),
         batch_duration=args.batch_duration,
         device=device,
     )

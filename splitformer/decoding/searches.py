@@ -62,6 +62,7 @@ NOT_CHOSEN = ("nbest-oracle", "greedy_search+lexicon")
 
 
 NEED_LANG_DIR = (
+    "greedy_search+lexicon",
     "1best",
     "nbest",
     "nbest-rescoring",
@@ -176,23 +177,16 @@ def make_methods(
     """The methods of these names, with what they need of `lang_dir` loaded once.
 
     Args:
-<<<<<<< HEAD
-      word_list: of greedy_search+lexicon; None for words.txt of `lang_dir`.
-=======
       lang_dir: None for methods that are not among NEED_LANG_DIR.
->>>>>>> fee1dda
+      word_list: of greedy_search+lexicon; None for words.txt of `lang_dir`.
       bias: for prefix_beam_search, modified_beam_search and fast_beam_search; the others know no context.
     Raises:
       FileNotFoundError, ValueError: a graph is missing, or was made from another words.txt or for other tokens.
     """
-<<<<<<< HEAD
-    needs = _Needs(lang_dir, vocab_size, device, bias, word_list)
-=======
     names = list(names)
     if lang_dir is None and (needy := [name for name in names if name in NEED_LANG_DIR]):
         raise ValueError(f"{', '.join(needy)}: words and graphs are read from a lang_dir; give one (--lang-dir)")
-    needs = _Needs(lang_dir, vocab_size, device, bias)
->>>>>>> fee1dda
+    needs = _Needs(lang_dir, vocab_size, device, bias, word_list)
     makers = {
         "greedy_search": _greedy_search,
         "greedy_search+lexicon": _greedy_search_and_lexicon,
@@ -227,13 +221,9 @@ def _leader(name: str, names: Sequence[str]) -> str | None:
 class _Needs:
     """What methods share, loaded when the first of them asks."""
 
-<<<<<<< HEAD
     def __init__(
-        self, lang_dir: Path, vocab_size: int, device: torch.device, bias: Bias | None, word_list: Path | None
+        self, lang_dir: Path | None, vocab_size: int, device: torch.device, bias: Bias | None, word_list: Path | None
     ) -> None:
-=======
-    def __init__(self, lang_dir: Path | None, vocab_size: int, device: torch.device, bias: Bias | None) -> None:
->>>>>>> fee1dda
         self.lang_dir, self.vocab_size, self.device, self.bias = lang_dir, vocab_size, device, bias
         self.word_list = word_list
 
