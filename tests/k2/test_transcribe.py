@@ -233,18 +233,18 @@ def test_bad_options_are_named(run, tmp_path, arguments, messages):
 
 
 def test_memory_does_not_grow_with_the_recording(checkpoint, tmp_path):
-    """Peak memory of 2 minutes and of 40: what is kept is levels and words, a megabyte or so."""
+    """Peak memory of 2 minutes and of 2 hours: what is kept is levels and words, some megabytes."""
     code = (
         "import resource, sys; from splitformer.bin import transcribe; status = transcribe.main();"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(status)"
     )
     peaks = []
     piece = bursts(60.0, rate=8000)
-    for minutes in (2, 40):
+    for minutes in (2, 120):
         with soundfile.SoundFile(tmp_path / f"{minutes}.wav", "w", 8000, 1, subtype="PCM_16") as sound:
             for _ in range(minutes):
                 sound.write(piece)
         command = [sys.executable, "-c", code, "--checkpoint", str(checkpoint), "--exit", "1"]
         done = subprocess.run([*command, str(tmp_path / f"{minutes}.wav")], capture_output=True, text=True, check=True)
         peaks.append(int(done.stderr.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 40, f"{peaks} MB; the samples alone are 150 MB"
+    assert peaks[1] - peaks[0] < 40, f"{peaks} MB; the samples alone are 460 MB"
