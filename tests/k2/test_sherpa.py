@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import soundfile
 import torch
 
 from splitformer.checkpoint import load_model, save_checkpoint
@@ -85,13 +86,7 @@ def exported(tmp_path_factory):
     )
     torch.manual_seed(5)
     model = AsrModel(config)
-    extractor = make_extractor(FbankOptions())
     rng = np.random.default_rng(5)
-
-    def features_of(waves):
-        found = [torch.from_numpy(each) for each in extract(extractor, waves)]
-        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True), torch.tensor([len(each) for each in found])
-
     learn(model, *features_of([tone_speech(text, rng).astype(np.float32) for text in texts]), tokenizer, texts)
     contents = {"model": model.state_dict(), "config": Config(model=config).to_dict(), "tokens": tokenizer.tokens}
     save_checkpoint(folder / "averaged.pt", contents)
@@ -103,7 +98,17 @@ def exported(tmp_path_factory):
     texts = make_texts(14, seed=9)
     waves = [tone_speech(text, rng).astype(np.float32) for text in texts]
     waves[5], texts[5] = np.tile(waves[5], 3), " ".join(3 * [texts[5]])  # much longer than the others of its batch
-    np.savez(folder / "waves.npz", *waves)
+    return folder, heard_by_us(folder, folder, waves), tokenizer, texts
+
+
+def features_of(waves):
+    found = [torch.from_numpy(each) for each in extract(make_extractor(FbankOptions()), waves)]
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True), torch.tensor([len(each) for each in found])
+
+
+def heard_by_us(folder: Path, output: Path, waves: list[np.ndarray]) -> dict[str, list]:
+    """{"head layer": greedy hypotheses} of the checkpoint in `folder`; the waves are left in `output`."""
+    np.savez(output / "waves.npz", *waves)
     ours = {}
     model = load_model(folder / "averaged.pt")[0]
     with torch.no_grad():
@@ -113,7 +118,7 @@ def exported(tmp_path_factory):
             ours[f"transducer {layer}"] = transducer_greedy_search(
                 model.decoder, model.joiner(layer), exit_output.encoder_out, lengths
             )
-    return folder, ours, tokenizer, texts
+    return ours
 
 
 def learn(model, x, x_lens, tokenizer, texts):
@@ -144,6 +149,13 @@ def run_client(folder: Path, layers, batch_size: int) -> subprocess.CompletedPro
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_sherpa_finds_the_same_tokens_at_the_same_times(exported, batch_size):
     folder, ours, tokenizer, texts = exported
+    check_client(folder, ours, tokenizer, batch_size)
+    for name in ("ctc 4", "transducer 4"):  # that they agree on speech, and not on silence
+        wrong = sum(edit_distance(h.tokens, tokenizer.encode(text)) for h, text in zip(ours[name], texts))
+        assert wrong < 0.4 * sum(len(tokenizer.encode(text)) for text in texts), name
+
+
+def check_client(folder: Path, ours: dict[str, list], tokenizer: Tokenizer, batch_size: int) -> None:
     done = run_client(folder, LAYERS, batch_size)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -154,9 +166,19 @@ def test_sherpa_finds_the_same_tokens_at_the_same_times(exported, batch_size):
             assert tokens == [tokenizer.tokens[each].replace("▁", " ") for each in hypothesis.tokens], name
             assert text.split() == tokenizer.decode(hypothesis.tokens).split()
             assert timestamps == pytest.approx([0.04 * each for each in hypothesis.timestamps], abs=1e-3)
-    for name in ("ctc 4", "transducer 4"):  # that they agree on speech, and not on silence
-        wrong = sum(edit_distance(h.tokens, tokenizer.encode(text)) for h, text in zip(ours[name], texts))
-        assert wrong < 0.4 * sum(len(tokenizer.encode(text)) for text in texts), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_sherpa_hears_real_speech_as_we_do(exported, shared, tmp_path, batch_size):
+    """Five utterances of LibriSpeech, to a model of tones: what it hears is nonsense, and the same nonsense."""
+    folder, _, tokenizer, _ = exported
+    waves = [soundfile.read(path, dtype="float32")[0] for path in sorted(shared.rglob("LibriSpeech/**/*.flac"))]
+    assert len(waves) == 5
+    for path in [*folder.glob("*.onnx"), folder / "tokens.txt"]:
+        (tmp_path / path.name).symlink_to(path)
+    ours = heard_by_us(folder, tmp_path, waves)
+    assert all(sum(len(hypothesis.tokens) for hypothesis in found) > 50 for found in ours.values())
+    check_client(tmp_path, ours, tokenizer, batch_size)
 
 
 def test_without_its_metadata_the_client_ends(exported, tmp_path):
