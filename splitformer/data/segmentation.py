@@ -161,9 +161,11 @@ def join_words(left: Sequence[Word], right: Sequence[Word], start: float, end: f
     count = sum(centre < middle for centre in centres[0])
     first = sum(centre < middle for centre in centres[1])
     if count < len(left) and first > 0 and _one_place(left[count], right[first - 1]):
-        return count + 1, first  # a word at the middle, of which each says that it is the other's
-    if count > 0 and first < len(right) and _one_place(left[count - 1], right[first]):
-        return count, first + 1  # both say that it is theirs
+        count += 1  # a word at the middle, of which each says that it is the other's
+    elif count > 0 and first < len(right) and _one_place(left[count - 1], right[first]):
+        first += 1  # both say that it is theirs
+    while count > 0 and first < len(right) and centres[1][first] < left[count - 1].end:
+        first += 1  # what is one word to the left may be two to the right
     return count, first
 
 
