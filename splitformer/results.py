@@ -321,7 +321,19 @@ class EpochRecord:
     data_wait_share: share (0..1) of the training time spent waiting for data.
     dev_wer_per_exit, dev_transducer_wer_per_exit: percent, greedy, of the CTC and of the transducer heads; empty for
       a head that the system lacks or has not begun to train.
+    gradient_norm: mean over the steps, before clipping; clipped_share: share (0..1) of the steps that were clipped.
+    skipped_steps: those whose gradients were not finite; unreadable_cuts: cuts left out of their batch.
     """
+
+    SCALARS: ClassVar = (
+        "frames_per_second",
+        "data_wait_share",
+        "train_loss",
+        "gradient_norm",
+        "clipped_share",
+        "skipped_steps",
+        "unreadable_cuts",
+    )
 
     PER_EXIT: ClassVar = (
         "train_loss_per_exit",
@@ -340,6 +352,10 @@ class EpochRecord:
     dev_loss_per_exit: dict[int, float]
     dev_wer_per_exit: dict[int, float]
     dev_transducer_wer_per_exit: dict[int, float] = field(default_factory=dict)
+    gradient_norm: float = 0.0
+    clipped_share: float = 0.0
+    skipped_steps: int = 0
+    unreadable_cuts: int = 0
 
     @classmethod
     def from_dict(cls, values: object, source: str = "record") -> EpochRecord:

@@ -13,9 +13,17 @@ import logging
 import sys
 from pathlib import Path
 
+from splitformer.checkpoint import CheckpointError
 from splitformer.config import Config, ConfigError, load_config
+from splitformer.data.datamodule import DataError
 from splitformer.training.distributed import process_group
 from splitformer.training.loop import RunOptions, Trainer, TrainingError
+from splitformer.training.precision import PRECISIONS
+from splitformer.training.stopping import Stopped
+
+log = logging.getLogger(__name__)
+STOPPED = 143
+"""exit status of a run that was asked to stop, as a shell has it for SIGTERM: callers must not take it for finished"""
 
 
 def main() -> int:
@@ -27,13 +35,26 @@ def main() -> int:
     parser.add_argument("--lang-dir", type=Path, required=True, help="with bpe.model and tokens.txt")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num-workers", type=int, default=1, help="processes that load data, for each rank")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest epoch-N.pt, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument(
+        "--accumulation", type=int, default=1, help="parts in which a rank takes its share of a batch: less memory"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of products; auto: by the device")
+    parser.add_argument(
+        "--save-minutes", type=float, default=15.0, help="between checkpoints inside an epoch; 0: after every step"
+    )
+    parser.add_argument(
+        "--max-skipped", type=int, default=10, help="batches in a row without finite gradients that are borne"
+    )
+    parser.add_argument(
+        "--timeout-minutes", type=float, default=30.0, help="after which ranks give up waiting for one another"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the conf"
     )
     args = parser.parse_args()
 
-    with process_group() as ranks:
+    with process_group(args.timeout_minutes) as ranks:
         logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, format="%(asctime)s %(message)s")
         options = RunOptions(
             exp_dir=args.exp_dir,
@@ -43,11 +64,18 @@ def main() -> int:
             seed=args.seed,
             num_workers=args.num_workers,
             resume=args.resume,
+            accumulation=args.accumulation,
+            precision=args.precision,
+            save_minutes=args.save_minutes,
+            max_skipped=args.max_skipped,
         )
         try:
             config = load_config(args.config, args.set)
             Trainer(config, options, ranks, _transducer_loss(config)).train()
-        except (ConfigError, TrainingError, FileNotFoundError, ValueError) as error:
+        except Stopped as stopped:
+            log.info("%s", stopped)
+            return STOPPED
+        except (TrainingError, CheckpointError, DataError, OSError, ValueError) as error:
             print(f"train: {error}", file=sys.stderr)
             return 1
     return 0

@@ -1,28 +1,45 @@
-"""From cuts on disk to batches of features and labels, with Lhotse's samplers and datasets."""
+"""From cuts on disk to batches of features and labels, with Lhotse's datasets."""
 
 from __future__ import annotations
 
-import itertools
+import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import random
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.dataset import DynamicBucketingSampler, K2SpeechRecognitionDataset, SimpleCutSampler, SpecAugment
+from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler, SpecAugment
 from lhotse.dataset.input_strategies import PrecomputedFeatures
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from splitformer.config import AugmentConfig, DataConfig
+from splitformer.data.cut_index import CutIndex, ScanReport, TrainingFilter, index_cuts
 from splitformer.data.features import STORED_FRAMES
+from splitformer.data.plan import EpochPlan, plan_epoch
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.model.subsampling import MIN_FRAMES, subsampled_lengths
+from splitformer.model.subsampling import MIN_FRAMES
+
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""Times in an epoch that loading is started again after one of its processes died."""
+
+
+class DataError(RuntimeError):
+    """Training data cannot be read; the message says what to do."""
+
+
+TENSORS = ("x", "x_lens", "y", "y_lens")
 
 
 class Batch(NamedTuple):
@@ -38,6 +55,8 @@ class Batch(NamedTuple):
     cut_ids: list[str]
     durations: list[float]
     """seconds of audio of each, without padding"""
+    faults: dict[str, str]
+    """{cut id: reason} of those left out because they cannot be read"""
 
     @property
     def seconds(self) -> float:
@@ -45,7 +64,8 @@ class Batch(NamedTuple):
         return math.fsum(self.durations)
 
     def to(self, device: torch.device) -> Batch:
-        return self._replace(**{name: getattr(self, name).to(device) for name in ("x", "x_lens", "y", "y_lens")})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        return self._replace(**moved)
 
 
 def load_cuts(paths: Iterable[str | Path]) -> CutSet:
@@ -63,81 +83,6 @@ def load_cuts(paths: Iterable[str | Path]) -> CutSet:
     for more in sets[1:]:
         cuts = cuts + more
     return cuts
-
-
-@dataclass
-class ScanReport:
-    """What a pass over the training manifests found."""
-
-    kept: int = 0
-    seconds: float = 0.0
-    dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    """one cut id per reason"""
-
-    def __str__(self) -> str:
-        lines = [f"{self.kept} utterances, {self.seconds / 3600:.2f} hours"]
-        lines += [f"dropped {n}: {why} (such as {self.examples[why]})" for why, n in sorted(self.dropped.items())]
-        return "\n  ".join(lines)
-
-
-class TrainingFilter:
-    """Says why a cut must not be trained on; picklable, so that samplers may carry it."""
-
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
-        self.tokenizer = tokenizer
-        self.config = config
-
-    def reason(self, cut: Cut) -> str | None:
-        """Why `cut` is dropped; None where it is kept."""
-        if len(cut.supervisions) != 1:
-            return f"{len(cut.supervisions)} supervisions instead of one"
-        text = (cut.supervisions[0].text or "").strip()
-        if not text:
-            return "empty transcript"
-        if cut.duration < self.config.min_utterance_seconds:
-            return f"shorter than data.min_utterance_seconds = {self.config.min_utterance_seconds}"
-        if cut.duration > self.config.max_utterance_seconds:
-            return f"longer than data.max_utterance_seconds = {self.config.max_utterance_seconds}"
-        if unknown := self.tokenizer.unknown_characters(text):
-            return f"transcript has characters that the tokens lack: {' '.join(sorted(unknown))}"
-        labels = self.tokenizer.encode(text)
-        frames = int(subsampled_lengths(torch.tensor([cut.num_frames])))
-        if frames < ctc_min_frames(labels):
-            return "more labels than output frames"
-        return None
-
-    def __call__(self, cut: Cut) -> bool:
-        return self.reason(cut) is None
-
-
-def ctc_min_frames(labels: Sequence[int]) -> int:
-    """Fewest frames of a CTC alignment: one a label, and a blank between two equal neighbours."""
-    return len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
-
-
-def scan_cuts(cuts: CutSet, keep: TrainingFilter, progress: bool = False) -> ScanReport:
-    """One streaming pass over `cuts`: what is kept, and what is dropped for which reason."""
-    report = ScanReport()
-    for cut in tqdm(cuts, desc="scanning cuts", unit="cut", disable=None if progress else True, leave=False):
-        reason = keep.reason(cut)
-        if reason is None:
-            report.kept += 1
-            report.seconds += cut.duration
-        else:
-            report.dropped[reason] += 1
-            report.examples.setdefault(reason, cut.id)
-    return report
-
-
-def feature_deviation(cuts: CutSet, max_cuts: int = 1000) -> Tensor:
-    """(C,) deviation of the features around their utterance's mean, over the first `max_cuts` cuts."""
-    total, frames = torch.zeros(()), 0
-    for cut in cuts.subset(first=max_cuts):
-        features = torch.from_numpy(cut.load_features()).double()
-        total = total + (features - features.mean(dim=0)).square().sum(dim=0)
-        frames += features.size(0)
-    return (total / frames).sqrt().clamp(min=1e-3).float()
 
 
 class WholeFeatures(PrecomputedFeatures):
@@ -172,46 +117,72 @@ def _more_frames(cut: Cut) -> int:
     return stored - cut.num_frames if abs(cut.duration - cut.features.duration) < 1e-3 else 0
 
 
+class Share(NamedTuple):
+    """What one rank takes of a global batch at a time."""
+
+    cuts: np.ndarray
+    """numbers of the cuts"""
+    seed: tuple[int, ...]
+    """of its augmentation: seed, epoch, batch, part"""
+
+
 class TrainingData:
-    """Batches of one rank's share of the training cuts, in an order that depends on the seed and the epoch alone."""
+    """The training batches, in an order that depends on the seed and the epoch alone, from any batch on.
+
+    A global batch has `parts` parts: one for each rank and each of the batches whose gradients a rank accumulates. What
+    augmentation draws depends on the part, not on the process that loads it.
+    """
 
     def __init__(
         self,
-        cuts: CutSet,
+        train_cuts: Iterable[Path],
         tokenizer: Tokenizer,
         data: DataConfig,
         augment: AugmentConfig,
+        folder: Path,
         seed: int,
         num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         progress: bool = False,
     ) -> None:
-        keep = TrainingFilter(tokenizer, data)
-        self.tokenizer, self.augment, self.num_workers = tokenizer, augment, num_workers
-        self.report = scan_cuts(cuts, keep, progress)
+        """`folder` keeps the index of the cuts; `num_workers` processes load."""
+        train_cuts = list(train_cuts)
+        self.tokenizer, self.data, self.augment = tokenizer, data, augment
+        self.seed, self.num_workers = seed, num_workers
+        self.index: CutIndex
+        self.report: ScanReport
+        self.index, self.report = index_cuts(
+            load_cuts(train_cuts), train_cuts, TrainingFilter(tokenizer, data), folder, progress
+        )
         if self.report.kept < 2:
             raise ValueError(f"{self.report.kept} utterances are left to train on:\n  {self.report}")
-        self.cuts = cuts.filter(keep)
-        self.sampler_options: dict[str, Any] = {
-            "max_duration": data.max_duration / world_size,
-            "num_buckets": max(2, min(data.num_buckets, self.report.kept // 20)),
-            "shuffle": True,
-            "drop_last": False,
-            "seed": seed,
-            "rank": rank,
-            "world_size": world_size,
-        }
-        self.steps_per_epoch = sum(1 for _ in self._sampler(epoch=1))
-        """counted for the first epoch; later ones may differ by a few"""
+        self.num_buckets = max(1, min(data.num_buckets, self.report.kept // 20))
+        self.steps_per_epoch = len(self.plan(epoch=1))
+        """of the first epoch; later ones may differ by a few"""
 
-    def _sampler(self, epoch: int) -> DynamicBucketingSampler:
-        sampler = DynamicBucketingSampler(self.cuts, **self.sampler_options)
-        sampler.set_epoch(epoch)
-        return sampler
+    def feature_deviation(self, max_cuts: int = 1000) -> Tensor:
+        """(C,) deviation of the features around their utterance's mean, over so many cuts from all over the index."""
+        total, frames, make = torch.zeros(()), 0, BatchMaker(self.tokenizer, [])
+        for number in np.linspace(0, len(self.index) - 1, min(max_cuts, len(self.index))).astype(int):
+            cut = self.index[number]
+            if make.fault(cut):
+                continue
+            features = make.features(CutSet.from_cuts([cut]))[0][0].double()
+            total = total + (features - features.mean(dim=0)).square().sum(dim=0)
+            frames += features.size(0)
+        if not frames:
+            raise DataError(f"none of the features can be read; of {cut.id}: {make.fault(cut)}")
+        return (total / frames).sqrt().clamp(min=1e-3).float()
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of `epoch`, counted from 1; seed torch before the call for repeatable masks."""
+    def plan(self, epoch: int) -> EpochPlan:
+        """The global batches of `epoch`, counted from 1."""
+        return plan_epoch(self.index.durations, self.data.max_duration, self.num_buckets, self.seed, epoch)
+
+    def batches(self, plan: EpochPlan, epoch: int, first: int, parts: int, mine: range) -> Iterator[Batch]:
+        """The parts `mine` of `parts` of the global batches of `plan`, the plan of `epoch`, from number `first` on.
+
+        Raises:
+          DataError: nothing can be read any more, or the processes that load die again and again.
+        """
         a = self.augment
         ramp = min(1.0, epoch / a.ramp_epochs) if a.ramp_epochs else 1.0
         spec_augment = SpecAugment(
@@ -223,34 +194,131 @@ class TrainingData:
             max_frames_mask_fraction=a.max_frames_mask_fraction,
             p=a.p * ramp,
         )
-        transforms = [spec_augment] if a.p else []
-        dataset = K2SpeechRecognitionDataset(
-            return_cuts=True, input_transforms=transforms, input_strategy=WholeFeatures()
-        )
-        return _batches(dataset, self._sampler(epoch), self.tokenizer, self.num_workers)
+        dataset = TrainingShares(self.index, BatchMaker(self.tokenizer, [spec_augment] if a.p else []))
+        shares = Shares(plan, (self.seed, epoch), first, parts, mine)
+        restarts = 0
+        while True:
+            loader = DataLoader(
+                dataset,
+                sampler=shares,
+                batch_size=None,
+                num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+            try:
+                for batch in _quiet_iterator(loader):
+                    shares.passed += 1
+                    yield batch
+                return
+            except RuntimeError as error:
+                if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
+                    raise
+                restarts += 1
+                if restarts > MAX_RESTARTS:
+                    raise DataError(
+                        f"processes that load data died {restarts} times in this epoch, lastly: {error}. If memory ran "
+                        "out, lower --num-workers or data.max_duration"
+                    ) from error
+                log.warning("%s; loading is started again where it stopped", error)
 
 
-def evaluation_batches(
-    cuts: CutSet, tokenizer: Tokenizer, max_duration: float | None, num_workers: int = 0, max_cuts: int | None = None
-) -> Iterator[Batch]:
-    """All cuts, in their order, unaugmented; none is dropped.
+def _quiet_iterator(loader: DataLoader) -> Iterator[Batch]:
+    """`iter(loader)`, less its signal handler.
 
-    A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
+    With it, torch raises the death of a loading process in the midst of whatever runs, such as an optimiser's step.
+    Without, it is raised where a batch is asked for, within seconds.
     """
-    sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False)
-    dataset = K2SpeechRecognitionDataset(return_cuts=True, input_strategy=WholeFeatures())
-    return _batches(dataset, sampler, tokenizer, num_workers)
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return iterator
 
 
-def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int) -> Iterator[Batch]:
-    loader = DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers)
-    for raw in loader:
+class Shares(Sampler[Share]):
+    """The parts of an epoch's batches that one rank takes, in order, less those that have `passed`."""
+
+    def __init__(self, plan: EpochPlan, seed: tuple[int, ...], first: int, parts: int, mine: range) -> None:
+        self.plan, self.seed, self.first, self.parts, self.mine = plan, seed, first, parts, mine
+        self.passed = 0
+
+    def __iter__(self) -> Iterator[Share]:
+        batches, within = divmod(self.passed, len(self.mine))
+        for number in range(self.first + batches, len(self.plan)):
+            for part in self.mine[within:]:
+                yield Share(self.plan.share(number, part, self.parts), (*self.seed, number, part))
+            within = 0
+
+    def __len__(self) -> int:
+        return (len(self.plan) - self.first) * len(self.mine) - self.passed
+
+
+class TrainingShares(Dataset[Batch]):
+    """Loads a share: cuts that cannot be read, or whose features are not finite, are left out and named.
+
+    Where a whole share is lost, a cut that follows in the index takes its place: every rank takes part in every step.
+    """
+
+    SUBSTITUTES = 20
+    """cuts to try in the place of a lost share, before the data are taken for gone"""
+
+    def __init__(self, index: CutIndex, make: BatchMaker) -> None:
+        self.index, self.make = index, make
+
+    def __getitem__(self, share: Share) -> Batch:
+        with seeded(*share.seed):
+            cuts = [self.index[number] for number in share.cuts]
+            try:
+                batch = self.make(cuts)
+            except Exception:  # whatever a reader of damaged files raises; found out below which file
+                batch = None
+        if batch is not None and bool(torch.isfinite(batch.x).all()):
+            return batch
+        faults = {cut.id: fault for cut in cuts if (fault := self.make.fault(cut))}
+        if not faults and batch is not None:
+            faults = {cut.id: "augmentation made its features infinite" for cut in cuts}
+        good = [cut for cut in cuts if cut.id not in faults] or [self._substitute(share.cuts[-1], faults)]
+        with seeded(*share.seed):
+            return self.make(good)._replace(faults=faults)
+
+    def _substitute(self, number: int, faults: dict[str, str]) -> Cut:
+        for step in range(1, self.SUBSTITUTES + 1):
+            cut = self.index[(int(number) + step) % len(self.index)]
+            if not self.make.fault(cut):
+                return cut
+        cut_id, reason = next(iter(faults.items()))
+        raise DataError(
+            f"{cut_id}: {reason}; nor can the {self.SUBSTITUTES} cuts after it be read. Were the features moved or "
+            "removed? ./prepare.sh --stage fbank makes them"
+        )
+
+
+class BatchMaker:
+    """A batch of cuts of one supervision each; runs where the data are loaded."""
+
+    def __init__(self, tokenizer: Tokenizer, transforms: list[Any]) -> None:
+        self.tokenizer = tokenizer
+        self.features = WholeFeatures()
+        self.dataset = K2SpeechRecognitionDataset(
+            return_cuts=True, input_transforms=transforms, input_strategy=self.features
+        )
+
+    def fault(self, cut: Cut) -> str | None:
+        """Why the features of `cut` cannot be used, if they cannot."""
+        try:
+            features, _ = self.features(CutSet.from_cuts([cut]))
+        except Exception as error:  # whatever a reader of damaged files raises
+            return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        return None if bool(torch.isfinite(features).all()) else "its features are not finite"
+
+    def __call__(self, cuts: Iterable[Cut]) -> Batch:
+        raw = self.dataset[cuts if isinstance(cuts, CutSet) else CutSet.from_cuts(cuts)]
         supervisions = raw["supervisions"]
         order = supervisions["sequence_idx"].argsort()  # rows of `inputs`, one supervision each
         texts = [supervisions["text"][i] for i in order.tolist()]
         cuts = [supervisions["cut"][i] for i in order.tolist()]
-        labels = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts]
-        yield Batch(
+        labels = [torch.tensor(self.tokenizer.encode(text), dtype=torch.long) for text in texts]
+        return Batch(
             x=_at_least_one_output_frame(raw["inputs"]),
             x_lens=supervisions["num_frames"][order].long(),
             y=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
@@ -258,7 +326,64 @@ def _batches(dataset: Any, sampler: Any, tokenizer: Tokenizer, num_workers: int)
             texts=texts,
             cut_ids=[cut.id for cut in cuts],
             durations=[cut.duration for cut in cuts],
+            faults={},
         )
+
+
+def evaluation_batches(
+    cuts: CutSet,
+    tokenizer: Tokenizer,
+    max_duration: float | None,
+    num_workers: int = 0,
+    max_cuts: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """All cuts, in their order, unaugmented; none is dropped. Of several ranks each takes every so-manieth batch.
+
+    A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
+    """
+    sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False,
+                               rank=0, world_size=1)  # fmt: skip
+    every = EveryNth(sampler, rank, world_size)
+    dataset = EvaluationBatches(BatchMaker(tokenizer, []))
+    yield from DataLoader(dataset, sampler=every, batch_size=None, num_workers=num_workers)
+
+
+class EveryNth(Sampler[CutSet]):
+    """Of the batches of `sampler` those whose number is `rank` modulo `world_size`."""
+
+    def __init__(self, sampler: SimpleCutSampler, rank: int, world_size: int) -> None:
+        self.sampler, self.rank, self.world_size = sampler, rank, world_size
+
+    def __iter__(self) -> Iterator[CutSet]:
+        for number, cuts in enumerate(self.sampler):
+            if number % self.world_size == self.rank:
+                yield cuts
+
+
+class EvaluationBatches(Dataset[Batch]):
+    def __init__(self, make: BatchMaker) -> None:
+        self.make = make
+
+    def __getitem__(self, cuts: CutSet) -> Batch:
+        return self.make(cuts)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """All random numbers inside depend on `key` alone; those outside go on as if nothing had happened."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def _at_least_one_output_frame(x: Tensor) -> Tensor:

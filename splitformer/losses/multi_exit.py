@@ -71,7 +71,15 @@ class MultiExitLoss(nn.Module):
         weights = torch.tensor(config.exit_weights or [1.0] * len(model.encoder.exit_layers))
         self.register_buffer("exit_weights", weights / weights.sum(), persistent=False)
 
-    def forward(self, x: Tensor, x_lens: Tensor, y: Tensor, y_lens: Tensor, step: int = 0) -> ExitLosses:
+    def forward(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: Tensor,
+        y_lens: Tensor,
+        step: int = 0,
+        num_tokens: float | None = None,
+    ) -> ExitLosses:
         """
         Args:
           x: (N, T, C) features
@@ -79,6 +87,8 @@ class MultiExitLoss(nn.Module):
           y: (N, S) labels, padded with anything
           y_lens: (N,) valid labels
           step: of training, counted from 1, in global batches
+          num_tokens: labels that the sum of the losses is divided by (default: those of this batch). Where the batch
+            is a part of a larger one, that one's: the parts' losses, and gradients, then add up to its own.
         """
         exits = list(self.model.encoder(x, x_lens))
         per_exit = torch.zeros(len(exits), device=x.device)
@@ -98,7 +108,7 @@ class MultiExitLoss(nn.Module):
                 simple_scale=_between(1.0, self.config.simple_scale, share),
                 pruned_scale=_between(0.1, 1.0, share),
             )
-        per_exit = per_exit / y_lens.sum().clamp(min=1)
+        per_exit = per_exit / (y_lens.sum().clamp(min=1) if num_tokens is None else num_tokens)
         total = (per_exit * self.exit_weights).sum()
         if self.transducer is not None and not started:
             # every parameter gets a gradient in every step, which DistributedDataParallel relies on

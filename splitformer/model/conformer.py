@@ -8,9 +8,10 @@ convolution sees zeros there, and batch normalisation takes its statistics from 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 MASK_BIAS = -1.0e4
 """Added to the scores of padded keys: exp() of it is zero in float32 and it is finite in float16."""
@@ -74,15 +75,41 @@ class SelfAttention(nn.Module):
         return self.out_proj(torch.matmul(weights, v).transpose(1, 2).reshape(n, t, d))
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of all ranks' x, which are of one shape; differentiable. x itself outside distributed training."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return _SumOverRanks.apply(x)
+    return x
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All ranks' losses depend on the sum: its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the valid frames of a padded batch; same parameters and buffers as `BatchNorm1d`."""
+    """Batch normalisation over the valid frames of a padded batch; same parameters and buffers as `BatchNorm1d`.
+
+    In distributed training the statistics are those of all ranks, so that a model does not depend on their number.
+    """
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, T, D); mask (N, T, 1), 1 on valid frames and 0 on padded ones."""
         if self.training:
-            count = mask.sum()
-            mean = (x * mask).sum(dim=(0, 1)) / count
-            var = ((x - mean).square() * mask).sum(dim=(0, 1)) / count
+            sums = sum_over_ranks(torch.cat([(x * mask).sum(dim=(0, 1)), mask.sum().view(1)]))
+            mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+            var = sum_over_ranks(((x - mean).square() * mask).sum(dim=(0, 1))) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,31 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on their device, in its place."""
+        if self.world_size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """What the main rank has; the others' value counts for nothing."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(torch.zeros(1, device=self.device))
+
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs); alone where there is none."""
+def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+    """Join the group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs); alone where there is none.
+
+    Ranks that wait for one another longer than `timeout_minutes` give up.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -32,7 +55,8 @@ def process_group() -> Iterator[Ranks]:
     else:
         device = torch.device("cpu")
     if world_size > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Ranks(rank, world_size, device)
     finally:

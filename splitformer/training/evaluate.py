@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from splitformer.losses.ctc import ctc_losses
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
+from splitformer.training.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,20 @@ def evaluate(
     loss: MultiExitLoss,
     batches: Iterable[Batch],
     tokenizer: Tokenizer,
-    device: torch.device,
+    ranks: Ranks,
     heads: Iterable[str] | None = None,
 ) -> DevResult:
-    """Run `heads` (default: all) of `loss.model` over `batches` in evaluation mode and leave it in training mode."""
+    """Run `heads` (default: all) of `loss.model` over `batches` in evaluation mode and leave it in training mode.
+
+    Each rank has batches of its own; the result, the same on all of them, is that of all batches.
+    """
     model = loss.model.eval()
     heads = model.heads if heads is None else tuple(heads)
-    total_loss: dict[int, float] = defaultdict(float)
-    errors: dict[str, dict[int, int]] = {head: defaultdict(int) for head in heads}
+    exits = model.encoder.exit_layers
+    total_loss = dict.fromkeys(exits, 0.0)
+    errors = {head: dict.fromkeys(exits, 0) for head in heads}
     tokens = words = 0
-    for batch in (b.to(device) for b in batches):
+    for batch in (b.to(ranks.device) for b in batches):
         references = [text.split() for text in batch.texts]
         tokens += int(batch.y_lens.sum())
         words += sum(map(len, references))
@@ -55,8 +59,15 @@ def evaluate(
             if "transducer" in heads:
                 errors["transducer"][layer] += _errors(_transducer_search(model, exit_output), references, tokenizer)
     model.train()
-    wer = {head: {layer: 100.0 * n / max(words, 1) for layer, n in counts.items()} for head, counts in errors.items()}
-    return DevResult({layer: value / max(tokens, 1) for layer, value in total_loss.items()}, wer)
+    counts = [tokens, words, *total_loss.values(), *(n for by_exit in errors.values() for n in by_exit.values())]
+    # sums of a whole test set: float32 would lose words
+    sums = ranks.sum(torch.tensor(counts, dtype=torch.float64, device=ranks.device)).tolist()
+    tokens, words = max(sums[0], 1.0), max(sums[1], 1.0)
+    rows = [dict(zip(exits, sums[i : i + len(exits)], strict=True)) for i in range(2, len(sums), len(exits))]
+    wer = {
+        head: {layer: 100.0 * n / words for layer, n in row.items()} for head, row in zip(heads, rows[1:], strict=True)
+    }
+    return DevResult({layer: value / tokens for layer, value in rows[0].items()} if "ctc" in heads else {}, wer)
 
 
 def _transducer_search(model: AsrModel, exit_output: ExitOutput) -> list[Hypothesis]:

@@ -1,33 +1,33 @@
-"""The training loop: load, step, save, validate."""
+"""The training loop: load, step, save, validate.
+
+A run is a function of its seed, its configuration and its data. What a step draws at random depends on the seed and on
+the step alone, so that a checkpoint needs no generator's state: a run that was killed and goes on ends with the weights
+of one that was not. A step is one global batch, whatever the number of ranks and of accumulated parts.
+"""
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from splitformer.checkpoint import (
-    CheckpointError,
-    RunningAverage,
-    epoch_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from splitformer.checkpoint import RunningAverage, load_checkpoint, save_checkpoint
 from splitformer.config import Config, ConfigError, LossConfig
-from splitformer.data.datamodule import Batch, TrainingData, evaluation_batches, feature_deviation, load_cuts
+from splitformer.data.datamodule import TENSORS, Batch, TrainingData, evaluation_batches, load_cuts
+from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
 from splitformer.model.asr import AsrModel
@@ -35,9 +35,19 @@ from splitformer.model.encoder import UtteranceNorm
 from splitformer.results import EpochRecord, append_epoch
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
+from splitformer.training.precision import Precision
+from splitformer.training.saving import load_newest, newest_first, save_epoch, save_step
 from splitformer.training.schedule import learning_rate
+from splitformer.training.stopping import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
+
+SAVED_BAD_BATCHES = 20
+"""batches without a finite loss that are saved for inspection"""
+LOGGED_FAULTS = 10
+"""unreadable cuts that are named in the log; the others are counted"""
+MUCH_WAITING = 0.1
+"""share of the time waiting for data above which the log says what helps"""
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +56,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Circumstance of a run: where, on what, from where on."""
+    """Circumstance of a run: where, on what, from where on, in how many parts."""
 
     exp_dir: Path
     train_cuts: list[Path]
@@ -55,6 +65,71 @@ class RunOptions:
     seed: int
     num_workers: int
     resume: bool
+    accumulation: int = 1
+    """parts in which a rank takes its share of a global batch, one after the other"""
+    precision: str = "auto"
+    save_minutes: float = 15.0
+    """between two checkpoints inside an epoch; 0: after every step"""
+    max_skipped: int = 10
+    """batches in a row without finite gradients after which the run ends"""
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the steps of one epoch, over all ranks; part of every checkpoint."""
+
+    steps: int = 0
+    skipped: int = 0
+    clipped: int = 0
+    faults: int = 0
+    frames: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+    norm: float = 0.0
+    loss: float = 0.0
+    loss_per_exit: list[float] = field(default_factory=list)
+
+    def add(self, step: StepResult, max_norm: float) -> None:
+        self.steps += 1
+        self.faults += step.faults
+        self.frames += step.frames
+        self.seconds += step.seconds
+        self.waited += step.waited
+        if step.skipped:  # a loss that is not finite would be the mean's end
+            self.skipped += 1
+            return
+        self.tokens += step.tokens
+        self.norm += step.norm
+        self.clipped += step.norm > max_norm
+        self.loss += step.loss * step.tokens
+        sums = self.loss_per_exit or [0.0] * len(step.loss_per_exit)
+        self.loss_per_exit = [total + loss * step.tokens for total, loss in zip(sums, step.loss_per_exit, strict=True)]
+
+    def per_token(self, total: float) -> float:
+        return total / max(self.tokens, 1.0)
+
+    def per_good_step(self, total: float) -> float:
+        return total / max(self.steps - self.skipped, 1)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, over all ranks; losses per label token."""
+
+    loss: float
+    loss_per_exit: list[float]
+    norm: float
+    tokens: float
+    frames: float
+    faults: int
+    skipped: bool
+    """the gradients were not finite and the weights are as before"""
+    bad: bool
+    """and that was no matter of float16's loss scale"""
+    stop: bool
+    seconds: float
+    waited: float
 
 
 @dataclass
@@ -62,8 +137,14 @@ class Progress:
     """How far the run has come; saved in every checkpoint."""
 
     epoch: int = 0
+    """epochs that are complete"""
+    batch: int = 0
+    """batches done of the epoch after them"""
     step: int = 0
     seconds: float = 0.0
+    skipped_in_a_row: int = 0
+    totals: dict[str, Any] = field(default_factory=dict)
+    """the `EpochTotals` of the epoch that is not complete"""
 
 
 class Trainer:
@@ -81,39 +162,26 @@ class Trainer:
         self.options, self.ranks = options, ranks
         self.tokenizer = Tokenizer(options.lang_dir)
         self.config = _with_vocabulary(config, self.tokenizer.vocab_size)
-        checkpoint = _latest_checkpoint(options, self.config)
-        if checkpoint and checkpoint["tokens"] != self.tokenizer.tokens:
-            raise TrainingError(f"{options.exp_dir} was trained with other tokens than those of {options.lang_dir}")
-        self.progress = Progress(**checkpoint["progress"]) if checkpoint else Progress()
+        self.precision = Precision(options.precision, ranks.device)
+        checkpoint = self._checkpoint()
+        self.progress = Progress(**checkpoint.get("progress", {}))
         if self.is_finished:
             return
-        self.data = TrainingData(
-            load_cuts(options.train_cuts),
-            self.tokenizer,
-            self.config.data,
-            self.config.augment,
-            seed=options.seed,
-            num_workers=options.num_workers,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            progress=ranks.is_main,
-        )
+        self.parts = ranks.world_size * options.accumulation
+        self.mine = range(ranks.rank * options.accumulation, (ranks.rank + 1) * options.accumulation)
+        self.data = self._training_data()
         self.total_steps = self.data.steps_per_epoch * self.config.training.num_epochs
-
         _seed_everything(options.seed)
         model = AsrModel(self.config.model)
-        if checkpoint is None and isinstance(model.encoder.feature_norm, UtteranceNorm):
-            model.encoder.feature_norm.set_deviation(feature_deviation(load_cuts(options.train_cuts)))
-        if checkpoint:
-            model.load_state_dict(checkpoint["model"])
+        if not checkpoint and isinstance(model.encoder.feature_norm, UtteranceNorm) and ranks.is_main:
+            # the other ranks get the main rank's model
+            model.encoder.feature_norm.set_deviation(self.data.feature_deviation())
         self.loss = MultiExitLoss(
             model,
             self.config.loss,
             transducer_loss(model, self.config.loss) if transducer_loss else None,
             transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch,
         )
-        if checkpoint:
-            self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
         self.loss.to(ranks.device).train()
         optim = self.config.optim
         self.optimizer = torch.optim.AdamW(
@@ -124,83 +192,165 @@ class Trainer:
         )
         self.average = RunningAverage(model.state_dict(), self.config.training.average_period)
         if checkpoint:
-            self.optimizer.load_state_dict(
-                {"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]}
-            )
-            self.average = RunningAverage(
-                {name: tensor.to(ranks.device) for name, tensor in checkpoint["average"].items()},
-                self.config.training.average_period,
-                checkpoint["average_step"],
-            )
+            self._restore(checkpoint)
         self.wrapped: nn.Module = self.loss
         if ranks.world_size > 1:
-            # rank 0's batch statistics are those that are saved; copying them at every step would buy nothing
+            # batch statistics are those of all ranks: the buffers are the same without being sent
             self.wrapped = DistributedDataParallel(self.loss, broadcast_buffers=False)
-        self.tensorboard = SummaryWriter(str(options.exp_dir / "tensorboard")) if ranks.is_main else None
+        self.tensorboard: SummaryWriter | None = None
+        if ranks.is_main:
+            self.tensorboard = SummaryWriter(str(options.exp_dir / "tensorboard"), purge_step=self.progress.step + 1)
+        self.stop = StopRequest()
+        self.saved_at = time.monotonic()
+        self.named_faults = 0
+        self.inside_step = False
 
     @property
     def is_finished(self) -> bool:
         return self.progress.epoch >= self.config.training.num_epochs
 
     def train(self) -> None:
-        """Run the epochs that are left."""
+        """Run the epochs that are left.
+
+        Raises:
+          Stopped: a signal asked for it; the state is saved.
+          TrainingError, CheckpointError, DataError, PrecisionError: the run cannot go on; what was done is saved.
+        """
         if self.is_finished:
             log.info("all %d epochs are done: nothing to train", self.progress.epoch)
             return
         self._announce()
-        for epoch in range(self.progress.epoch + 1, self.config.training.num_epochs + 1):
-            # each epoch starts from its own seed, so that a resumed run sees what an uninterrupted one would
-            _seed_everything(self.options.seed * 100003 + epoch)
-            started = time.perf_counter()
-            training = self._train_epoch(epoch)
-            self.progress.epoch = epoch
-            if self.ranks.is_main:
+        with self.stop:
+            for epoch in range(self.progress.epoch + 1, self.config.training.num_epochs + 1):
+                totals = self._train_epoch(epoch)
+                started = time.perf_counter()
                 dev = self._evaluate()
-                seconds = time.perf_counter() - started
-                self.progress.seconds += seconds
-                # the log first: a resumed run replaces its lines, but would not write a missing one
-                self._record(training, dev, seconds)
-                self._save()
+                self._end_epoch(totals, dev, totals.seconds + time.perf_counter() - started)
 
     def _train_epoch(self, epoch: int) -> EpochTotals:
-        totals = EpochTotals(len(self.config.model.exit_layers))
+        progress, totals = self.progress, EpochTotals(**self.progress.totals)
+        plan = self.data.plan(epoch)
+        batches = self.data.batches(plan, epoch, progress.batch, self.parts, self.mine)
         with tqdm(
-            total=self.data.steps_per_epoch,
+            total=len(plan),
+            initial=progress.batch,
             desc=f"epoch {epoch}/{self.config.training.num_epochs}",
             unit="step",
             disable=None if self.ranks.is_main else True,
             leave=False,
         ) as bar:
-            for batch in totals.time_waiting(self.data.epoch(epoch)):
-                loss = self._step(batch.to(self.ranks.device))
-                totals.add(batch, loss)
+            while progress.batch < len(plan):
+                try:
+                    step = self._step(epoch, plan, batches)
+                except Exception:
+                    if not self.inside_step:
+                        self._save_step()
+                    raise
+                totals.add(step, self.config.optim.clip_grad_norm)
+                progress.batch += 1
+                progress.totals = vars(totals)
+                progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if step.bad else 0
                 bar.update()
-                if self.tensorboard and self.progress.step % 20 == 0:
-                    bar.set_postfix(loss=f"{totals.loss:.3f}", refresh=False)
-                    self.tensorboard.add_scalar("train/loss_step", float(loss.total.detach()), self.progress.step)
+                if self.tensorboard and progress.step % 20 == 0:
+                    bar.set_postfix(loss=f"{totals.per_token(totals.loss):.3f}", refresh=False)
+                    self.tensorboard.add_scalar("train/loss_step", step.loss, progress.step)
+                    self.tensorboard.add_scalar("train/gradient_norm", step.norm, progress.step)
+                    self.tensorboard.add_scalar(
+                        "train/learning_rate", self.optimizer.param_groups[0]["lr"], progress.step
+                    )
+                if step.stop:
+                    self._stop()
+                if progress.skipped_in_a_row > self.options.max_skipped:
+                    raise TrainingError(
+                        f"{progress.skipped_in_a_row} batches in a row had no finite gradients, up to step "
+                        f"{progress.step}; they are in {self._bad_batches}. Lower optim.base_lr, look at these "
+                        "cuts, or go on from a checkpoint that is older than the trouble"
+                    )
+                if time.monotonic() - self.saved_at >= 60 * self.options.save_minutes and progress.batch < len(plan):
+                    self._save_step()
         return totals
 
-    def _step(self, batch: Batch) -> Any:
-        self.progress.step += 1
-        rate = learning_rate(self.config.optim, self.progress.step, self.total_steps, self.config.model.d_model)
+    def _step(self, epoch: int, plan: EpochPlan, batches: Iterator[Batch]) -> StepResult:
+        """One global batch: this rank's parts of it, the gradients of all ranks, the optimiser's step."""
+        started = time.perf_counter()
+        progress, number, device = self.progress, self.progress.batch, self.ranks.device
+        numbers = filled(plan.batch(number), self.parts)
+        tokens = float(self.data.index.tokens[numbers].sum())
+        step = progress.step + 1
+        rate = learning_rate(self.config.optim, step, self.total_steps, self.config.model.d_model)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with _autocast(self.ranks.device):
-            loss = self.wrapped(batch.x, batch.x_lens, batch.y, batch.y_lens, self.progress.step)
-        if not torch.isfinite(loss.total):
-            raise TrainingError(
-                f"the loss is {float(loss.total)} at step {self.progress.step}, per exit {loss.per_exit.tolist()}; "
-                f"cuts: {' '.join(batch.cut_ids)}; lower optim.base_lr or look at these cuts"
-            )
+        buffers = [buffer.clone() for buffer in self.loss.buffers()]
+        # per exit, the whole, frames, unreadable cuts, stop requests, losses that are not finite
+        sums = torch.zeros(len(self.config.model.exit_layers) + 5, device=device)
+        waited, parts, finite = 0.0, [], []
         self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
+        self.inside_step = False
+        for part in self.mine:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            parts.append(batch)
+            self._name_faults(batch)
+            self.inside_step = True
+            # dropout is a function of the part, so that a run that goes on draws what one without a break would
+            _seed_everything(self.options.seed, epoch, number, part)
+            on_device = batch.to(device)
+            last = part == self.mine[-1]
+            with nullcontext() if last or self.ranks.world_size == 1 else self.wrapped.no_sync():  # type: ignore
+                with self.precision.autocast():
+                    loss = self.wrapped(
+                        on_device.x, on_device.x_lens, on_device.y, on_device.y_lens, step, num_tokens=tokens
+                    )
+                # DistributedDataParallel takes the mean over ranks; the parts of a batch are to be added
+                self.precision.backward(loss.total * self.ranks.world_size)
+            total = loss.total.detach()
+            finite.append(torch.isfinite(total))
+            sums += torch.cat(
+                [
+                    loss.per_exit,
+                    total.view(1),
+                    on_device.x_lens.sum().view(1),
+                    sums.new_tensor([len(batch.faults), 0.0]),
+                    (~finite[-1]).float().view(1),
+                ]
+            )
+        sums[-2] = float(bool(self.stop))
+        self.precision.unscale(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.optim.clip_grad_norm)
-        self.optimizer.step()
-        self.average.update(self.loss.model.state_dict(), self.progress.step)
-        if self.tensorboard and self.progress.step % 20 == 0:
-            self.tensorboard.add_scalar("train/gradient_norm", float(norm), self.progress.step)
-            self.tensorboard.add_scalar("train/learning_rate", rate, self.progress.step)
-        return loss
+        # the only place of a step where the host waits for the device
+        *per_exit, total_loss, frames, faults, stops, not_finite, norm_value = torch.cat(
+            [self.ranks.sum(sums), norm.detach().view(1)]
+        ).tolist()
+        # all ranks see the same sums and the same norm, and so decide alike
+        skipped = not np.isfinite([*per_exit, total_loss, norm_value]).all()
+        bad = False
+        if not skipped:
+            self.precision.step(self.optimizer)
+            self.average.update(self.loss.model.state_dict(), step)
+        else:
+            for buffer, before in zip(self.loss.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # batch statistics that are not finite would never be again
+            scale_overflow = self.precision.overflow()
+            bad = not_finite > 0 or not scale_overflow
+            if bad:
+                self._keep_bad_batch(step, parts, [not_finite == 0 or not bool(each) for each in finite])
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step = step
+        self.inside_step = False
+        return StepResult(
+            loss=total_loss,
+            loss_per_exit=per_exit,
+            norm=norm_value,
+            tokens=tokens,
+            frames=frames,
+            faults=int(faults),
+            skipped=skipped,
+            bad=bad,
+            stop=stops > 0,
+            seconds=time.perf_counter() - started,
+            waited=waited,
+        )
 
     def _evaluate(self) -> DevResult:
         batches = evaluation_batches(
@@ -208,51 +358,172 @@ class Trainer:
             self.tokenizer,
             max_duration=min(600.0, self.config.data.max_duration),
             num_workers=self.options.num_workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
         heads = [h for h in self.config.model.heads if h == "ctc" or self.progress.step > self.loss.transducer_from]
-        return evaluate(self.loss, batches, self.tokenizer, self.ranks.device, heads)
+        # asked to stop, a rank leaves the rest of its batches: the result is not used
+        going_on = itertools.takewhile(lambda batch: not self.stop, batches)
+        try:
+            dev = evaluate(self.loss, going_on, self.tokenizer, self.ranks, heads)
+        except Exception:
+            self.loss.model.train()
+            self._save_step()
+            raise
+        if self.ranks.sum(torch.tensor([float(bool(self.stop))], device=self.ranks.device)).item():
+            self._stop()
+        return dev
 
-    def _save(self) -> None:
-        exp_dir, epoch = self.options.exp_dir, self.progress.epoch
-        optimizer = self.optimizer.state_dict()
-        save_checkpoint(
-            exp_dir / f"epoch-{epoch}.pt",
-            {
-                "model": self.loss.model.state_dict(),
-                "training_only": self.loss.training_only_state(),
-                "average": self.average.state,
-                "average_step": self.average.step,
-                "optimizer": optimizer["state"],
-                "param_groups": optimizer["param_groups"],
-                "config": self.config.to_dict(),
-                "tokens": self.tokenizer.tokens,
-                "progress": vars(self.progress),
-                "seed": self.options.seed,
-                "world_size": self.ranks.world_size,
-                "device": device_name(self.ranks.device),
-            },
+    def _end_epoch(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
+        p = self.progress
+        self.progress = Progress(p.epoch + 1, 0, p.step, p.seconds + seconds, p.skipped_in_a_row)
+        if self.ranks.is_main:
+            # the log first: a run that goes on replaces its lines, but would not write a missing one
+            self._record(totals, dev, seconds)
+            keep_epochs = self.config.training.average_epochs
+            save_epoch(self.options.exp_dir, self.progress.epoch, self._contents(), keep_epochs)
+        self.saved_at = time.monotonic()
+
+    def _stop(self) -> None:
+        """Save and leave, on all ranks alike."""
+        self._save_step()
+        raise Stopped(
+            f"stopped by {self.stop.name or 'a signal to another rank'} after step {self.progress.step}; the state is "
+            f"saved in {self.options.exp_dir}, and --resume goes on from there"
         )
-        for old, path in epoch_checkpoints(exp_dir).items():  # average and resume need no more than these
-            if old < epoch - self.config.training.average_epochs:
-                path.unlink()
 
-    def _record(self, training: EpochTotals, dev: DevResult, seconds: float) -> None:
+    def _save_step(self) -> None:
+        """Save the state inside the epoch; between steps alone."""
+        if self.ranks.is_main:
+            save_step(self.options.exp_dir, self.progress.epoch + 1, self.progress.step, self._contents())
+        self.saved_at = time.monotonic()
+
+    def _contents(self) -> dict[str, Any]:
+        optimizer = self.optimizer.state_dict()
+        return {
+            "model": self.loss.model.state_dict(),
+            "training_only": self.loss.training_only_state(),
+            "average": self.average.state,
+            "average_step": self.average.step,
+            "optimizer": optimizer["state"],
+            "param_groups": optimizer["param_groups"],
+            "scaler": self.precision.state(),
+            "config": self.config.to_dict(),
+            "tokens": self.tokenizer.tokens,
+            "progress": vars(self.progress),
+            "seed": self.options.seed,
+            "world_size": self.ranks.world_size,
+            "accumulation": self.options.accumulation,
+            "precision": self.precision.name,
+            "device": device_name(self.ranks.device),
+        }
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """The newest readable checkpoint of `exp_dir` where the run goes on, empty where it starts.
+
+        The main rank chooses, and all read what it has chosen.
+        """
+        options = self.options
+        found = newest_first(options.exp_dir)
+        if found and not options.resume:
+            raise TrainingError(
+                f"{options.exp_dir} holds {len(found)} checkpoint(s), up to {found[0].name}: add --resume to go on, or "
+                "choose another --exp-dir"
+            )
+        path, checkpoint = load_newest(options.exp_dir) if self.ranks.is_main else (None, {})
+        path = self.ranks.from_main(path)
+        if path is None:
+            return {}
+        if not self.ranks.is_main:
+            checkpoint = load_checkpoint(path)
+        if checkpoint["tokens"] != self.tokenizer.tokens:
+            raise TrainingError(f"{options.exp_dir} was trained with other tokens than those of {options.lang_dir}")
+        _check_same_config(checkpoint["config"], self.config.to_dict(), path)
+        if checkpoint["seed"] != options.seed:
+            raise TrainingError(f"{path} was trained with --seed {checkpoint['seed']}, not {options.seed}")
+        if checkpoint.get("precision", self.precision.name) != self.precision.name:
+            log.warning("%s was trained in %s; going on in %s", path, checkpoint["precision"], self.precision.name)
+        return checkpoint
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        self.loss.model.load_state_dict(checkpoint["model"])
+        self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
+        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]})
+        self.precision.restore(checkpoint.get("scaler", {}))
+        self.average = RunningAverage(
+            {name: tensor.to(self.ranks.device) for name, tensor in checkpoint["average"].items()},
+            self.config.training.average_period,
+            checkpoint["average_step"],
+        )
+
+    def _training_data(self) -> TrainingData:
+        """The main rank indexes the cuts, and the others find what it has made."""
+        options = self.options
+        if not self.ranks.is_main:
+            self.ranks.barrier()
+        data = TrainingData(
+            options.train_cuts,
+            self.tokenizer,
+            self.config.data,
+            self.config.augment,
+            options.exp_dir / "train-cuts",
+            options.seed,
+            options.num_workers,
+            progress=self.ranks.is_main,
+        )
+        if self.ranks.is_main:
+            self.ranks.barrier()
+        return data
+
+    @property
+    def _bad_batches(self) -> Path:
+        return self.options.exp_dir / "bad-batches"
+
+    def _keep_bad_batch(self, step: int, parts: list[Batch], guilty: list[bool]) -> None:
+        """Write the parts that are `guilty` of gradients that are not finite, for inspection."""
+        kept = [part for part, is_guilty in zip(parts, guilty, strict=True) if is_guilty]
+        if not kept:
+            return
+        cut_ids = [cut_id for part in kept for cut_id in part.cut_ids]
+        log.warning("step %d is skipped: its gradients are not finite; cuts: %s", step, " ".join(cut_ids))
+        path = self._bad_batches / f"step-{step}-rank-{self.ranks.rank}.pt"
+        if self._bad_batches.is_dir() and len(list(self._bad_batches.iterdir())) >= SAVED_BAD_BATCHES:
+            return
+        tensors = {f"{name}_{i}": getattr(part, name) for i, part in enumerate(kept) for name in TENSORS}
+        try:
+            save_checkpoint(path, {"cut_ids": [part.cut_ids for part in kept], "step": step, "batch": tensors})
+        except (OSError, RuntimeError) as error:
+            log.warning("cannot save %s (%s)", path, error)
+
+    def _name_faults(self, batch: Batch) -> None:
+        for cut_id, reason in batch.faults.items():
+            self.named_faults += 1
+            if self.named_faults <= LOGGED_FAULTS:
+                more = "; further ones are counted only" if self.named_faults == LOGGED_FAULTS else ""
+                log.warning("cut %s is left out: %s%s", cut_id, reason, more)
+
+    def _record(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
         exits = self.config.model.exit_layers
+        per_exit = totals.loss_per_exit or [0.0] * len(exits)
         record = EpochRecord(
             epoch=self.progress.epoch,
             seconds=seconds,
-            frames_per_second=training.frames * self.ranks.world_size / training.seconds,
-            data_wait_share=training.waited / training.seconds,
+            frames_per_second=totals.frames / max(totals.seconds, 1e-9),
+            data_wait_share=totals.waited / max(totals.seconds, 1e-9),
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            train_loss=training.loss,
-            train_loss_per_exit=dict(zip(exits, training.loss_per_exit, strict=True)),
+            train_loss=totals.per_token(totals.loss),
+            train_loss_per_exit={layer: totals.per_token(x) for layer, x in zip(exits, per_exit, strict=True)},
             dev_loss_per_exit=dev.loss_per_exit,
             dev_wer_per_exit=dev.wer_per_exit.get("ctc", {}),
             dev_transducer_wer_per_exit=dev.wer_per_exit.get("transducer", {}),
+            gradient_norm=totals.per_good_step(totals.norm),
+            clipped_share=totals.per_good_step(totals.clipped),
+            skipped_steps=totals.skipped,
+            unreadable_cuts=totals.faults,
         )
         append_epoch(self.options.exp_dir / "training.jsonl", record)
         assert self.tensorboard is not None
-        for name in ("frames_per_second", "data_wait_share", "train_loss"):
+        for name in EpochRecord.SCALARS:
             self.tensorboard.add_scalar(f"epoch/{name}", getattr(record, name), record.epoch)
         for name in EpochRecord.PER_EXIT:
             for layer, value in getattr(record, name).items():
@@ -262,17 +533,30 @@ class Trainer:
         for head, by_layer in dev.wer_per_exit.items():
             wers = " ".join(f"{layer}:{wer:.1f}" for layer, wer in by_layer.items())
             told.append(f"dev WER% by exit{' (transducer)' if head == 'transducer' else ''} {wers}")
+        if record.skipped_steps:
+            told.append(f"{record.skipped_steps} steps skipped")
+        if record.unreadable_cuts:
+            told.append(f"{record.unreadable_cuts} cuts unreadable")
         log.info(
-            "epoch %d/%d  loss %.3f  %s  lr %.1e  %.0f s  %.0f frames/s  data %.0f%%",
+            "epoch %d/%d  loss %.3f  %s  lr %.1e  |g| %.2f (%.0f%% clipped)  %.0f s  %.0f frames/s  data %.0f%%",
             record.epoch,
             self.config.training.num_epochs,
             record.train_loss,
             "  ".join(told),
             record.learning_rate,
-            seconds,
+            record.gradient_norm,
+            100 * record.clipped_share,
+            record.seconds,
             record.frames_per_second,
             100 * record.data_wait_share,
         )
+        if record.data_wait_share > MUCH_WAITING:
+            log.warning(
+                "%.0f%% of the time went by waiting for data: raise --num-workers (now %d a rank), or put the features "
+                "on a faster disk",
+                100 * record.data_wait_share,
+                self.options.num_workers,
+            )
 
     def _announce(self) -> None:
         if not self.ranks.is_main:
@@ -280,51 +564,20 @@ class Trainer:
         parameters = sum(p.numel() for p in self.loss.model.parameters())
         log.info("training data: %s", self.data.report)
         log.info(
-            "%d parameters, exits %s, parallel %s; %d epochs of about %d steps; %d rank(s) on %s%s",
+            "%d parameters, exits %s, parallel %s; %d epochs of about %d steps of up to %g s; %d rank(s) x %d part(s), "
+            "%s on %s%s",
             parameters,
             list(self.config.model.exit_layers),
             list(self.config.model.parallel_exits),
             self.config.training.num_epochs,
             self.data.steps_per_epoch,
+            self.config.data.max_duration,
             self.ranks.world_size,
+            self.options.accumulation,
+            self.precision.name,
             device_name(self.ranks.device),
-            f"; going on after epoch {self.progress.epoch}" if self.progress.epoch else "",
+            f"; going on after epoch {self.progress.epoch}, step {self.progress.step}" if self.progress.step else "",
         )
-
-
-class EpochTotals:
-    """Sums over the steps of one epoch on this rank."""
-
-    def __init__(self, exits: int) -> None:
-        self.frames = self.tokens = 0
-        self.seconds = self.waited = 0.0
-        self._loss_per_exit = torch.zeros(exits)
-        self._loss = 0.0
-
-    def time_waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass `batches` on, noting how long each took to come and the time of all in all."""
-        started = asked = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
-        self.seconds = time.perf_counter() - started
-
-    def add(self, batch: Batch, loss: Any) -> None:
-        tokens = int(batch.y_lens.sum())
-        self.frames += int(batch.x_lens.sum())
-        self.tokens += tokens
-        self._loss += float(loss.total.detach()) * tokens
-        self._loss_per_exit += loss.per_exit.cpu() * tokens
-
-    @property
-    def loss(self) -> float:
-        """per label token"""
-        return self._loss / max(self.tokens, 1)
-
-    @property
-    def loss_per_exit(self) -> list[float]:
-        return (self._loss_per_exit / max(self.tokens, 1)).tolist()
 
 
 def device_name(device: torch.device) -> str:
@@ -338,29 +591,6 @@ def _with_vocabulary(config: Config, vocab_size: int) -> Config:
     tables = config.to_dict()
     tables["model"]["vocab_size"] = vocab_size
     return Config.from_dict(tables)
-
-
-def _latest_checkpoint(options: RunOptions, config: Config) -> dict[str, Any] | None:
-    """The newest readable checkpoint of `exp_dir` where the run goes on, None where it starts."""
-    found = epoch_checkpoints(options.exp_dir)
-    if not found:
-        return None
-    if not options.resume:
-        raise TrainingError(
-            f"{options.exp_dir} holds {len(found)} checkpoint(s), up to epoch {max(found)}: add --resume to go on, "
-            "or choose another --exp-dir"
-        )
-    for path in reversed(found.values()):
-        try:
-            checkpoint = load_checkpoint(path)
-        except CheckpointError as error:
-            log.warning("%s; going back to the one before", error)
-            continue
-        _check_same_config(checkpoint["config"], config.to_dict(), path)
-        if checkpoint["seed"] != options.seed:
-            raise TrainingError(f"{path} was trained with --seed {checkpoint['seed']}, not {options.seed}")
-        return checkpoint
-    raise TrainingError(f"no checkpoint of {options.exp_dir} can be read: delete epoch-*.pt there to start anew")
 
 
 def _check_same_config(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
@@ -377,29 +607,7 @@ def _check_same_config(old: dict[str, Any], new: dict[str, Any], path: Path) -> 
         )
 
 
-def _seed_everything(seed: int) -> None:
+def _seed_everything(*key: int) -> None:
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 products where the device has instructions for them, float32 elsewhere.
-
-    On a CPU with AVX512-BF16 or AMX a step of a small model takes about half the time.
-    """
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported()
-    else:
-        supported = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
-    return torch.autocast(device.type, dtype=torch.bfloat16) if supported else nullcontext()
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """What Linux says of the processor; nothing elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(flags[1].split()) if flags else frozenset()

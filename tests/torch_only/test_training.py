@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.results import read_training_log
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import evaluate
-from splitformer.training.loop import RunOptions, Trainer, TrainingError
+from splitformer.training.loop import RunOptions, Trainer
 from tests.factories import make_cuts, make_lang_dir, make_texts
 
 SYSTEM = """
@@ -158,7 +159,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(corpus, tm
     assert trainer.progress.epoch == 1
     assert "epoch-2.pt cannot be read" in caplog.text
     (tmp_path / "epoch-1.pt").write_bytes(b"")
-    with pytest.raises(TrainingError, match=r"no checkpoint of .* can be read"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be read"):
         Trainer(small_config(), options(corpus, tmp_path), ALONE)
 
 
@@ -175,8 +176,8 @@ def test_the_average_is_the_mean_of_the_weights_over_the_steps(corpus, tmp_path)
     step = trainer._step
     name = "ctc_heads.2.weight"
 
-    def remember(batch):
-        result = step(batch)
+    def remember(*args):
+        result = step(*args)
         seen.append((trainer.progress.step, trainer.loss.model.state_dict()[name].double().clone()))
         return result
 
@@ -203,49 +204,93 @@ def test_averaging_nothing_says_so(tmp_path):
         average(tmp_path, None, None)
 
 
-def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, tmp_path):
+def training_data(corpus, folder, cuts=None, num_workers=0, **data):
     _, train_cuts, _, lang_dir = corpus
+    config = small_config()
+    config = replace(config, data=replace(config.data, **data))
+    tokenizer = Tokenizer(lang_dir)
+    return TrainingData(cuts or [train_cuts], tokenizer, config.data, config.augment, folder, 1, num_workers)
+
+
+def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, tmp_path):
+    _, train_cuts, _, _ = corpus
     bad = list(CutSet.from_file(train_cuts).subset(first=8))
+    for i, cut in enumerate(bad):
+        cut.id = f"bad-{i}"
     bad[0].supervisions[0].text = "  "
     bad[1].supervisions[0].text = "AB ÆØ"
     bad[2].supervisions[0].text = "ABCDEFGH" * 20
     bad[3] = bad[3].truncate(duration=0.1)
     bad[4].supervisions.append(bad[4].supervisions[0])
     bad[5].supervisions[0].text = None
+    bad[7] = bad[7].pad(duration=180.0)  # an outlier of three minutes
     CutSet.from_cuts(bad).to_file(tmp_path / "bad.jsonl.gz")
-    config = small_config()
-    data = TrainingData(
-        load_cuts([train_cuts, tmp_path / "bad.jsonl.gz"]), Tokenizer(lang_dir), config.data, config.augment, seed=1
-    )
-    assert data.report.kept == 82
+    data = training_data(corpus, tmp_path / "index", [train_cuts, tmp_path / "bad.jsonl.gz", train_cuts])
+    assert data.report.kept == 81
     assert dict(data.report.dropped) == {
         "empty transcript": 2,
         "transcript has characters that the tokens lack: Æ Ø": 1,
         "more labels than output frames": 1,
         "shorter than data.min_utterance_seconds = 0.2": 1,
         "2 supervisions instead of one": 1,
+        "longer than data.max_utterance_seconds = 25.0": 1,
+        "a cut of the same id came before": 80,
     }
-    ids = [cut_id for batch in data.epoch(1) for cut_id in batch.cut_ids]
-    assert len(ids) == 82
+    assert data.report.examples["empty transcript"] == "bad-0"
+    plan = data.plan(1)
+    ids = [cut_id for batch in data.batches(plan, 1, 0, 1, range(1)) for cut_id in batch.cut_ids]
+    assert len(ids) == len(set(ids)) == 81
+    CutSet.from_cuts(bad[:2]).to_file(tmp_path / "none-good.jsonl.gz")
     with pytest.raises(ValueError, match="0 utterances are left"):
-        TrainingData(CutSet.from_cuts(bad[:2]), Tokenizer(lang_dir), config.data, config.augment, seed=1)
+        training_data(corpus, tmp_path / "other", [tmp_path / "none-good.jsonl.gz"])
     with pytest.raises(FileNotFoundError, match=r"run prepare\.sh"):
         load_cuts([tmp_path / "none.jsonl.gz"])
 
 
-def test_ranks_take_disjoint_shares_and_as_many_steps(corpus):
-    _, train_cuts, _, lang_dir = corpus
-    config = small_config()
-    shares = []
-    for rank in range(2):
-        data = TrainingData(
-            load_cuts([train_cuts]), Tokenizer(lang_dir), config.data, config.augment, seed=1, rank=rank, world_size=2
-        )
-        shares.append([batch.cut_ids for batch in data.epoch(3)])
-    assert len(shares[0]) == len(shares[1])
-    first, second = ([cut_id for batch in share for cut_id in batch] for share in shares)
-    assert len(set(first) | set(second)) == 80
-    assert len(set(first) & set(second)) <= 8  # the last batch may be filled up with repeats
+def test_parts_are_disjoint_and_their_union_is_the_batch_whatever_their_number(corpus, tmp_path):
+    data = training_data(corpus, tmp_path)
+    plan = data.plan(3)
+    whole = [batch.cut_ids for batch in data.batches(plan, 3, 0, 1, range(1))]
+    for parts in (2, 3):
+        shares = [
+            [batch.cut_ids for batch in data.batches(plan, 3, 0, parts, range(part, part + 1))] for part in range(parts)
+        ]
+        for number, batch in enumerate(whole):
+            taken = [cut_id for share in shares for cut_id in share[number]]
+            if len(batch) >= parts:
+                assert sorted(taken) == sorted(batch)
+            else:
+                assert set(taken) == set(batch) and len(taken) == parts
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_goes_on_from_any_batch_with_the_same_augmentation(corpus, tmp_path, num_workers):
+    data = training_data(corpus, tmp_path, num_workers=num_workers)
+    plan = data.plan(2)
+    whole = list(data.batches(plan, 2, 0, 2, range(2)))
+    assert len(whole) == 2 * len(plan)
+    for first in (1, len(plan) - 1):
+        rest = list(data.batches(plan, 2, first, 2, range(2)))
+        assert len(rest) == len(whole) - 2 * first
+        for ours, theirs in zip(rest, whole[2 * first :], strict=True):
+            assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
+    others = list(data.batches(plan, 3, 0, 2, range(2)))
+    assert any(not torch.equal(a.x, b.x) for a, b in zip(whole, others, strict=True))
+
+
+def test_the_index_is_made_once_and_anew_where_the_manifest_changed(corpus, tmp_path, monkeypatch):
+    _, train_cuts, _, _ = corpus
+    copy = tmp_path / "cuts.jsonl.gz"
+    copy.write_bytes(train_cuts.read_bytes())
+    first = training_data(corpus, tmp_path / "index", [copy])
+    monkeypatch.setattr("splitformer.data.cut_index._scan", lambda *_: pytest.fail("scanned again"))
+    again = training_data(corpus, tmp_path / "index", [copy])
+    assert again.report == first.report
+    assert [again.index[i].id for i in range(3)] == [first.index[i].id for i in range(3)]
+    monkeypatch.undo()
+    CutSet.from_file(train_cuts).subset(first=50).to_file(copy)
+    assert len(training_data(corpus, tmp_path / "index", [copy]).index) == 50
+    assert len(training_data(corpus, tmp_path / "index", [copy], min_utterance_seconds=0.6).index) < 50
 
 
 def test_evaluation_sees_every_cut_and_does_not_depend_on_the_batches(corpus, tmp_path):
@@ -254,7 +299,7 @@ def test_evaluation_sees_every_cut_and_does_not_depend_on_the_batches(corpus, tm
     Trainer(small_config(num_epochs=1), options(corpus, tmp_path), ALONE).train()
     loss = MultiExitLoss(load_model(tmp_path / "epoch-1.pt")[0], LossConfig())
     results = [
-        evaluate(loss, evaluation_batches(load_cuts([dev_cuts]), tokenizer, seconds), tokenizer, ALONE.device)
+        evaluate(loss, evaluation_batches(load_cuts([dev_cuts]), tokenizer, seconds), tokenizer, ALONE)
         for seconds in (0.5, 100.0)
     ]
     assert results[0].wer_per_exit == results[1].wer_per_exit
