@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ def save_checkpoint(path: str | Path, contents: Mapping[str, Any]) -> None:
 
     Each value is either plain (whatever JSON holds) or tensors in dictionaries. Plain values are stored as JSON: the
     restricted unpickler of torch 1.13 knows tensors and strings, but not a float.
+
+    Raises:
+      OSError: the file cannot be written, for instance because the disk is full; what was there before stays.
     """
     plain, tensors = {}, {}
     for name, value in contents.items():
@@ -36,7 +39,33 @@ def save_checkpoint(path: str | Path, contents: Mapping[str, Any]) -> None:
         except TypeError:
             tensors[name] = value
     with atomic_write(path, "wb") as file:
-        torch.save({"plain": plain, "tensors": tensors}, file)
+        quiet = _LateErrors(file)
+        torch.save({"plain": plain, "tensors": tensors}, quiet)
+        if quiet.error:
+            raise quiet.error
+
+
+class _LateErrors:
+    """A file whose first error is kept for later: torch 1.13 ends the process where a write fails in its archive."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self.file.flush()
+            except OSError as error:
+                self.error = error
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""What every test may use: the repository's root, and the folder of real speech and reference outputs."""
+"""What every test may use: the repository's root, real speech and reference outputs, and a corpus of tones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
+from tests.factories import make_cuts, make_lang_dir, make_texts
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,3 +35,16 @@ def shared(request: pytest.FixtureRequest) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data, and {folder} is no folder: pass --shared DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """80 training and 20 dev utterances of tones: (folder, train cuts, dev cuts, lang_dir); not to be changed"""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = make_texts(80)
+    return (
+        folder,
+        make_cuts(folder, "train", texts),
+        make_cuts(folder, "dev", make_texts(20, seed=1), seed=1),
+        make_lang_dir(folder, texts),
+    )

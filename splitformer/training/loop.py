@@ -36,7 +36,7 @@ from splitformer.results import EpochRecord, append_epoch
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
 from splitformer.training.precision import Precision
-from splitformer.training.saving import load_newest, newest_first, save_epoch, save_step
+from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.schedule import learning_rate
 from splitformer.training.stopping import Stopped, StopRequest
 
@@ -430,7 +430,10 @@ class Trainer:
                 f"{options.exp_dir} holds {len(found)} checkpoint(s), up to {found[0].name}: add --resume to go on, or "
                 "choose another --exp-dir"
             )
-        path, checkpoint = load_newest(options.exp_dir) if self.ranks.is_main else (None, {})
+        path, checkpoint = None, {}
+        if self.ranks.is_main:
+            remove_leftovers(options.exp_dir)
+            path, checkpoint = load_newest(options.exp_dir)
         path = self.ranks.from_main(path)
         if path is None:
             return {}
@@ -492,7 +495,7 @@ class Trainer:
         tensors = {f"{name}_{i}": getattr(part, name) for i, part in enumerate(kept) for name in TENSORS}
         try:
             save_checkpoint(path, {"cut_ids": [part.cut_ids for part in kept], "step": step, "batch": tensors})
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             log.warning("cannot save %s (%s)", path, error)
 
     def _name_faults(self, batch: Batch) -> None:

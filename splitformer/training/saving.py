@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def load_newest(exp_dir: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
+def remove_leftovers(exp_dir: Path) -> None:
+    """Remove what a run that was killed while it wrote has left: nobody else writes here."""
+    for path in exp_dir.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def save_step(exp_dir: Path, epoch: int, step: int, contents: Mapping[str, Any]) -> bool:
     """Save the state inside an epoch and remove all but the newest of its kind; False where that could not be.
 
@@ -62,7 +69,7 @@ def save_step(exp_dir: Path, epoch: int, step: int, contents: Mapping[str, Any])
     path = exp_dir / f"epoch-{epoch}-step-{step}.pt"
     try:
         save_checkpoint(path, contents)
-    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
+    except OSError as error:
         before = next(iter(newest_first(exp_dir)), None)
         log.error("cannot save %s (%s); %s", path, error, f"{before.name} is kept" if before else "there is none yet")
         return False
@@ -82,13 +89,13 @@ def save_epoch(exp_dir: Path, epoch: int, contents: Mapping[str, Any], keep_epoc
     path = exp_dir / f"epoch-{epoch}.pt"
     try:
         save_checkpoint(path, contents)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         log.error("cannot save %s (%s); removing older checkpoints inside epochs and trying again", path, error)
         for old in list(step_checkpoints(exp_dir).values())[:-1]:
             old.unlink()
         try:
             save_checkpoint(path, contents)
-        except (OSError, RuntimeError) as again:
+        except OSError as again:
             before = next(iter(newest_first(exp_dir)), None)
             raise CheckpointError(
                 f"cannot save {path} ({again}); {before.name if before else 'nothing'} is kept. Free some space and "

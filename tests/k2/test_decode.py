@@ -21,7 +21,7 @@ from splitformer.results import DecodeRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions, Trainer
 from tests.factories import make_cuts, make_lang_dir, make_texts
-from tests.torch_only.test_training import SYSTEM
+from tests.training_runs import SYSTEM
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from splitformer.results import DecodeRecord, EarlyExitRecord, TradeoffRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions, Trainer
 from tests.factories import make_cuts, make_lang_dir, make_texts
-from tests.torch_only.test_training import SYSTEM
+from tests.training_runs import SYSTEM
 
 LAYERS = (1, 2, 3, 4)
 METHODS = ("greedy_search", "1best")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,79 +14,14 @@ from lhotse import CutSet
 
 from splitformer.bin.average import average
 from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, load_model
-from splitformer.config import Config, ConfigError, LossConfig, tomllib
-from splitformer.data.datamodule import TrainingData, evaluation_batches, load_cuts
+from splitformer.config import ConfigError, LossConfig
+from splitformer.data.datamodule import evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.results import read_training_log
-from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import evaluate
-from splitformer.training.loop import RunOptions, Trainer
-from tests.factories import make_cuts, make_lang_dir, make_texts
-
-SYSTEM = """
-[model]
-feature_norm = "utterance"
-subsampling = "conv2d"
-subsampling_channels = 8
-d_model = 32
-num_heads = 2
-feedforward_dim = 64
-conv_kernel = 7
-num_layers = 2
-exit_layers = [1, 2]
-parallel_exits = [1, 2]
-parallel_gate = true
-[optim]
-schedule = "cosine"
-base_lr = 5e-3
-[data]
-max_duration = 15.0
-[augment]
-time_warp_factor = 0
-num_frame_masks = 1
-frames_mask_size = 5
-features_mask_size = 5
-[training]
-num_epochs = 2
-average_epochs = 1
-average_period = 2
-"""
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """(folder, train cuts, dev cuts, lang_dir)"""
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = make_texts(80)
-    return (
-        folder,
-        make_cuts(folder, "train", texts),
-        make_cuts(folder, "dev", make_texts(20, seed=1), seed=1),
-        make_lang_dir(folder, texts),
-    )
-
-
-def command(corpus, tmp_path, exp_dir, *more):
-    _, train, dev, lang_dir = corpus
-    conf = tmp_path / "system.toml"
-    conf.write_text(SYSTEM)
-    flags = ["--config", conf, "--exp-dir", exp_dir, "--train-cuts", train, "--dev-cuts", dev]
-    flags += ["--lang-dir", lang_dir, "--num-workers", "0", "--seed", "7", *more]
-    return [sys.executable, "-m", "splitformer.bin.train", *map(str, flags)]
-
-
-def train(corpus, tmp_path, exp_dir, *more):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=env)
-
-
-def weights(path):
-    return load_checkpoint(path)["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from splitformer.training.loop import Trainer
+from tests.training_runs import ALONE, command, options, same, small_config, train, training_data, weights
 
 
 @pytest.mark.smoke
@@ -135,20 +69,6 @@ def test_two_ranks_share_the_work_and_agree(corpus, tmp_path):
     assert run.returncode == 0, run.stderr
     assert load_checkpoint(tmp_path / "exp" / "epoch-1.pt")["world_size"] == 2
     assert len(read_training_log(tmp_path / "exp" / "training.jsonl")) == 1
-
-
-def options(corpus, exp_dir, resume=True):
-    _, train_cuts, dev_cuts, lang_dir = corpus
-    return RunOptions(exp_dir, [train_cuts], [dev_cuts], lang_dir, seed=7, num_workers=0, resume=resume)
-
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-def small_config(**training):
-    tables = tomllib.loads(SYSTEM)
-    tables["training"] |= training
-    return Config.from_dict(tables)
 
 
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(corpus, tmp_path, caplog):
@@ -202,14 +122,6 @@ def test_the_average_is_the_mean_of_the_weights_over_the_steps(corpus, tmp_path)
 def test_averaging_nothing_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="train first"):
         average(tmp_path, None, None)
-
-
-def training_data(corpus, folder, cuts=None, num_workers=0, **data):
-    _, train_cuts, _, lang_dir = corpus
-    config = small_config()
-    config = replace(config, data=replace(config.data, **data))
-    tokenizer = Tokenizer(lang_dir)
-    return TrainingData(cuts or [train_cuts], tokenizer, config.data, config.augment, folder, 1, num_workers)
 
 
 def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, tmp_path):

@@ -1,0 +1,90 @@
+"""A small system on data made on the spot, trained by the command or in this process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import torch
+
+from splitformer.checkpoint import load_checkpoint
+from splitformer.config import Config, tomllib
+from splitformer.data.datamodule import TrainingData
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.training.distributed import Ranks
+from splitformer.training.loop import RunOptions
+
+SYSTEM = """
+[model]
+feature_norm = "utterance"
+subsampling = "conv2d"
+subsampling_channels = 8
+d_model = 32
+num_heads = 2
+feedforward_dim = 64
+conv_kernel = 7
+num_layers = 2
+exit_layers = [1, 2]
+parallel_exits = [1, 2]
+parallel_gate = true
+[optim]
+schedule = "cosine"
+base_lr = 5e-3
+[data]
+max_duration = 15.0
+[augment]
+time_warp_factor = 0
+num_frame_masks = 1
+frames_mask_size = 5
+features_mask_size = 5
+[training]
+num_epochs = 2
+average_epochs = 1
+average_period = 2
+"""
+
+
+def command(corpus, tmp_path, exp_dir, *more):
+    _, train, dev, lang_dir = corpus
+    conf = tmp_path / "system.toml"
+    conf.write_text(SYSTEM)
+    flags = ["--config", conf, "--exp-dir", exp_dir, "--train-cuts", train, "--dev-cuts", dev]
+    flags += ["--lang-dir", lang_dir, "--num-workers", "0", "--seed", "7", *more]
+    return [sys.executable, "-m", "splitformer.bin.train", *map(str, flags)]
+
+
+def train(corpus, tmp_path, exp_dir, *more):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=env)
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def options(corpus, exp_dir, resume=True):
+    _, train_cuts, dev_cuts, lang_dir = corpus
+    return RunOptions(exp_dir, [train_cuts], [dev_cuts], lang_dir, seed=7, num_workers=0, resume=resume)
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def small_config(**training):
+    tables = tomllib.loads(SYSTEM)
+    tables["training"] |= training
+    return Config.from_dict(tables)
+
+
+def training_data(corpus, folder, cuts=None, num_workers=0, **data):
+    _, train_cuts, _, lang_dir = corpus
+    config = small_config()
+    config = replace(config, data=replace(config.data, **data))
+    tokenizer = Tokenizer(lang_dir)
+    return TrainingData(cuts or [train_cuts], tokenizer, config.data, config.augment, folder, 1, num_workers)
