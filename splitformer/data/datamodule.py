@@ -31,6 +31,7 @@ from splitformer.model.subsampling import MIN_FRAMES
 
 log = logging.getLogger(__name__)
 
+DEAD_WORKER = r"DataLoader worker .*(killed|exited)"
 MAX_RESTARTS = 3
 """Times in an epoch that loading is started again after one of its processes died."""
 
@@ -210,8 +211,9 @@ class TrainingData:
                     shares.passed += 1
                     yield batch
                 return
-            except RuntimeError as error:
-                if not re.search(r"DataLoader worker .*(killed|exited)", str(error)):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # the latter two: it died while it handed a batch over
+                if isinstance(error, RuntimeError) and not re.search(DEAD_WORKER, str(error)):
                     raise
                 restarts += 1
                 if restarts > MAX_RESTARTS:

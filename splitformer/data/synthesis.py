@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
+import multiprocessing.connection
+import multiprocessing.process
 import random
 import re
 import shutil
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -322,26 +322,30 @@ def synthesise(
         transcripts.write_text("".join(f"{each.id} {each.text.upper()}\n" for each in group), encoding="utf-8")
 
     engine = Engine()  # once; every child is a copy of the engine in this very state
-    running: dict[int, Utterance] = {}
+    fork = multiprocessing.get_context("fork")
+    running: dict[int, tuple[multiprocessing.process.BaseProcess, Utterance]] = {}
     with tqdm(total=len(utterances), desc="synthesise", unit=" utterances") as bar:
 
         def wait_for_one() -> None:
-            child, status = os.wait()
-            utterance = running.pop(child)
-            if status != 0:
-                raise RuntimeError(f"utterance {utterance.id} ({utterance.text!r}) could not be made, see above")
-            bar.update()
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                child, utterance = running.pop(sentinel)
+                child.join()
+                if child.exitcode != 0:
+                    raise RuntimeError(f"utterance {utterance.id} ({utterance.text!r}) could not be made, see above")
+                bar.update()
 
         try:
             for utterance in utterances:
                 while len(running) >= max(1, num_jobs):
                     wait_for_one()
-                running[_in_child(engine, utterance, temporary)] = utterance
+                child = fork.Process(target=_speak, args=(engine, utterance, temporary))
+                child.start()
+                running[child.sentinel] = child, utterance
             while running:
                 wait_for_one()
         except BaseException:
-            for child in running:
-                os.waitpid(child, 0)  # they end within milliseconds
+            for child, _ in running.values():
+                child.join()  # they end within milliseconds
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -356,21 +360,9 @@ def _by_folder(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
     return folders
 
 
-def _in_child(engine: Engine, utterance: Utterance, root: Path) -> int:
-    """Write the utterance's file in a forked copy of this process, and return that process's id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        path = root / utterance.folder / f"{utterance.id}.flac"
-        soundfile.write(path, render(engine, utterance), SAMPLING_RATE, subtype="PCM_16")
-        status = 0
-    except BaseException:  # the child must not return into the parent's code
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
+def _speak(engine: Engine, utterance: Utterance, root: Path) -> None:
+    path = root / utterance.folder / f"{utterance.id}.flac"
+    soundfile.write(path, render(engine, utterance), SAMPLING_RATE, subtype="PCM_16")
 
 
 def digest(folder: str | Path) -> str:

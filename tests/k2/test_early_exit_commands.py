@@ -28,6 +28,7 @@ from tests.factories import make_cuts, make_lang_dir, make_texts
 from tests.training_runs import SYSTEM
 
 LAYERS = (1, 2, 3, 4)
+EPOCHS = 26
 METHODS = ("greedy_search", "1best")
 CPU = torch.device("cpu")
 
@@ -49,20 +50,23 @@ def folder(tmp_path_factory):
         subprocess.run([sys.executable, "-m", f"local.{script}", *map(str, flags)], check=True, capture_output=True)
     tables = tomllib.loads(SYSTEM)
     tables["model"] |= {"num_layers": 4, "exit_layers": list(LAYERS), "parallel_exits": [1, 4]}
-    tables["training"]["num_epochs"] = 14
+    tables["training"]["num_epochs"] = EPOCHS
     tables["augment"]["p"] = 0.0
     options = RunOptions(folder / "exp/small-seed7", [train], [dev], lang_dir, seed=7, num_workers=0, resume=True)
     Trainer(Config.from_dict(tables), options, Ranks(0, 1, CPU)).train()
     average(options.exp_dir, None, None)
-    blur_first_exits(options.exp_dir / "averaged.pt")
+    blur_exits(options.exp_dir / "averaged.pt")
     return folder
 
 
-def blur_first_exits(checkpoint):
-    """Words of one to three tones are as easy for one layer as for four; with noise in their heads, they are not."""
+def blur_exits(checkpoint):
+    """Words of one to three tones are as easy for one layer as for four; with noise in the heads, they are not.
+
+    All exits of the trained model are without errors: how they differ is the noise's work, not the training's luck.
+    """
     contents = load_checkpoint(checkpoint)
     generator = torch.Generator().manual_seed(0)
-    for layer, noise in ((1, 0.25), (2, 0.15), (3, 0.05)):
+    for layer, noise in ((1, 0.6), (2, 0.5), (3, 0.4), (4, 0.3)):
         weight = contents["model"][f"ctc_heads.{layer}.weight"]
         weight += noise * torch.randn(weight.shape, generator=generator)
     save_checkpoint(checkpoint, contents)
@@ -150,7 +154,7 @@ def recognised(path):
 DETERMINISTIC = [
     # policy, its target, the search (None: calibrate's choice), the fewest exits that utterances leave at
     ("learned", ("--max-relative-wer", 0.1), None, 2),
-    ("learned", ("--target-macs", 0.6), "greedy_search", 2),
+    ("learned", ("--target-macs", 0.75), "greedy_search", 2),
     ("posterior", ("--target-layers", 2.4), "1best", 2),
     ("nbest_posterior", ("--target-macs", 0.7), "1best", 2),
     ("nbest_posterior", ("--target-layers", 2.5), "greedy_search", 2),
@@ -362,7 +366,7 @@ def test_decoding_refuses_a_policy_of_something_else(folder, experiment, decode,
     cuts = list(CutSet.from_file(folder / "dev_cuts.jsonl.gz"))
     CutSet.from_cuts([cuts[0].with_id("another")]).to_file(folder / "same_speaker_cuts.jsonl.gz")
     for arguments, options, messages in (
-        ([], {"checkpoint": "exp/small-seed7/epoch-14.pt"}, ["was fitted for checkpoint", "bin/calibrate"]),
+        ([], {"checkpoint": f"exp/small-seed7/epoch-{EPOCHS}.pt"}, ["was fitted for checkpoint", "bin/calibrate"]),
         (["--max-layer", 3], {}, ["exits after layers 1, 2, 3, 4", "has exits after 1, 2, 3", "bin/calibrate"]),
         (["--max-layer", 5], {}, ["no exit after layer 5", "choose among 1, 2, 3, 4"]),
         (["--methods", "1best"], {}, ["--methods 1best", "was fitted with greedy_search", "leave --methods out"]),
