@@ -173,9 +173,9 @@ class Trainer:
         self.total_steps = self.data.steps_per_epoch * self.config.training.num_epochs
         _seed_everything(options.seed)
         model = AsrModel(self.config.model)
-        if not checkpoint and isinstance(model.encoder.feature_norm, UtteranceNorm) and ranks.is_main:
-            # the other ranks get the main rank's model
-            model.encoder.feature_norm.set_deviation(self.data.feature_deviation())
+        if not checkpoint and isinstance(model.encoder.feature_norm, UtteranceNorm):
+            deviation = self.data.feature_deviation() if ranks.is_main else None
+            model.encoder.feature_norm.set_deviation(ranks.from_main(deviation))
         self.loss = MultiExitLoss(
             model,
             self.config.loss,
