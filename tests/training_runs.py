@@ -16,6 +16,8 @@ from splitformer.data.tokenizer import Tokenizer
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 SYSTEM = """
 [model]
 feature_norm = "utterance"
@@ -56,8 +58,7 @@ def command(corpus, tmp_path, exp_dir, *more):
 
 
 def train(corpus, tmp_path, exp_dir, *more):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=env)
+    return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=ENV)
 
 
 def weights(path):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import Config, ConfigError, load_config
 from splitformer.data.datamodule import DataError
 from splitformer.training.distributed import process_group
+from splitformer.training.lock import LockError, locked
 from splitformer.training.loop import RunOptions, Trainer, TrainingError
 from splitformer.training.precision import PRECISIONS
 from splitformer.training.stopping import Stopped
@@ -68,14 +70,16 @@ def main() -> int:
             precision=args.precision,
             save_minutes=args.save_minutes,
             max_skipped=args.max_skipped,
+            timeout_minutes=args.timeout_minutes,
         )
         try:
             config = load_config(args.config, args.set)
-            Trainer(config, options, ranks, _transducer_loss(config)).train()
+            with locked(args.exp_dir) if ranks.is_main else nullcontext():
+                Trainer(config, options, ranks, _transducer_loss(config)).train()
         except Stopped as stopped:
             log.info("%s", stopped)
             return STOPPED
-        except (TrainingError, CheckpointError, DataError, OSError, ValueError) as error:
+        except (TrainingError, CheckpointError, DataError, LockError, OSError, ValueError) as error:
             print(f"train: {error}", file=sys.stderr)
             return 1
     return 0

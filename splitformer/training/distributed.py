@@ -46,7 +46,7 @@ class Ranks:
 def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     """Join the group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs); alone where there is none.
 
-    Ranks that wait for one another longer than `timeout_minutes` give up.
+    Ranks that wait for one another longer than `timeout_minutes`, and one more for `Watch` to say for whom, give up.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         device = torch.device("cpu")
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + 1))
     try:
         yield Ranks(rank, world_size, device)
     finally:

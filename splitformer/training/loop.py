@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ from splitformer.training.precision import Precision
 from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.schedule import learning_rate
 from splitformer.training.stopping import Stopped, StopRequest
+from splitformer.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class RunOptions:
     """between two checkpoints inside an epoch; 0: after every step"""
     max_skipped: int = 10
     """batches in a row without finite gradients after which the run ends"""
+    timeout_minutes: float = 30.0
+    """after which a rank gives up waiting for the others"""
 
 
 @dataclass
@@ -201,6 +204,7 @@ class Trainer:
         if ranks.is_main:
             self.tensorboard = SummaryWriter(str(options.exp_dir / "tensorboard"), purge_step=self.progress.step + 1)
         self.stop = StopRequest()
+        self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
         self.saved_at = time.monotonic()
         self.named_faults = 0
         self.inside_step = False
@@ -220,7 +224,7 @@ class Trainer:
             log.info("all %d epochs are done: nothing to train", self.progress.epoch)
             return
         self._announce()
-        with self.stop:
+        with self.stop, self.watch:
             for epoch in range(self.progress.epoch + 1, self.config.training.num_epochs + 1):
                 totals = self._train_epoch(epoch)
                 started = time.perf_counter()
@@ -287,9 +291,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.inside_step = False
         for part in self.mine:
+            self.watch.come_to("loading", epoch, number)
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
+            self.watch.come_to("computing")
             parts.append(batch)
             self._name_faults(batch)
             self.inside_step = True
@@ -363,7 +369,7 @@ class Trainer:
         )
         heads = [h for h in self.config.model.heads if h == "ctc" or self.progress.step > self.loss.transducer_from]
         # asked to stop, a rank leaves the rest of its batches: the result is not used
-        going_on = itertools.takewhile(lambda batch: not self.stop, batches)
+        going_on = itertools.takewhile(lambda batch: not self.stop, self._watched(batches))
         try:
             dev = evaluate(self.loss, going_on, self.tokenizer, self.ranks, heads)
         except Exception:
@@ -374,10 +380,17 @@ class Trainer:
             self._stop()
         return dev
 
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.watch.come_to("validating")
+            yield batch
+        self.watch.come_to("waiting")
+
     def _end_epoch(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
         p = self.progress
         self.progress = Progress(p.epoch + 1, 0, p.step, p.seconds + seconds, p.skipped_in_a_row)
         if self.ranks.is_main:
+            self.watch.come_to("saving")
             # the log first: a run that goes on replaces its lines, but would not write a missing one
             self._record(totals, dev, seconds)
             keep_epochs = self.config.training.average_epochs
@@ -395,6 +408,7 @@ class Trainer:
     def _save_step(self) -> None:
         """Save the state inside the epoch; between steps alone."""
         if self.ranks.is_main:
+            self.watch.come_to("saving")
             save_step(self.options.exp_dir, self.progress.epoch + 1, self.progress.step, self._contents())
         self.saved_at = time.monotonic()
 

@@ -27,6 +27,8 @@ from splitformer.training.saving import newest_first, save_epoch, save_step
 from splitformer.training.stopping import Stopped
 from tests.training_runs import (
     ALONE,
+    ENV,
+    TORCHRUN,
     command,
     options,
     same,
@@ -35,8 +37,6 @@ from tests.training_runs import (
     training_data,
     weights,
 )
-
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start(corpus, tmp_path, exp_dir, *more):
@@ -136,7 +136,6 @@ def test_ctrl_c_saves_and_a_second_one_interrupts(corpus, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 SAME_ARITHMETIC = ["--set", "model.dropout=0.0", "--set", "augment.p=0.0", "--precision", "fp32"]
 
 
