@@ -8,6 +8,8 @@ convolution sees zeros there, and batch normalisation takes its statistics from 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,9 +79,23 @@ class SelfAttention(nn.Module):
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of all ranks' x, which are of one shape; differentiable. x itself outside distributed training."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if _over_ranks and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return _SumOverRanks.apply(x)
     return x
+
+
+_over_ranks = True
+
+
+@contextmanager
+def statistics_of_one_rank() -> Iterator[None]:
+    """Batch statistics are this rank's own meanwhile, which then waits for no other."""
+    global _over_ranks
+    _over_ranks = False
+    try:
+        yield
+    finally:
+        _over_ranks = True
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -35,6 +35,7 @@ from splitformer.model.encoder import UtteranceNorm
 from splitformer.results import EpochRecord, append_epoch
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
+from splitformer.training.memory import DoesNotFit, DryRun, check_memory
 from splitformer.training.precision import Precision
 from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.schedule import learning_rate
@@ -224,12 +225,27 @@ class Trainer:
             log.info("all %d epochs are done: nothing to train", self.progress.epoch)
             return
         self._announce()
+        self._dry_run()
         with self.stop, self.watch:
             for epoch in range(self.progress.epoch + 1, self.config.training.num_epochs + 1):
                 totals = self._train_epoch(epoch)
                 started = time.perf_counter()
                 dev = self._evaluate()
                 self._end_epoch(totals, dev, totals.seconds + time.perf_counter() - started)
+
+    def _dry_run(self) -> None:
+        """Every rank for itself, as they may have unlike devices; all leave where one has too little memory."""
+        dry_run = DryRun(self.loss, self.optimizer, self.config.model, self.precision, self.ranks)
+        problem = ""
+        try:
+            peak = check_memory(dry_run, self.data, self.ranks.world_size, self.options.accumulation)
+        except DoesNotFit as error:
+            problem = str(error)
+        else:
+            log.info("%s", peak)
+        failed = int(self.ranks.sum(torch.tensor([float(bool(problem))], device=self.ranks.device)).item())
+        if failed:
+            raise TrainingError(problem or f"{failed} of the other ranks have too little memory, see there")
 
     def _train_epoch(self, epoch: int) -> EpochTotals:
         progress, totals = self.progress, EpochTotals(**self.progress.totals)
