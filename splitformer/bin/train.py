@@ -17,6 +17,7 @@ from pathlib import Path
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import Config, ConfigError, load_config
 from splitformer.data.datamodule import DataError
+from splitformer.tables import markdown_table
 from splitformer.training.distributed import process_group
 from splitformer.training.lock import LockError, locked
 from splitformer.training.loop import RunOptions, Trainer, TrainingError
@@ -52,6 +53,9 @@ def main() -> int:
         "--timeout-minutes", type=float, default=30.0, help="after which ranks give up waiting for one another"
     )
     parser.add_argument(
+        "--inspect", action="store_true", help="print statistics of every layer and exit for the next batch, and end"
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the conf"
     )
     args = parser.parse_args()
@@ -70,12 +74,17 @@ def main() -> int:
             precision=args.precision,
             save_minutes=args.save_minutes,
             max_skipped=args.max_skipped,
+            inspect=args.inspect,
             timeout_minutes=args.timeout_minutes,
         )
         try:
             config = load_config(args.config, args.set)
             with locked(args.exp_dir) if ranks.is_main else nullcontext():
-                Trainer(config, options, ranks, _transducer_loss(config)).train()
+                trainer = Trainer(config, options, ranks, _transducer_loss(config))
+                if not args.inspect:
+                    trainer.train()
+                elif ranks.is_main:
+                    _print_inspection(trainer)
         except Stopped as stopped:
             log.info("%s", stopped)
             return STOPPED
@@ -83,6 +92,21 @@ def main() -> int:
             print(f"train: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def _print_inspection(trainer: Trainer) -> None:
+    layers, exits = trainer.inspect()
+    header = ["output of", "rms", "largest", "gradient rms", "weight rms", "not finite"]
+    rows = []
+    for each in layers:
+        values = (each.rms, each.largest, each.gradient_rms, each.weight_rms)
+        rows.append([each.name, *(f"{value:.3g}" for value in values), f"{100 * each.not_finite:.2g} %"])
+    progress = trainer.progress
+    print(f"epoch {progress.epoch + 1}, batch {progress.batch}, before step {progress.step + 1}\n")
+    print(markdown_table(header, rows))
+    if exits:
+        rows = [[f"{each.layer}", f"{each.loss:.3f}", f"{each.blank:.3f}", f"{each.entropy:.3f}"] for each in exits]
+        print("\n" + markdown_table(["exit", "CTC loss", "blank posterior", "entropy"], rows))
 
 
 def _transducer_loss(config: Config) -> type | None:

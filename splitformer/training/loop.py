@@ -35,6 +35,7 @@ from splitformer.model.encoder import UtteranceNorm
 from splitformer.results import EpochRecord, append_epoch
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
+from splitformer.training.inspection import Activation, ExitStatistics, inspect
 from splitformer.training.memory import DoesNotFit, DryRun, check_memory
 from splitformer.training.precision import Precision
 from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
@@ -74,6 +75,8 @@ class RunOptions:
     """between two checkpoints inside an epoch; 0: after every step"""
     max_skipped: int = 10
     """batches in a row without finite gradients after which the run ends"""
+    inspect: bool = False
+    """the run is looked at (`Trainer.inspect`), not trained"""
     timeout_minutes: float = 30.0
     """after which a rank gives up waiting for the others"""
 
@@ -169,7 +172,7 @@ class Trainer:
         self.precision = Precision(options.precision, ranks.device)
         checkpoint = self._checkpoint()
         self.progress = Progress(**checkpoint.get("progress", {}))
-        if self.is_finished:
+        if self.is_finished and not options.inspect:
             return
         self.parts = ranks.world_size * options.accumulation
         self.mine = range(ranks.rank * options.accumulation, (ranks.rank + 1) * options.accumulation)
@@ -202,7 +205,7 @@ class Trainer:
             # batch statistics are those of all ranks: the buffers are the same without being sent
             self.wrapped = DistributedDataParallel(self.loss, broadcast_buffers=False)
         self.tensorboard: SummaryWriter | None = None
-        if ranks.is_main:
+        if ranks.is_main and not options.inspect:
             self.tensorboard = SummaryWriter(str(options.exp_dir / "tensorboard"), purge_step=self.progress.step + 1)
         self.stop = StopRequest()
         self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
@@ -232,6 +235,12 @@ class Trainer:
                 started = time.perf_counter()
                 dev = self._evaluate()
                 self._end_epoch(totals, dev, totals.seconds + time.perf_counter() - started)
+
+    def inspect(self) -> tuple[list[Activation], list[ExitStatistics]]:
+        """What the next batch does to the model as it is: see `splitformer.training.inspection`."""
+        epoch = self.progress.epoch + 1
+        batches = self.data.batches(self.data.plan(epoch), epoch, self.progress.batch, self.parts, self.mine)
+        return inspect(self.loss, next(batches), self.precision, self.progress.step + 1)
 
     def _dry_run(self) -> None:
         """Every rank for itself, as they may have unlike devices; all leave where one has too little memory."""
