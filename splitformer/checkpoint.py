@@ -69,10 +69,22 @@ class _LateErrors:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; nothing in the file is executed.
+    """A checkpoint of a model; nothing in the file is executed.
 
     Raises:
       CheckpointError: the file is missing, truncated, or holds more than tensors and plain containers.
+    """
+    contents = load_contents(path, device)
+    if missing := {"model", "config"} - contents.keys():
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
+    return contents
+
+
+def load_contents(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Whatever `save_checkpoint` wrote; nothing in the file is executed.
+
+    Raises:
+      CheckpointError: as `load_checkpoint`.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,10 +95,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(f"{path} cannot be read ({error}); delete it and use an earlier one") from error
     if not isinstance(stored, dict) or not {"plain", "tensors"} <= stored.keys():
         raise CheckpointError(f"{path} is no checkpoint of this project: it lacks `plain` or `tensors`")
-    contents = {name: json.loads(value) for name, value in stored["plain"].items()} | stored["tensors"]
-    if missing := {"model", "config"} - contents.keys():
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
-    return contents
+    return {name: json.loads(value) for name, value in stored["plain"].items()} | stored["tensors"]
 
 
 def load_model(

@@ -20,12 +20,17 @@ from pathlib import Path
 import k2
 import torch
 
+from splitformer.checkpoint import CheckpointError, load_contents, save_checkpoint
 from splitformer.results import atomic_write
 
 EPSILON, UNKNOWN_WORD, UNKNOWN_TOKEN, BACKOFF = "<eps>", "<UNK>", "<unk>", "#0"
 RESERVED_WORDS = (EPSILON, BACKOFF, "<s>", "</s>")
 
 Lexicon = list[tuple[str, list[str]]]
+
+
+class GraphError(ValueError):
+    """A graph that cannot be read; the message says what to do."""
 
 
 def prepare_lang(lang_dir: str | Path, words: Iterable[str], spell: Callable[[str], list[int]]) -> Lexicon:
@@ -141,15 +146,39 @@ def words_checksum(path: str | Path) -> str:
 
 
 def save_graph(graph: k2.Fsa, path: str | Path) -> None:
-    """Write an FSA with its attributes, as icefall does: `torch.save(graph.as_dict())`."""
-    with atomic_write(path, "wb") as file:
-        torch.save(graph.as_dict(), file)
+    """Write an FSA with its attributes: as icefall's `graph.as_dict()`, but of plain values and tensors alone.
+
+    Raises:
+      OSError: the file cannot be written; what was there before stays.
+    """
+    attributes = graph.as_dict()
+    arcs = {name: value for name, value in attributes.items() if isinstance(value, torch.Tensor)}
+    ragged = {
+        name: {"values": value.values, "row_splits": value.shape.row_splits(1)}
+        for name, value in attributes.items()
+        if isinstance(value, k2.RaggedTensor)
+    }
+    plain = {name: value for name, value in attributes.items() if name not in arcs and name not in ragged}
+    save_checkpoint(path, {"tensors": arcs, "ragged": ragged, "attributes": plain})
 
 
 def load_graph(path: str | Path, device: torch.device | str = "cpu") -> k2.Fsa:
-    """Read what save_graph wrote. As all pickles, only files from a source that you trust."""
-    # weights_only=False: k2's ragged tensors are no weights to torch
-    return k2.Fsa.from_dict(torch.load(path, map_location=device, weights_only=False))
+    """Read what `save_graph` wrote; nothing in the file is executed.
+
+    Raises:
+      GraphError: the file is missing, damaged, or made by something else.
+    """
+    try:
+        stored = load_contents(path, device)
+    except CheckpointError as error:
+        raise GraphError(f"{path} is no graph that can be read: remove it, and ./prepare.sh makes it again") from error
+    if not {"tensors", "ragged", "attributes"} <= stored.keys():
+        raise GraphError(f"{path} holds something else than a graph: remove it, and ./prepare.sh makes it again")
+    ragged = {
+        name: k2.RaggedTensor(k2.ragged.create_ragged_shape2(value["row_splits"]), value["values"])
+        for name, value in stored["ragged"].items()
+    }
+    return k2.Fsa.from_dict({**stored["tensors"], **ragged, **stored["attributes"]})
 
 
 def _check_words(vocabulary: list[str]) -> None:

@@ -1,15 +1,20 @@
 """Words, lexicon and its FSTs: contents by hand, and what the FSTs accept."""
 
+from pathlib import Path
+
 import k2
 import pytest
 import torch
 
+from splitformer.checkpoint import save_checkpoint
 from splitformer.decoding.lang import (
+    GraphError,
     add_disambiguation_symbols,
     lexicon_to_fst,
     load_graph,
     prepare_lang,
     read_symbols,
+    save_graph,
 )
 
 TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b", "c"]
@@ -122,3 +127,41 @@ def test_damaged_tables_are_refused(tmp_path, text):
     (tmp_path / "tokens.txt").write_text(text)
     with pytest.raises(ValueError, match=r"tokens\.txt"):
         read_symbols(tmp_path / "tokens.txt")
+
+
+class Payload:
+    """What a pickle can hide: a call at the moment it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["payload", "whole", "truncated", "other"])
+def test_a_graph_of_doubtful_origin_is_refused_and_runs_nothing(lang_dir, tmp_path, damage):
+    prepare_lang(lang_dir, SPELLINGS, SPELLINGS.__getitem__)
+    graph, planted = lang_dir / "L.pt", tmp_path / "planted"
+    if damage == "payload":
+        torch.save({"plain": {}, "tensors": {"tensors": Payload(planted), "ragged": {}, "attributes": {}}}, graph)
+    elif damage == "whole":
+        torch.save(Payload(planted), graph)
+    elif damage == "truncated":
+        graph.write_bytes(graph.read_bytes()[:-100])
+    else:
+        save_checkpoint(graph, {"model": {"w": torch.zeros(2)}, "config": {}})
+    with pytest.raises(GraphError, match=r"L\.pt .*: remove it, and \./prepare\.sh makes it again"):
+        load_graph(graph)
+    assert not planted.exists()
+
+
+def test_ragged_labels_and_attributes_come_back(tmp_path):
+    fst = k2.Fsa.from_str("0 1 1 0.5\n0 1 2 0.25\n1 2 -1 0\n2\n")
+    fst.aux_labels = k2.RaggedTensor([[7, 8], [], [-1]])
+    fst.vocab_size, fst.words_txt = 30, "abc"
+    save_graph(fst, tmp_path / "F.pt")
+    again = load_graph(tmp_path / "F.pt")
+    assert again.aux_labels.tolist() == fst.aux_labels.tolist() and again.aux_labels.dtype == fst.aux_labels.dtype
+    assert torch.equal(again.arcs.values(), fst.arcs.values()) and torch.equal(again.scores, fst.scores)
+    assert (again.vocab_size, again.words_txt) == (30, "abc") and again.properties == fst.properties
