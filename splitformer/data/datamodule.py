@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from splitformer.config import AugmentConfig, DataConfig
 from splitformer.data.cut_index import CutIndex, ScanReport, TrainingFilter, index_cuts
 from splitformer.data.features import STORED_FRAMES
+from splitformer.data.manifests import read_cuts
 from splitformer.data.plan import EpochPlan, plan_epoch
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import MIN_FRAMES
@@ -74,12 +75,13 @@ def load_cuts(paths: Iterable[str | Path]) -> CutSet:
 
     Raises:
       FileNotFoundError: a file is missing; the message says which stage makes it.
+      UnsafeManifest: while it is read: a cut would run or fetch something.
     """
     sets = []
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"no cuts {path}: run prepare.sh, whose fbank stage writes them")
-        sets.append(CutSet.from_jsonl_lazy(path))
+        sets.append(read_cuts(path))
     cuts = sets[0]
     for more in sets[1:]:
         cuts = cuts + more

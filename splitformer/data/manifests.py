@@ -26,6 +26,7 @@ from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, Supervis
 from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
 from lhotse.cut import MonoCut
 
+from splitformer.data.trust import Checked
 from splitformer.results import atomic_write
 
 AUDIO_SUFFIXES = {".flac", ".wav", ".sph", ".ogg", ".mp3", ".opus", ".aiff"}
@@ -86,18 +87,18 @@ def manifest_writer(path: str | Path) -> Iterator[Any]:
 
 
 def read_recordings(path: str | Path) -> Iterator[Recording]:
-    """The recordings of a manifest, one by one. Raises FileNotFoundError."""
-    return iter(RecordingSet.from_jsonl_lazy(_existing(path)))
+    """The recordings of a manifest, one by one. Raises FileNotFoundError and UnsafeManifest."""
+    return iter(Checked(RecordingSet.from_jsonl_lazy(_existing(path)), path))
 
 
 def read_supervisions(path: str | Path) -> Iterator[SupervisionSegment]:
-    """The supervisions of a manifest, one by one. Raises FileNotFoundError."""
-    return iter(SupervisionSet.from_jsonl_lazy(_existing(path)))
+    """The supervisions of a manifest, one by one. Raises FileNotFoundError and UnsafeManifest."""
+    return iter(Checked(SupervisionSet.from_jsonl_lazy(_existing(path)), path))
 
 
 def read_cuts(path: str | Path) -> CutSet:
-    """The cuts of a manifest, as a lazy CutSet. Raises FileNotFoundError."""
-    return CutSet.from_jsonl_lazy(_existing(path))
+    """The cuts of a manifest, as a lazy CutSet. Raises FileNotFoundError and UnsafeManifest, that while it is read."""
+    return CutSet(Checked(CutSet.from_jsonl_lazy(_existing(path)), path))
 
 
 def count_items(path: str | Path) -> int:
