@@ -376,3 +376,15 @@ def test_the_end_of_an_epoch_makes_room_by_what_lies_inside_it(small_disk):
     assert len(newest_first(small_disk)) == 2  # the newest of their kind
     save_epoch(small_disk, 1, checkpoint(150_000), 5)
     assert newest_first(small_disk) == [small_disk / "epoch-1.pt"]
+
+
+def test_a_clock_that_jumps_changes_nothing(corpus, tmp_path, monkeypatch):
+    """Clocks are set while a run goes on, by hours where a machine woke up: time is taken from one that only runs."""
+    config = small_config(num_epochs=2)
+    Trainer(config, replace(options(corpus, tmp_path / "steady"), save_minutes=1e-4), ALONE).train()
+    draw, real = random.Random(0), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + draw.uniform(-1e6, 1e6))
+    Trainer(config, replace(options(corpus, tmp_path / "jumping"), save_minutes=1e-4), ALONE).train()
+    assert same(weights(tmp_path / "steady/epoch-2.pt"), weights(tmp_path / "jumping/epoch-2.pt"))
+    for record in read_training_log(tmp_path / "jumping/training.jsonl"):
+        assert 0 < record.seconds < 120 and 0 <= record.data_wait_share <= 1 and record.frames_per_second > 0
