@@ -108,7 +108,7 @@ def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accumulat
     while more < MOST_PARTS and not fits(configured, more):
         more *= 2
     raise DoesNotFit(
-        f"{reason}. --accumulation {more} makes it fit and changes nothing else; without, the largest "
+        f"{reason}. --accumulation {more} makes it fit with the same batches; without, the largest "
         f"data.max_duration that fits is {math.floor(low)}"
     )
 

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_told_with_what_does(trainer, dry_run, monkeypatch)
     one = dry_run.peak([Shape(1, 300, 3)])
     limit = (whole.used + one.used) / 2
     monkeypatch.setattr(memory, "_available", lambda device: limit)
-    with pytest.raises(DoesNotFit, match=r"--accumulation (\d+) makes it fit and changes nothing else; without, the "
+    with pytest.raises(DoesNotFit, match=r"--accumulation (\d+) makes it fit with the same batches; without, the "
                                          r"largest data\.max_duration that fits is \d+$") as caught:  # fmt: skip
         check_memory(dry_run, data, 1, 1)
     told = re.search(r"--accumulation (\d+) .* is (\d+)$", str(caught.value))
