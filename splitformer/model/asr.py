@@ -13,6 +13,7 @@ from splitformer.model.conformer import valid_frames
 from splitformer.model.decoder import Decoder
 from splitformer.model.encoder import Encoder, ExitOutput
 from splitformer.model.joiner import Joiner
+from splitformer.model.linear import Linear
 from splitformer.model.unet import UNetEncoder
 
 
@@ -38,7 +39,7 @@ class AsrModel(nn.Module):
         self.encoder = UNetEncoder(config) if config.encoder == "unet" else Encoder(config)
         if "ctc" in config.heads:
             self.ctc_heads = nn.ModuleDict(
-                {str(layer): nn.Linear(config.d_model, config.vocab_size) for layer in config.exit_layers}
+                {str(layer): Linear(config.d_model, config.vocab_size) for layer in config.exit_layers}
             )
         if "transducer" in config.heads:
             self.decoder = Decoder(config.vocab_size, config.decoder_dim, config.context_size)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from splitformer.model.linear import Linear
+
 MASK_BIAS = -1.0e4
 """Added to the scores of padded keys: exp() of it is zero in float32 and it is finite in float16."""
 
@@ -44,8 +46,8 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.up = nn.Linear(d_model, hidden_dim)
-        self.down = nn.Linear(hidden_dim, d_model)
+        self.up = Linear(d_model, hidden_dim)
+        self.down = Linear(hidden_dim, d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,8 +62,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = 1.0 / math.sqrt(d_model // num_heads)
-        self.in_proj = nn.Linear(d_model, 3 * d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.in_proj = Linear(d_model, 3 * d_model)
+        self.out_proj = Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
         nn.init.xavier_uniform_(self.in_proj.weight)
         nn.init.zeros_(self.in_proj.bias)
@@ -143,10 +145,10 @@ class ConvolutionModule(nn.Module):
     def __init__(self, d_model: int, kernel: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.pointwise1 = nn.Linear(d_model, 2 * d_model)
+        self.pointwise1 = Linear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(d_model, d_model, kernel, padding=(kernel - 1) // 2, groups=d_model)
         self.batch_norm = MaskedBatchNorm(d_model)
-        self.pointwise2 = nn.Linear(d_model, d_model)
+        self.pointwise2 = Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
