@@ -20,6 +20,9 @@ from splitformer.model.linear import Linear
 MASK_BIAS = -1.0e4
 """Added to the scores of padded keys: exp() of it is zero in float32 and it is finite in float16."""
 
+HAS_FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")
+"""torch 2. On a CPU torch has no fused kernel with dropout, and ours is faster than the one it falls back to."""
+
 
 def valid_frames(lengths: Tensor, num_frames: int | Tensor) -> Tensor:
     """(N,) lengths to an (N, T) boolean mask that is true on valid frames."""
@@ -34,10 +37,33 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.device.type != "cpu":
             return super().forward(x)
-        dropped = round(self.p * 256)
+        return _DropoutByBytes.apply(x, round(self.p * 256))
+
+
+class _DropoutByBytes(torch.autograd.Function):
+    """Keeps the bytes for the backward pass, a quarter of what the factors would take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
+        """x (*), of whose elements `dropped` in 256 become 0."""
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-        return x * kept.to(x.dtype).mul_(256.0 / (256 - dropped))
+        drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        ctx.save_for_backward(drawn)
+        ctx.dropped = dropped
+        return _factors(drawn, dropped, x.dtype).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (drawn,) = ctx.saved_tensors
+        return _factors(drawn, ctx.dropped, grad.dtype).mul_(grad), None
+
+
+def _factors(drawn: Tensor, dropped: int, dtype: torch.dtype) -> Tensor:
+    """0 where a byte of `drawn` is less than `dropped`, elsewhere what keeps the mean.
+
+    They are compared as float32: torch has vector instructions for that, and for bytes it has none.
+    """
+    return drawn.to(torch.float32).ge_(dropped).mul_(256.0 / (256 - dropped)).to(dtype)
 
 
 class FeedForward(nn.Module):
@@ -74,9 +100,13 @@ class SelfAttention(nn.Module):
         n, t, d = x.shape
         projected = self.in_proj(x).view(n, t, 3, self.num_heads, d // self.num_heads)
         q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)  # iterating over a tensor does not trace
-        scores = torch.matmul(q * self.scale, k.transpose(-2, -1)) + key_bias
-        weights = self.dropout(scores.softmax(dim=-1))
-        return self.out_proj(torch.matmul(weights, v).transpose(1, 2).reshape(n, t, d))
+        dropout = self.dropout.p if self.training else 0.0
+        if HAS_FUSED_ATTENTION and not torch.jit.is_tracing() and (x.is_cuda or dropout == 0.0):
+            out = nn.functional.scaled_dot_product_attention(q, k, v, key_bias.to(q.dtype), dropout)
+        else:
+            scores = torch.matmul(q * self.scale, k.transpose(-2, -1)) + key_bias
+            out = torch.matmul(self.dropout(scores.softmax(dim=-1)), v)
+        return self.out_proj(out.transpose(1, 2).reshape(n, t, d))
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

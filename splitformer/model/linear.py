@@ -25,18 +25,26 @@ def mkl_is_slow() -> bool:
 
 
 AS_CONVOLUTION = mkl_is_slow()
+MIN_WEIGHTS = 2**15
+"""of a layer; a convolution is prepared anew for each number of frames, which for less than these takes longer"""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that, in training on a CPU where MKL is slow, is computed as a convolution of kernel 1 over all
-    frames: products and sums are the same, their order is not (`python -m benchmarks.train` has what it saves).
+    """`nn.Linear` that, in training in float32 on a CPU where MKL is slow, is computed as a convolution of kernel 1
+    over all frames: products and sums are the same, their order is not. `benchmarks/train.md` has what it saves.
 
     In evaluation, and so in every export, it is `nn.Linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        if not (AS_CONVOLUTION and self.training and x.device.type == "cpu"):
+        if not (
+            AS_CONVOLUTION
+            and self.training
+            and x.device.type == "cpu"
+            and self.weight.numel() >= MIN_WEIGHTS
+            and not _autocast_on_cpu()  # products in bfloat16 are oneDNN's anyway
+        ):
             return super().forward(x)
         # one image, as wide as there are frames, channels last: that is how the frames lie in memory. A kernel of 1
         # has nothing to dilate; but with one thread torch has a kernel of its own, by MKL, for what is not dilated
@@ -44,3 +52,9 @@ class Linear(nn.Linear):
         weight = self.weight.view(self.out_features, self.in_features, 1, 1)
         out = nn.functional.conv2d(image, weight, self.bias, dilation=2)
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+def _autocast_on_cpu() -> bool:
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
+        return torch.is_autocast_enabled("cpu")
+    return torch.is_autocast_cpu_enabled()

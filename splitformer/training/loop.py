@@ -37,6 +37,7 @@ from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
 from splitformer.training.inspection import Activation, ExitStatistics, inspect
 from splitformer.training.memory import DoesNotFit, DryRun, check_memory
+from splitformer.training.optimizer import adamw
 from splitformer.training.precision import Precision
 from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.schedule import learning_rate
@@ -190,13 +191,7 @@ class Trainer:
             transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch,
         )
         self.loss.to(ranks.device).train()
-        optim = self.config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.loss.parameters(),
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-            foreach=True,  # one pass over all parameters: a tenth of a step on a CPU
-        )
+        self.optimizer = adamw(self.loss.parameters(), self.config.optim)
         self.average = RunningAverage(model.state_dict(), self.config.training.average_period)
         if checkpoint:
             self._restore(checkpoint)
