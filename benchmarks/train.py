@@ -151,6 +151,8 @@ class Steps:
     """forward pass, losses and backward pass"""
     step: float
     """the same, the gradients' norm and the optimiser's step"""
+    processor: float
+    """that the processors spent on the former, on all threads"""
     waited: float
     frames: int
 
@@ -237,12 +239,12 @@ def make_optimiser(variant: Variant, loss: nn.Module, config: OptimConfig) -> to
 def one_step(loss: nn.Module, batch: Batch, precision: Precision, optimiser: torch.optim.Optimizer | None) -> Steps:
     waited, tensors = batch
     device = precision.device
-    started = clock(device)
+    started, processor = clock(device), time.process_time()
     x, x_lens, y, y_lens = (each.to(device, non_blocking=True) for each in tensors)
     with precision.autocast():
         total = loss(x, x_lens, y, y_lens).total
     total.backward()
-    after_loss = clock(device)
+    after_loss, processor = clock(device), time.process_time() - processor
     if optimiser is not None:
         nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
         optimiser.step()
@@ -252,6 +254,7 @@ def one_step(loss: nn.Module, batch: Batch, precision: Precision, optimiser: tor
     return Steps(
         loss=after_loss - started,
         step=ended - started if optimiser is not None else WITHOUT_OPTIMISER,
+        processor=processor,
         waited=waited,
         frames=int(tensors[1].sum()),
     )
@@ -398,15 +401,17 @@ def report(
         f"    {command_line(ROOT)}",
         "",
         f"Ratios are to '{variants[first]}', medians of paired times; in brackets the smallest and the largest.",
+        "Processor time is what loss and gradients took of the processors: other programs stretch it less.",
         "",
-        "| variant | loss and gradients: ratio | ms | whole step: ratio | ms | frames/s | peak MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| variant | loss and gradients: ratio | ms | processor time: ratio | whole step: ratio | ms | frames/s | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for i, variant in enumerate(variants):
         to_first = [turn[i].loss / turn[first].loss for turn in turns]
         cells = [
             f"{median(to_first):.2f} ({min(to_first):.2f}-{max(to_first):.2f})" if i != first else "1",
             f"{1000 * median(turn[i].loss for turn in turns):.0f}",
+            f"{median(turn[i].processor / turn[first].processor for turn in turns):.2f}" if i != first else "1",
         ]
         if math.isnan(turns[0][i].step):
             cells += ["-", "-", "-"]

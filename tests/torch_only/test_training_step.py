@@ -1,0 +1,284 @@
+"""The fast ways of a training step give what the plain ones give, and the benchmark of it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from splitformer.config import LossConfig, OptimConfig
+from splitformer.losses.multi_exit import MultiExitLoss
+from splitformer.model import conformer, linear
+from splitformer.model.asr import AsrModel
+from splitformer.model.conformer import Dropout, MaskedBatchNorm, SelfAttention
+from splitformer.training.optimizer import adamw
+from tests.torch_only.test_encoder import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """Layers of any size train as convolutions; the list has an entry for each one that did."""
+    monkeypatch.setattr(linear, "AS_CONVOLUTION", True)
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 1)
+    calls, conv2d = [], nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, "conv2d", lambda *args, **kwargs: (calls.append(1), conv2d(*args, **kwargs))[1])
+    return calls
+
+
+def gradients(module, *inputs):
+    """Output, and the gradients of inputs and parameters, for a random gradient of the output."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = module(*inputs)
+    torch.manual_seed(9)
+    out.backward(torch.randn_like(out))
+    found = [out.detach(), *(x.grad for x in inputs), *(p.grad.clone() for p in module.parameters())]
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_close(found, expected):
+    """Within 1e-5 of the largest."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 170, 48), (700, 48), (1, 1, 48), (2, 3, 5, 48)])
+def test_a_linear_layer_as_a_convolution_equals_it(convolutions, shape, threads):
+    torch.manual_seed(1)
+    fast = linear.Linear(48, 80).train()
+    plain = nn.Linear(48, 80)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(shape)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_close(gradients(fast, x), gradients(plain, x))
+    finally:
+        torch.set_num_threads(before)
+    assert len(convolutions) == 1
+    # as in the encoder, where it comes from a transposition
+    if x.dim() > 2:
+        assert_close([fast(x.transpose(0, 1))], [plain(x.transpose(0, 1))])
+
+
+def test_only_training_in_float32_takes_convolutions(convolutions, monkeypatch):
+    layer, x = linear.Linear(8, 8), torch.randn(4, 8)
+    layer.eval()(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer.train()(x)
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 65)
+    layer.train()(x)
+    assert convolutions == []
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 64)
+    layer.train()(x)
+    assert convolutions == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "slow"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: X\n", True),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: X\n", False),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", False),
+        (None, False),
+    ],
+)
+def test_where_mkl_is_slow(monkeypatch, tmp_path, text, slow):
+    cpuinfo = tmp_path / "cpuinfo"
+    if text is not None:
+        cpuinfo.write_text(text)
+    monkeypatch.setattr(linear, "CPUINFO", cpuinfo)
+    assert linear.mkl_is_slow() == (slow and torch.backends.mkl.is_available())
+
+
+def test_a_steps_loss_and_gradients_are_those_of_plain_layers(convolutions, monkeypatch):
+    x, x_lens = torch.randn(3, 200, 20), torch.tensor([200, 161, 90])
+    y, y_lens = torch.randint(1, 11, (3, 6)), torch.tensor([6, 4, 3])
+
+    def step(fast):
+        monkeypatch.setattr(linear, "AS_CONVOLUTION", fast)
+        torch.manual_seed(2)  # the same weights, and the same dropout
+        loss = MultiExitLoss(AsrModel(SMALL), LossConfig()).train()
+        result = loss(x, x_lens, y, y_lens)
+        result.total.backward()
+        return [result.total.detach(), result.per_exit, *(p.grad for p in loss.parameters())], set(loss.state_dict())
+
+    plain, plain_names = step(False)
+    assert convolutions == []
+    fast, fast_names = step(True)
+    assert len(convolutions) == 6 * 8 + 3
+    assert plain_names == fast_names
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-6)
+
+
+def test_padding_changes_nothing_in_training_either(convolutions):
+    torch.manual_seed(3)
+    model = AsrModel(dataclasses.replace(SMALL, dropout=0.0)).train()
+    for module in model.modules():
+        if isinstance(module, MaskedBatchNorm):  # its statistics are the batch's, and meant to be
+            module.eval()
+    utterances = [torch.randn(frames, 20) for frames in (203, 55, 131)]
+    batch = torch.full((3, 240, 20), 1000.0)
+    for row, utterance in zip(batch, utterances, strict=True):
+        row[: len(utterance)] = utterance
+    together = list(model(batch, torch.tensor([203, 55, 131])))
+    for i, utterance in enumerate(utterances):
+        alone = model(utterance.unsqueeze(0), torch.tensor([len(utterance)]))
+        for (_, log_probs), (_, expected) in zip(together, alone, strict=True):
+            torch.testing.assert_close(log_probs[i, : expected.size(1)], expected[0], atol=1e-4, rtol=0)
+    assert convolutions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_a_product_with_the_drawn_factors(p, dtype):
+    x = torch.randn(7, 33, 5).to(dtype).requires_grad_()
+    grad = torch.randn(7, 33, 5).to(dtype)
+    torch.manual_seed(4)
+    out = Dropout(p).train()(x)
+    out.backward(grad)
+    torch.manual_seed(4)
+    drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+    dropped = round(256 * p)
+    factors = torch.tensor([0.0 if b < dropped else 256 / (256 - dropped) for b in drawn[: x.numel()].tolist()])
+    factors = factors.view(x.shape).to(dtype)
+    assert out.dtype == x.grad.dtype == dtype
+    assert torch.equal(out, x * factors)
+    assert torch.equal(x.grad, grad * factors)
+
+
+@pytest.mark.skipif(not conformer.HAS_FUSED_ATTENTION, reason="torch 1 has no fused attention: nothing to compare")
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_attention_equals_the_plain_one_beside_padding(monkeypatch, training):
+    torch.manual_seed(5)
+    attention = SelfAttention(24, 4, 0.0 if training else 0.3).train(training)
+    x = torch.randn(3, 41, 24)
+    key_bias, mask = conformer.frame_masks(torch.tensor([41, 17, 1]), x)
+    fused = []
+    real = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *args: (fused.append(1), real(*args))[1])
+
+    def valid(x):
+        return attention(x, key_bias) * mask
+
+    valid.parameters, valid.zero_grad = attention.parameters, attention.zero_grad
+    found = gradients(valid, x)
+    assert fused == [1]
+    monkeypatch.setattr(conformer, "HAS_FUSED_ATTENTION", False)
+    assert_close(found, gradients(valid, x))
+    assert fused == [1]
+
+
+def test_attention_is_traced_and_dropped_out_the_plain_way(monkeypatch):
+    def never(*_):
+        raise AssertionError("fused attention")
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", never, raising=False)
+    x = torch.randn(2, 9, 24)
+    bias = torch.zeros(2, 1, 1, 9)
+    SelfAttention(24, 4, 0.3).train()(x, bias)
+    torch.jit.trace(SelfAttention(24, 4, 0.3).eval(), (x, bias), check_trace=False)
+
+
+def test_a_step_computes_all_exits_losses_in_one_call(monkeypatch):
+    calls, ctc_loss = [], nn.functional.ctc_loss
+    monkeypatch.setattr(
+        nn.functional, "ctc_loss", lambda *args, **kwargs: (calls.append(1), ctc_loss(*args, **kwargs))[1]
+    )
+    loss = MultiExitLoss(AsrModel(SMALL), LossConfig()).train()
+    result = loss(torch.randn(2, 90, 20), torch.tensor([90, 71]), torch.ones(2, 3).long(), torch.tensor([3, 2]))
+    result.total.backward()
+    assert calls == [1]
+
+
+def test_the_optimiser_takes_adamws_steps():
+    torch.manual_seed(6)
+    start = [torch.randn(3, 4), torch.randn(5)]
+    config = OptimConfig(weight_decay=0.1)
+    ours, reference = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    fast = adamw(ours, config)
+    assert fast.defaults["foreach"] and not fast.defaults.get("fused")
+    plain = torch.optim.AdamW(reference, betas=(config.beta1, config.beta2), weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        for a, b in zip(ours, reference, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        fast.step()
+        plain.step()
+    assert_close([p.detach() for p in ours], [p.detach() for p in reference])
+
+
+TINY = """
+[model]
+d_model = 16
+num_heads = 2
+feedforward_dim = 32
+conv_kernel = 7
+num_layers = 2
+exit_layers = [1, 2]
+parallel_exits = [1]
+"""
+
+
+def benchmark(tmp_path, *flags):
+    conf = tmp_path / "tiny.toml"
+    conf.write_text(TINY)
+    command = [sys.executable, "-m", "benchmarks.train", "--config", conf, "--batch", "2", "--seconds", "2"]
+    command += ["--steps", "1", "--threads", "1", "--device", "cpu", *flags]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+
+def rows(text):
+    """{variant: its cells}"""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in cells if first not in ("variant", "---")}
+
+
+def test_the_benchmark_measures_what_is_asked_for_and_keeps_other_sections(tmp_path):
+    output = tmp_path / "train.md"
+    output.write_text("# The training step\n\n## torch 0, another machine\n\nkept\n")
+    compare = ["--compare"] if importlib.util.find_spec("torchaudio") else []
+    for _ in range(2):  # the second time in its own place
+        done = benchmark(tmp_path, "--precision", "fp32", "--num-workers", "0", *compare, "--output", output)
+        assert done.returncode == 0, done.stderr
+    text = output.read_text()
+    assert text.startswith("# The training step\n\n## torch 0, another machine\n\nkept\n\n## torch ")
+    assert text.count("\n## ") == 2
+    found = rows(text)
+    assert list(found) == ["ours, fp32", *(["torchaudio's parts, fp32"] if compare else [])]
+    for ratio, ms, _, _, whole_ms, frames, peak in found.values():
+        assert ratio == "1" or 0.0 < float(ratio.split()[0]) < 100.0
+        assert 0 < int(ms) <= int(whole_ms) and int(frames) > 0
+        assert 50 < int(peak) < 5000
+
+
+def test_the_benchmark_measures_training_on_cuts(corpus, tmp_path):
+    _, train, _, lang_dir = corpus
+    done = benchmark(tmp_path, "--precision", "fp32", "--train-cuts", train, "--lang-dir", lang_dir)
+    assert done.returncode == 0, done.stderr
+    assert list(rows(done.stdout)) == ["ours, fp32"]
+    assert f"of {train.name}" in done.stdout and "waits for data" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--train-cuts", "cuts.jsonl.gz"], "--lang-dir belong together"),
+        (["--steps", "0"], "must be 1 at least"),
+        (["--against", "nowhere"], "no checkout"),
+    ],
+)
+def test_the_benchmark_refuses_what_it_cannot_do(tmp_path, flags, told):
+    done = benchmark(tmp_path, *flags)
+    assert done.returncode == 2 and told in done.stderr
