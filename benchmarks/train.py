@@ -401,9 +401,9 @@ def report(
         f"    {command_line(ROOT)}",
         "",
         f"Ratios are to '{variants[first]}', medians of paired times; in brackets the smallest and the largest.",
-        "Processor time is what loss and gradients took of the processors: other programs stretch it less.",
+        "Processor: what loss and gradients took of the processors' time, which other programs stretch less.",
         "",
-        "| variant | loss and gradients: ratio | ms | processor time: ratio | whole step: ratio | ms | frames/s | peak MB |",
+        "| variant | loss, gradients: ratio | ms | processor: ratio | whole step: ratio | ms | frames/s | peak MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for i, variant in enumerate(variants):
