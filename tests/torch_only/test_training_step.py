@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import train
 from splitformer.config import LossConfig, OptimConfig
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model import conformer, linear
@@ -245,16 +246,20 @@ def rows(text):
     return {first: rest for first, *rest in cells if first not in ("variant", "---")}
 
 
-def test_the_benchmark_measures_what_is_asked_for_and_keeps_other_sections(tmp_path):
+def test_sections_of_the_benchmarks_file_are_replaced_in_their_place(tmp_path):
+    path = tmp_path / "train.md"
+    train.write_section(path, ["## a", "", "first"])
+    train.write_section(path, ["## b", "", "second"])
+    train.write_section(path, ["## a", "", "third"])
+    assert path.read_text() == f"{train.TITLE}\n\n## a\n\nthird\n\n## b\n\nsecond\n"
+
+
+def test_the_benchmark_measures_what_is_asked_for(tmp_path):
     output = tmp_path / "train.md"
-    output.write_text("# The training step\n\n## torch 0, another machine\n\nkept\n")
     compare = ["--compare"] if importlib.util.find_spec("torchaudio") else []
-    for _ in range(2):  # the second time in its own place
-        done = benchmark(tmp_path, "--precision", "fp32", "--num-workers", "0", *compare, "--output", output)
-        assert done.returncode == 0, done.stderr
+    done = benchmark(tmp_path, "--precision", "fp32", "--num-workers", "0", *compare, "--output", output)
+    assert done.returncode == 0, done.stderr
     text = output.read_text()
-    assert text.startswith("# The training step\n\n## torch 0, another machine\n\nkept\n\n## torch ")
-    assert text.count("\n## ") == 2
     found = rows(text)
     assert list(found) == ["ours, fp32", *(["torchaudio's parts, fp32"] if compare else [])]
     for ratio, ms, _, _, whole_ms, frames, peak in found.values():
@@ -264,11 +269,11 @@ def test_the_benchmark_measures_what_is_asked_for_and_keeps_other_sections(tmp_p
 
 
 def test_the_benchmark_measures_training_on_cuts(corpus, tmp_path):
-    _, train, _, lang_dir = corpus
-    done = benchmark(tmp_path, "--precision", "fp32", "--train-cuts", train, "--lang-dir", lang_dir)
+    _, cuts, _, lang_dir = corpus
+    done = benchmark(tmp_path, "--precision", "fp32", "--train-cuts", cuts, "--lang-dir", lang_dir)
     assert done.returncode == 0, done.stderr
     assert list(rows(done.stdout)) == ["ours, fp32"]
-    assert f"of {train.name}" in done.stdout and "waits for data" in done.stdout
+    assert f"of {cuts.name}" in done.stdout and "waits for data" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -277,8 +282,14 @@ def test_the_benchmark_measures_training_on_cuts(corpus, tmp_path):
         (["--train-cuts", "cuts.jsonl.gz"], "--lang-dir belong together"),
         (["--steps", "0"], "must be 1 at least"),
         (["--against", "nowhere"], "no checkout"),
+        *[
+            (["--compile"], "needs torch 2"),
+            (["--precision", "medium"], "has no effect"),
+        ][: 0 if hasattr(nn.Module, "compile") else 2],
     ],
 )
-def test_the_benchmark_refuses_what_it_cannot_do(tmp_path, flags, told):
-    done = benchmark(tmp_path, *flags)
-    assert done.returncode == 2 and told in done.stderr
+def test_the_benchmark_refuses_what_it_cannot_do(monkeypatch, capsys, flags, told):
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2 and told in capsys.readouterr().err
