@@ -163,7 +163,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (arXiv 1904.08779), as `lhotse.dataset.SpecAugment` has it."""
+    """SpecAugment (arXiv 1904.08779), as `lhotse.dataset.SpecAugment` has it; and noise under the speech."""
 
     time_warp_factor: int = 80
     num_feature_masks: int = 2
@@ -174,6 +174,19 @@ class AugmentConfig:
     p: float = 0.9
     ramp_epochs: int = 0
     """The probability `p` rises linearly over this many epochs: strong masks delay the moment when CTC takes off."""
+    noise_p: float = 0.0
+    """Probability that an utterance is mixed with noise; the noise is that of --noise-cuts (ours, not published)."""
+    noise_snr: tuple[float, ...] = (10.0, 20.0)
+    """Decibels, from and to: the energy of the speech over that of the noise, drawn evenly for each utterance."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.noise_p <= 1.0:
+            raise ConfigError(f"augment.noise_p = {self.noise_p} is a probability, from 0 (no noise) to 1")
+        if len(self.noise_snr) != 2 or self.noise_snr[0] > self.noise_snr[1]:
+            raise ConfigError(
+                f"augment.noise_snr = {list(self.noise_snr)} must be two numbers of decibels, from and to, such as "
+                "[10, 20]"
+            )
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="conf file (TOML)")
     parser.add_argument("--exp-dir", type=Path, required=True, help="for epoch-N.pt, training.jsonl and tensorboard/")
-    parser.add_argument("--train-cuts", type=Path, nargs="+", required=True)
+    parser.add_argument("--train-cuts", type=Path, nargs="+", required=True, help="manifests, or Lhotse Shar folders")
     parser.add_argument("--dev-cuts", type=Path, nargs="+", required=True)
     parser.add_argument("--lang-dir", type=Path, required=True, help="with bpe.model and tokens.txt")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num-workers", type=int, default=1, help="processes that load data, for each rank")
+    parser.add_argument("--on-the-fly", action="store_true", help="compute features of training data from audio")
+    parser.add_argument(
+        "--noise-cuts", type=Path, nargs="+", default=[], help="mixed in with probability augment.noise_p"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument(
         "--accumulation", type=int, default=1, help="parts in which a rank takes its share of a batch: less memory"
@@ -76,6 +80,8 @@ def main() -> int:
             max_skipped=args.max_skipped,
             inspect=args.inspect,
             timeout_minutes=args.timeout_minutes,
+            on_the_fly=args.on_the_fly,
+            noise_cuts=tuple(args.noise_cuts),
         )
         try:
             config = load_config(args.config, args.set)

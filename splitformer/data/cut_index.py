@@ -17,21 +17,28 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
+from lhotse.utils import compute_num_frames
 from tqdm import tqdm
 
 from splitformer.config import DataConfig
+from splitformer.data.features import FRAME_SHIFT
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import subsampled_lengths
 
 ENTRY = np.dtype([("offset", "<i8"), ("duration", "<f4"), ("tokens", "<i4")])
-VERSION = 1
+VERSION = 2
 """Of what is written; another version is made anew."""
+
+
+class DataError(RuntimeError):
+    """Training data cannot be read; the message says what to do."""
 
 
 @dataclass
@@ -54,15 +61,33 @@ class ScanReport:
         return "\n  ".join(lines)
 
 
-class TrainingFilter:
-    """Says why a cut must not be trained on."""
+class Filter(Protocol):
+    """Says which cuts enter an index."""
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
-        self.tokenizer = tokenizer
-        self.config = config
+    signature: list[Any]
+    """what its answers depend on, for JSON"""
 
     def check(self, cut: Cut) -> tuple[str | None, int]:
         """Why `cut` is dropped, None where it is kept; and its number of labels."""
+
+
+class TrainingFilter:
+    """Says why a cut must not be trained on."""
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, on_the_fly: bool = False) -> None:
+        """`on_the_fly`: features will be computed from audio."""
+        self.tokenizer = tokenizer
+        self.config = config
+        self.on_the_fly = on_the_fly
+        limits = [config.min_utterance_seconds, config.max_utterance_seconds]
+        self.signature = [tokenizer.tokens, limits, on_the_fly]
+
+    def check(self, cut: Cut) -> tuple[str | None, int]:
+        """Why `cut` is dropped, None where it is kept; and its number of labels."""
+        if self.on_the_fly and not cut.has_recording:
+            return "no audio to compute features from, as --on-the-fly does", 0
+        if not self.on_the_fly and not cut.has_features:
+            return "no stored features: the fbank stage of prepare.sh makes them, or give --on-the-fly", 0
         if len(cut.supervisions) != 1:
             return f"{len(cut.supervisions)} supervisions instead of one", 0
         text = (cut.supervisions[0].text or "").strip()
@@ -75,7 +100,8 @@ class TrainingFilter:
         if unknown := self.tokenizer.unknown_characters(text):
             return f"transcript has characters that the tokens lack: {' '.join(sorted(unknown))}", 0
         labels = self.tokenizer.encode(text)
-        frames = int(subsampled_lengths(torch.tensor([cut.num_frames])))
+        num_frames = compute_num_frames(cut.duration, FRAME_SHIFT, cut.sampling_rate)
+        frames = int(subsampled_lengths(torch.tensor([cut.num_frames if cut.has_features else num_frames])))
         if frames < ctc_min_frames(labels):
             return "more labels than output frames", 0
         return None, len(labels)
@@ -122,7 +148,7 @@ class CutIndex:
 
 
 def index_cuts(
-    cuts: CutSet, sources: Iterable[Path], keep: TrainingFilter, folder: Path, progress: bool = False
+    cuts: CutSet, sources: Iterable[Path], keep: Filter, folder: Path, progress: bool = False
 ) -> tuple[CutIndex, ScanReport]:
     """The index of the cuts that `keep` keeps, in `folder`; an index there that was made from the same files is used.
 
@@ -154,7 +180,7 @@ def index_cuts(
     return CutIndex(folder), report
 
 
-def _scan(cuts: CutSet, keep: TrainingFilter, folder: Path, progress: bool) -> ScanReport:
+def _scan(cuts: CutSet, keep: Filter, folder: Path, progress: bool) -> ScanReport:
     report = ScanReport()
     ids: set[int] = set()  # hashes: a few bytes per cut
     entries = folder / "entries.bin"
@@ -178,9 +204,8 @@ def _scan(cuts: CutSet, keep: TrainingFilter, folder: Path, progress: bool) -> S
     return report
 
 
-def _fingerprint(sources: Iterable[Path], keep: TrainingFilter) -> str:
-    """Of all that determines the index: files by name, size and time, tokens, limits of length."""
+def _fingerprint(sources: Iterable[Path], keep: Filter) -> str:
+    """Of all that determines the index: files by name, size and time, and what the filter goes by."""
     files = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
-    limits = [keep.config.min_utterance_seconds, keep.config.max_utterance_seconds]
-    content = json.dumps([VERSION, files, keep.tokenizer.tokens, limits])
+    content = json.dumps([VERSION, files, keep.signature])
     return hashlib.sha256(content.encode()).hexdigest()

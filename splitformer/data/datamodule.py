@@ -22,10 +22,12 @@ from lhotse.dataset.input_strategies import PrecomputedFeatures
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from splitformer.config import AugmentConfig, DataConfig
-from splitformer.data.cut_index import CutIndex, ScanReport, TrainingFilter, index_cuts
-from splitformer.data.features import STORED_FRAMES
+from splitformer.config import AugmentConfig, ConfigError, DataConfig
+from splitformer.data.cut_index import CutIndex, DataError, ScanReport, TrainingFilter, index_cuts
+from splitformer.data.features import FbankOptions, more_frames, whole_features
 from splitformer.data.manifests import read_cuts
+from splitformer.data.noise import NoiseFilter, NoiseMixer, noise_mixer
+from splitformer.data.on_the_fly import FeaturesInMemory
 from splitformer.data.plan import EpochPlan, plan_epoch
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import MIN_FRAMES
@@ -35,10 +37,6 @@ log = logging.getLogger(__name__)
 DEAD_WORKER = r"DataLoader worker .*(killed|exited)"
 MAX_RESTARTS = 3
 """Times in an epoch that loading is started again after one of its processes died."""
-
-
-class DataError(RuntimeError):
-    """Training data cannot be read; the message says what to do."""
 
 
 TENSORS = ("x", "x_lens", "y", "y_lens")
@@ -70,6 +68,20 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
 
+def check_noise(augment: AugmentConfig, noise_cuts: bool) -> None:
+    """Raises ConfigError where the configuration asks for noise and there is none, or the other way round."""
+    if augment.noise_p and not noise_cuts:
+        raise ConfigError(
+            f"augment.noise_p = {augment.noise_p} mixes noise in, and there is none: give --noise-cuts FILE, which "
+            "./prepare.sh --musan-dir DIR makes, or set augment.noise_p=0"
+        )
+    if noise_cuts and not augment.noise_p:
+        raise ConfigError(
+            "--noise-cuts are given, and augment.noise_p = 0 mixes nothing in: set augment.noise_p, such as 0.5, or "
+            "leave --noise-cuts out"
+        )
+
+
 def load_cuts(paths: Iterable[str | Path]) -> CutSet:
     """The cuts of all files, read lazily.
 
@@ -97,9 +109,9 @@ class WholeFeatures(PrecomputedFeatures):
 
     def __call__(self, cuts: CutSet) -> tuple[Tensor, Tensor]:
         """(N, T, C) features, padded with 0 where one has more frames than Lhotse counts, and (N,) their frames."""
-        if not any(map(_more_frames, cuts)):
+        if not any(map(more_frames, cuts)):
             return super().__call__(cuts)[:2]
-        each = [torch.from_numpy(cut.features.load() if _more_frames(cut) else cut.load_features()) for cut in cuts]
+        each = [torch.from_numpy(whole_features(cut)) for cut in cuts]
         return torch.nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(x) for x in each])
 
     def supervision_intervals(self, cuts: CutSet) -> dict[str, Tensor]:
@@ -108,16 +120,8 @@ class WholeFeatures(PrecomputedFeatures):
         for i, index in enumerate(intervals["sequence_idx"].tolist()):
             start, frames = intervals["start_frame"][i], intervals["num_frames"][i]
             if start + frames == cuts[index].num_frames:  # where the cut ends, the transcript does
-                frames += _more_frames(cuts[index])
+                frames += more_frames(cuts[index])
         return intervals
-
-
-def _more_frames(cut: Cut) -> int:
-    """How many more frames are stored than Lhotse would load, where the features are those of the whole cut."""
-    stored = (getattr(cut, "custom", None) or {}).get(STORED_FRAMES)
-    if stored is None or abs(cut.start - cut.features.start) > 1e-3:
-        return 0
-    return stored - cut.num_frames if abs(cut.duration - cut.features.duration) < 1e-3 else 0
 
 
 class Share(NamedTuple):
@@ -146,34 +150,61 @@ class TrainingData:
         seed: int,
         num_workers: int = 0,
         progress: bool = False,
+        on_the_fly: FbankOptions | None = None,
+        noise_cuts: Iterable[Path] = (),
     ) -> None:
-        """`folder` keeps the index of the cuts; `num_workers` processes load."""
-        train_cuts = list(train_cuts)
+        """
+        Args:
+          folder: keeps the index of the cuts, and beside it that of the noise.
+          num_workers: processes that load.
+          on_the_fly: compute features from audio, as these options say; None: the cuts have features.
+          noise_cuts: what `augment.noise_p` of the utterances are mixed with.
+        Raises:
+          ValueError: too little is left to train on; a noise_p without noise, or noise without a noise_p.
+        """
+        train_cuts, noise_cuts = list(train_cuts), list(noise_cuts)
+        check_noise(augment, bool(noise_cuts))
         self.tokenizer, self.data, self.augment = tokenizer, data, augment
         self.seed, self.num_workers = seed, num_workers
         self.index: CutIndex
         self.report: ScanReport
         self.index, self.report = index_cuts(
-            load_cuts(train_cuts), train_cuts, TrainingFilter(tokenizer, data), folder, progress
+            load_cuts(train_cuts),
+            train_cuts,
+            TrainingFilter(tokenizer, data, on_the_fly=on_the_fly is not None),
+            folder,
+            progress,
         )
         if self.report.kept < 2:
             raise ValueError(f"{self.report.kept} utterances are left to train on:\n  {self.report}")
         self.num_buckets = max(1, min(data.num_buckets, self.report.kept // 20))
         self.steps_per_epoch = len(self.plan(epoch=1))
         """of the first epoch; later ones may differ by a few"""
+        self.on_the_fly = on_the_fly
+        self.noise: NoiseMixer | None = None
+        if noise_cuts:
+            first = self.index[0]
+            kind, bins = (None, 0) if on_the_fly else (first.features.type, first.num_features)
+            noise_folder = folder.with_name(f"{folder.name}-noise")
+            low, high = augment.noise_snr
+            self.noise = noise_mixer(
+                load_cuts(noise_cuts), noise_cuts, NoiseFilter(kind, bins), noise_folder, augment.noise_p, (low, high)
+            )
 
     def feature_deviation(self, max_cuts: int = 1000) -> Tensor:
         """(C,) deviation of the features around their utterance's mean, over so many cuts from all over the index."""
-        total, frames, make = torch.zeros(()), 0, BatchMaker(self.tokenizer, [])
+        total, frames, make = torch.zeros(()), 0, BatchMaker(self.tokenizer, [], self.on_the_fly)
         for number in np.linspace(0, len(self.index) - 1, min(max_cuts, len(self.index))).astype(int):
             cut = self.index[number]
-            if make.fault(cut):
+            try:
+                features = make.load(cut).double()
+            except UnusableError as error:
+                fault = error
                 continue
-            features = make.features(CutSet.from_cuts([cut]))[0][0].double()
             total = total + (features - features.mean(dim=0)).square().sum(dim=0)
             frames += features.size(0)
         if not frames:
-            raise DataError(f"none of the features can be read; of {cut.id}: {make.fault(cut)}")
+            raise DataError(f"none of the features can be read; of {cut.id}: {fault}")
         return (total / frames).sqrt().clamp(min=1e-3).float()
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -197,7 +228,8 @@ class TrainingData:
             max_frames_mask_fraction=a.max_frames_mask_fraction,
             p=a.p * ramp,
         )
-        dataset = TrainingShares(self.index, BatchMaker(self.tokenizer, [spec_augment] if a.p else []))
+        make = BatchMaker(self.tokenizer, [spec_augment] if a.p else [], self.on_the_fly, self.noise)
+        dataset = TrainingShares(self.index, make)
         shares = Shares(plan, (self.seed, epoch), first, parts, mine)
         restarts = 0
         while True:
@@ -274,6 +306,8 @@ class TrainingShares(Dataset[Batch]):
             cuts = [self.index[number] for number in share.cuts]
             try:
                 batch = self.make(cuts)
+            except DataError:
+                raise
             except Exception:  # whatever a reader of damaged files raises; found out below which file
                 batch = None
         if batch is not None and bool(torch.isfinite(batch.x).all()):
@@ -283,7 +317,8 @@ class TrainingShares(Dataset[Batch]):
             faults = {cut.id: "augmentation made its features infinite" for cut in cuts}
         good = [cut for cut in cuts if cut.id not in faults] or [self._substitute(share.cuts[-1], faults)]
         with seeded(*share.seed):
-            return self.make(good)._replace(faults=faults)
+            batch = self.make(good)
+            return batch._replace(faults={**faults, **batch.faults})
 
     def _substitute(self, number: int, faults: dict[str, str]) -> Cut:
         for step in range(1, self.SUBSTITUTES + 1):
@@ -292,30 +327,65 @@ class TrainingShares(Dataset[Batch]):
                 return cut
         cut_id, reason = next(iter(faults.items()))
         raise DataError(
-            f"{cut_id}: {reason}; nor can the {self.SUBSTITUTES} cuts after it be read. Were the features moved or "
-            "removed? ./prepare.sh --stage fbank makes them"
+            f"{cut_id}: {reason}; nor can the {self.SUBSTITUTES} cuts after it be read. {self.make.remedy}"
         )
+
+
+class UnusableError(ValueError):
+    """A cut whose features cannot be used, and why."""
 
 
 class BatchMaker:
     """A batch of cuts of one supervision each; runs where the data are loaded."""
 
-    def __init__(self, tokenizer: Tokenizer, transforms: list[Any]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        transforms: list[Any],
+        on_the_fly: FbankOptions | None = None,
+        noise: NoiseMixer | None = None,
+    ) -> None:
+        """`transforms` are of features; `on_the_fly` and `noise` as in TrainingData."""
+        self.tokenizer, self.noise = tokenizer, noise
+        self.clean = FeaturesInMemory(on_the_fly) if on_the_fly else None
         self.features = WholeFeatures()
         self.dataset = K2SpeechRecognitionDataset(
-            return_cuts=True, input_transforms=transforms, input_strategy=self.features
+            return_cuts=True,
+            cut_transforms=[FeaturesInMemory(on_the_fly, noise)] if on_the_fly or noise else [],
+            input_transforms=transforms,
+            input_strategy=self.features,
         )
+
+    @property
+    def remedy(self) -> str:
+        """What to do where nothing can be read."""
+        if self.clean:
+            return "Was the audio moved or removed? ./prepare.sh --stage manifests looks for it again"
+        return "Were the features moved or removed? ./prepare.sh --stage fbank makes them"
+
+    def load(self, cut: Cut) -> Tensor:
+        """(T, C) features, without noise. Raises UnusableError."""
+        try:
+            cuts = CutSet.from_cuts([cut])
+            features, _ = self.features(self.clean(cuts) if self.clean else cuts)
+        except Exception as error:  # whatever a reader of damaged files raises
+            reason = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            raise UnusableError(reason) from error
+        if not bool(torch.isfinite(features).all()):
+            raise UnusableError("its features are not finite")
+        return features[0]
 
     def fault(self, cut: Cut) -> str | None:
         """Why the features of `cut` cannot be used, if they cannot."""
         try:
-            features, _ = self.features(CutSet.from_cuts([cut]))
-        except Exception as error:  # whatever a reader of damaged files raises
-            return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        return None if bool(torch.isfinite(features).all()) else "its features are not finite"
+            self.load(cut)
+        except UnusableError as error:
+            return str(error)
+        return None
 
     def __call__(self, cuts: Iterable[Cut]) -> Batch:
+        if self.noise:
+            self.noise.faults.clear()
         raw = self.dataset[cuts if isinstance(cuts, CutSet) else CutSet.from_cuts(cuts)]
         supervisions = raw["supervisions"]
         order = supervisions["sequence_idx"].argsort()  # rows of `inputs`, one supervision each
@@ -330,7 +400,7 @@ class BatchMaker:
             texts=texts,
             cut_ids=[cut.id for cut in cuts],
             durations=[cut.duration for cut in cuts],
-            faults={},
+            faults=dict(self.noise.faults) if self.noise else {},
         )
 
 

@@ -1,8 +1,9 @@
-"""Mel filterbank features (fbank): computed in parallel, stored in shards, continued after a fault.
+"""Mel filterbank features (fbank): computed in parallel, stored in shards, continued after a fault; or none at all.
 
 A shard is a folder with the features of SHARD_CUTS consecutive cuts and their manifest. It is written under a
 temporary name and moved into place when complete, so that a run that was killed, or met a full disk, goes on
-where it stopped; and the result does not depend on the number of jobs.
+where it stopped; and the result does not depend on the number of jobs. Cuts without features (`write_audio_cuts`) are
+for training that computes them as it goes: `on_the_fly` does so by the same functions.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from lhotse import (
     LilcomChunkyWriter,
     Recording,
 )
-from lhotse.cut import MonoCut
+from lhotse.cut import Cut, MonoCut
 from lhotse.features import FeatureExtractor
 from lhotse.features.base import register_extractor
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
 from lhotse.features.kaldifeat import KaldifeatMelOptions
-from lhotse.utils import compute_num_frames, is_module_available
+from lhotse.utils import compute_num_frames, fastcopy, is_module_available
 from tqdm import tqdm
 
 from splitformer.data.manifests import (
@@ -51,6 +52,8 @@ from splitformer.data.manifests import (
 )
 
 SAMPLING_RATE = 16000
+FRAME_SHIFT = 0.01
+"""Seconds between two frames, of all extractors."""
 SPEED_FACTORS = (0.9, 1.1)
 """The three-fold speed perturbation of Ko et al., "Audio augmentation for speech recognition" (2015)."""
 EXTRACTORS = ("lhotse", "kaldifeat", "linear-mel")
@@ -155,6 +158,15 @@ class LinearMel(FeatureExtractor):
         waveform = torch.as_tensor(samples, dtype=torch.float32).flatten()
         return self._transform(waveform).T.contiguous().numpy()
 
+    @staticmethod
+    def mix(features_a: np.ndarray, features_b: np.ndarray, energy_scaling_factor_b: float) -> np.ndarray:
+        """Energies add up, where the signals have nothing to do with each other."""
+        return features_a + energy_scaling_factor_b * features_b
+
+    @staticmethod
+    def compute_energy(features: np.ndarray) -> float:
+        return float(np.sum(features))
+
 
 def make_extractor(options: FbankOptions) -> FeatureExtractor:
     """Lhotse's defaults (no dither, 20 Hz to 400 Hz below Nyquist, povey window, no cut edges), at 16 kHz."""
@@ -188,6 +200,61 @@ def all_cuts(recordings: str | Path, supervisions: str | Path, speed_perturb: bo
             yield cut if factor == 1.0 else cut.perturb_speed(factor)
 
 
+def audio_of(cut: Cut, options: FbankOptions) -> np.ndarray:
+    """(S,) float32 samples of a cut at SAMPLING_RATE.
+
+    Raises:
+      ManifestError: too few samples for a frame, or samples that are not finite; and whatever a decoder raises.
+    """
+    samples = np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32)
+    if len(samples) < (least := MIN_SAMPLES[options.extractor]):
+        raise ManifestError(f"{len(samples)} samples are less than one window of {least}")
+    if not np.isfinite(samples).all():
+        raise ManifestError(f"{int((~np.isfinite(samples)).sum())} of {len(samples)} samples are not finite")
+    return samples
+
+
+def with_features(cut: Cut, feats: np.ndarray, kind: str, frame_shift: float, storage: dict[str, Any]) -> Cut:
+    """The cut with the manifest of its features (T, C), which are those of the whole cut.
+
+    Args:
+      kind: the extractor's name.  frame_shift: seconds.
+      storage: storage_type, storage_path and storage_key of `lhotse.Features`.
+    """
+    num_frames = compute_num_frames(cut.duration, frame_shift, SAMPLING_RATE)
+    custom = {key: value for key, value in (cut.custom or {}).items() if key != STORED_FRAMES}
+    if num_frames < feats.shape[0] <= num_frames + 1:
+        custom[STORED_FRAMES] = feats.shape[0]
+    else:
+        num_frames = feats.shape[0]
+    features = Features(
+        recording_id=cut.recording.id if cut.has_recording else cut.features.recording_id,
+        channels=cut.channel,
+        start=cut.start,
+        duration=cut.duration,
+        type=kind,
+        num_frames=num_frames,  # Lhotse refuses a manifest with another number than its own
+        num_features=feats.shape[1],
+        frame_shift=frame_shift,
+        sampling_rate=SAMPLING_RATE,
+        **storage,
+    )
+    return fastcopy(cut, features=features, custom=custom or None)
+
+
+def more_frames(cut: Cut) -> int:
+    """How many more frames are stored than Lhotse would load, where the features are those of the whole cut."""
+    stored = (getattr(cut, "custom", None) or {}).get(STORED_FRAMES)
+    if stored is None or abs(cut.start - cut.features.start) > 1e-3:
+        return 0
+    return stored - cut.num_frames if abs(cut.duration - cut.features.duration) < 1e-3 else 0
+
+
+def whole_features(cut: Cut) -> np.ndarray:
+    """(T, C) stored features of a cut, with all frames that the front end made of it."""
+    return cut.features.load() if more_frames(cut) else cut.load_features()
+
+
 def extract(extractor: FeatureExtractor, waveforms: list[np.ndarray]) -> list[np.ndarray]:
     """Features (T, C) of each waveform (samples,). kaldifeat takes one batch, Lhotse one at a time."""
     if isinstance(extractor, KaldifeatFbank):
@@ -218,6 +285,26 @@ def fbank_of_file(path: str | Path, options: FbankOptions) -> torch.Tensor:
     if len(samples) < (least := MIN_SAMPLES[options.extractor]):
         raise ValueError(f"{path} has {len(samples)} samples; {least} are the fewest for a frame")
     return torch.from_numpy(extract(make_extractor(options), [samples])[0])
+
+
+def write_audio_cuts(
+    recordings: str | Path, supervisions: str | Path, output_cuts: str | Path, *, speed_perturb: bool = False
+) -> FbankSummary:
+    """Write the cuts of a split without features: what `compute_fbank` would have computed them from.
+
+    Raises:
+      ManifestError: no cut at all.
+    """
+    summary = FbankSummary()
+    with manifest_writer(output_cuts) as write_cut:
+        cuts = all_cuts(recordings, supervisions, speed_perturb)
+        for cut in tqdm(cuts, desc=f"cuts {Path(output_cuts).name}", unit=" cuts"):
+            write_cut(cut)
+            summary.num_cuts += 1
+            summary.seconds += cut.duration
+        if not summary.num_cuts:
+            raise ManifestError(f"{supervisions} is empty: there is nothing to train on")
+    return summary
 
 
 def compute_fbank(
@@ -355,9 +442,7 @@ def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], optio
     loaded, waveforms = [], []
     for cut in cuts:
         try:
-            samples = cut.load_audio()[0]
-            if len(samples) < (least := MIN_SAMPLES[options.extractor]):
-                raise ManifestError(f"{len(samples)} samples are less than one window of {least}")
+            samples = audio_of(cut, options)
         except ImportError:
             raise  # not the file's fault
         except Exception as error:  # whatever a decoder raises on a damaged file
@@ -368,30 +453,16 @@ def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], optio
             skipped[cut.id] = reason
             continue
         loaded.append(cut)
-        waveforms.append(np.ascontiguousarray(samples, dtype=np.float32))
+        waveforms.append(samples)
     with make_writer(folder, options) as writer, manifest_writer(folder / "cuts.jsonl") as write_cut:
         for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
             key = writer.write(cut.id, feats)
-            num_frames = compute_num_frames(cut.duration, extractor.frame_shift, SAMPLING_RATE)
-            if num_frames < feats.shape[0] <= num_frames + 1:
-                cut.custom = {**(cut.custom or {}), STORED_FRAMES: feats.shape[0]}
-            else:
-                num_frames = feats.shape[0]
-            cut.features = Features(
-                recording_id=cut.recording.id,
-                channels=cut.channel,
-                start=cut.start,
-                duration=cut.duration,
-                type=extractor.name,
-                num_frames=num_frames,  # Lhotse refuses a manifest with another number than its own
-                num_features=feats.shape[1],
-                frame_shift=extractor.frame_shift,
-                sampling_rate=SAMPLING_RATE,
-                storage_type=writer.name,
-                storage_path=str(writer.storage_path).replace(str(folder), str(final_folder), 1),
-                storage_key=key,
-            )
-            write_cut(cut)
+            storage = {
+                "storage_type": writer.name,
+                "storage_path": str(writer.storage_path).replace(str(folder), str(final_folder), 1),
+                "storage_key": key,
+            }
+            write_cut(with_features(cut, feats, extractor.name, extractor.frame_shift, storage))
     return skipped
 
 

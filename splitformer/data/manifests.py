@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -318,22 +318,11 @@ def recipe_pairs(
     if not folder.is_dir():
         beside = sorted(p.name for p in Path(corpus_dir).glob("*") if p.is_dir())
         raise ManifestError(f"there is no folder {folder}; {corpus_dir} has: {', '.join(beside) or 'no folders'}")
-    try:
-        manifests = _run_recipe(recipe, Path(corpus_dir), split, num_jobs)
-        originals: dict[str, str] = {}
-    except ManifestError:
-        raise
-    except Exception as error:
-        faults = {path: fault for path in _audio_files(folder) if (fault := audio_fault(path))}
-        if not faults:
-            raise ManifestError(
-                f"Lhotse's recipe {recipe!r} cannot read {folder} ({type(error).__name__}: {error}), though every "
-                "audio file there is readable: look for a transcript without words"
-            ) from error
-        for path, fault in faults.items():
-            skipped.add(str(path), fault, strict)
-        manifests, originals = _run_recipe_without(set(faults), recipe, Path(corpus_dir), split, num_jobs)
 
+    def run(root: Path) -> dict[str, Any]:
+        return _run_recipe(recipe, root, split, num_jobs)
+
+    manifests, originals = without_unreadable(run, recipe, Path(corpus_dir), split, skipped, strict)
     groups: dict[str, list[SupervisionSegment]] = {}
     for segment in manifests["supervisions"]:
         groups.setdefault(segment.recording_id, []).append(segment)
@@ -344,6 +333,42 @@ def recipe_pairs(
         for source in recording.sources:
             source.source = originals.get(source.source, source.source)
         yield recording, groups.get(recording.id, [])
+
+
+def without_unreadable(
+    run: Callable[[Path], dict[str, Any]], recipe: str, corpus_dir: Path, split: str, skipped: Skipped, strict: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a recipe of Lhotse, named `recipe`, gives for a folder of a corpus, and {link: original} of audio files.
+
+    Where it stops, unreadable files are looked for, noted in `skipped`, and it runs again on links to the others.
+
+    Raises:
+      ManifestError: it stops for another reason; unreadable files, where `strict`.
+    """
+    use_soundfile()
+    folder = corpus_dir / split
+    try:
+        return run(corpus_dir), {}
+    except ManifestError:
+        raise
+    except Exception as error:
+        faults = {path: fault for path in _audio_files(folder) if (fault := audio_fault(path))}
+        if not faults:
+            raise ManifestError(
+                f"Lhotse's recipe {recipe!r} cannot read {folder} ({type(error).__name__}: {error}), though every "
+                "audio file there is readable: look for a transcript without words"
+            ) from error
+    for path, fault in faults.items():
+        skipped.add(str(path), fault, strict)
+    originals = {}
+    with tempfile.TemporaryDirectory() as view:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path not in faults:
+                link = Path(view) / path.relative_to(corpus_dir)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+                originals[str(link)] = str(path)
+        return run(Path(view)), originals
 
 
 def _audio_files(folder: Path) -> list[Path]:
@@ -361,18 +386,3 @@ def _run_recipe(recipe: str, corpus_dir: Path, split: str, num_jobs: int) -> dic
     if split not in manifests:
         raise ManifestError(f"Lhotse's recipe {recipe!r} gave no split {split!r}, only {', '.join(manifests)}")
     return manifests[split]
-
-
-def _run_recipe_without(
-    faulty: set[Path], recipe: str, corpus_dir: Path, split: str, num_jobs: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The recipe's manifests of a copy, made of links, that lacks the faulty files; and link -> original."""
-    originals = {}
-    with tempfile.TemporaryDirectory() as view:
-        for path in sorted((corpus_dir / split).rglob("*")):
-            if path.is_file() and path not in faulty:
-                link = Path(view) / path.relative_to(corpus_dir)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path.resolve())
-                originals[str(link)] = str(path)
-        return _run_recipe(recipe, Path(view), split, num_jobs), originals

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from splitformer.checkpoint import RunningAverage, load_checkpoint, save_checkpoint
 from splitformer.config import Config, ConfigError, LossConfig
 from splitformer.data.datamodule import TENSORS, Batch, TrainingData, evaluation_batches, load_cuts
+from splitformer.data.on_the_fly import options_on_the_fly
 from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
@@ -80,6 +81,10 @@ class RunOptions:
     """the run is looked at (`Trainer.inspect`), not trained"""
     timeout_minutes: float = 30.0
     """after which a rank gives up waiting for the others"""
+    on_the_fly: bool = False
+    """features of training data are computed from audio"""
+    noise_cuts: tuple[Path, ...] = ()
+    """what augment.noise_p of the utterances are mixed with"""
 
 
 @dataclass
@@ -507,6 +512,8 @@ class Trainer:
             options.seed,
             options.num_workers,
             progress=self.ranks.is_main,
+            on_the_fly=options_on_the_fly(self.config) if options.on_the_fly else None,
+            noise_cuts=options.noise_cuts,
         )
         if self.ranks.is_main:
             self.ranks.barrier()

@@ -1,0 +1,193 @@
+"""Noise, music and babble under the training speech, as icefall mixes MUSAN in (arXiv 1510.08484).
+
+Prepared, noise is a split like any other: recordings, and windows of some seconds in the place of supervisions. In
+training, windows are drawn by number from an index, so that a batch reads those that it mixes in and no others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.audio.mixer import AudioMixer
+from lhotse.cut import Cut
+from lhotse.features.base import get_extractor_type
+from lhotse.features.mixer import FeatureMixer
+from lhotse.recipes import prepare_musan
+
+from splitformer.data.cut_index import CutIndex, DataError, index_cuts
+from splitformer.data.features import SAMPLING_RATE
+from splitformer.data.manifests import ManifestError, Pair, Skipped, spread, without_unreadable
+
+MUSAN_PARTS = ("music", "noise", "speech")
+WINDOW = 10.0
+SHORTEST_WINDOW = 5.0
+"""Seconds: icefall's egs/librispeech/ASR/local/compute_fbank_musan.py cuts MUSAN into windows of 10 and keeps those
+that are longer than 5. A recording that is shorter as a whole, which icefall leaves out, is a window here."""
+TRIES = 20
+"""Windows that may be unreadable one after the other."""
+
+
+# ------------------------------------------------------------------------------------------- preparation
+
+
+def musan_pairs(
+    musan_dir: str | Path, skipped: Skipped, *, limit: int | None = None, strict: bool = False
+) -> Iterable[Pair]:
+    """The recordings of MUSAN, or of a folder in its layout, with their windows.
+
+    Args:
+      musan_dir: with folders music, noise and speech, or some of them.
+      limit: at most so many recordings of each.
+    Raises:
+      ManifestError: none of the folders, or no recording in them; unreadable files, where `strict`.
+    """
+    musan_dir = Path(musan_dir)
+    parts = [part for part in MUSAN_PARTS if (musan_dir / part).is_dir()]
+    if not parts:
+        raise ManifestError(f"{musan_dir} has none of the folders {', '.join(MUSAN_PARTS)}; give the folder `musan`")
+    count = 0
+    for part in parts:
+
+        def prepare(folder: Path, part: str = part) -> dict[str, Any]:
+            return prepare_musan(folder, parts=[part])[part]
+
+        manifests, originals = without_unreadable(prepare, "musan", musan_dir, part, skipped, strict)
+        recordings = sorted(manifests["recordings"], key=lambda recording: recording.id)
+        for recording in spread(recordings, limit):
+            for source in recording.sources:
+                source.source = originals.get(source.source, source.source)
+            count += 1
+            yield recording, _windows(recording)
+    if not count:
+        raise ManifestError(f"{musan_dir}: there is no recording (.wav) in {', '.join(parts)}")
+
+
+def _windows(recording: Recording) -> list[SupervisionSegment]:
+    whole, rest = divmod(recording.duration, WINDOW)
+    spans = [(i * WINDOW, WINDOW) for i in range(int(whole))]
+    if rest > SHORTEST_WINDOW or not spans:
+        spans.append((whole * WINDOW, round(rest, 8)))
+    return [
+        SupervisionSegment(f"{recording.id}-{i:03d}", recording.id, start, duration, recording.channel_ids[0], "noise")
+        for i, (start, duration) in enumerate(spans)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class NoiseFilter:
+    """Says which cuts can be mixed in: into audio, or into features of one kind."""
+
+    def __init__(self, kind: str | None, num_mel_bins: int) -> None:
+        """`kind` is that of the features, None: noise is mixed into audio."""
+        self.kind, self.num_mel_bins = kind, num_mel_bins
+        self.signature = ["noise", kind, num_mel_bins]
+
+    def check(self, cut: Cut) -> tuple[str | None, int]:
+        """Why `cut` is dropped, None where it is kept; and 0 labels."""
+        if self.kind is None:
+            return (None if cut.has_recording else "no audio to mix into audio"), 0
+        if not cut.has_features:
+            return "no features to mix into stored features", 0
+        has, wanted = (cut.features.type, cut.num_features), (self.kind, self.num_mel_bins)
+        return (None if has == wanted else f"its features are {has}, those of the training cuts {wanted}"), 0
+
+
+class NoiseMixer:
+    """Mixes noise into some of the utterances; draws by the module `random`, which the caller has seeded.
+
+    The noise covers the whole utterance: a stretch of a window, or several windows one after the other. One gain for
+    all of it makes the ratio of the energies over the utterance what was drawn, in audio and in features alike.
+    """
+
+    def __init__(self, index: CutIndex, p: float, snr: tuple[float, float]) -> None:
+        """`p`: probability for each utterance; `snr`: decibels, from and to, drawn evenly."""
+        self.index, self.p, self.snr = index, p, snr
+        self.faults: dict[str, str] = {}
+        """{cut id: reason} of the noise that could not be read"""
+
+    def into_audio(self, samples: np.ndarray) -> np.ndarray:
+        """(S,) samples at SAMPLING_RATE, with noise or as they are."""
+        snr = self._draw_snr()
+        if snr is None:
+            return samples
+        noise = self._draw(len(samples), SAMPLING_RATE, _audio)
+        mixer = AudioMixer(samples[None], SAMPLING_RATE)
+        mixer.add_to_mix(noise[None], snr=snr)
+        return mixer.mixed_audio[0].astype(np.float32)
+
+    def into_features(self, feats: np.ndarray, kind: str, frame_shift: float) -> np.ndarray:
+        """(T, C) features that the extractor of the name `kind` made, with noise or as they are.
+
+        Energies are added: that of a sum of two signals, but for the product of the two, which has no mean.
+        """
+        snr = self._draw_snr()
+        if snr is None:
+            return feats
+        noise = self._draw(len(feats), 1 / frame_shift, _features)
+        mixer = FeatureMixer(get_extractor_type(kind), feats, frame_shift)
+        mixer.add_to_mix(noise, sampling_rate=SAMPLING_RATE, snr=snr)
+        return mixer.mixed_feats.astype(np.float32)
+
+    def _draw_snr(self) -> float | None:
+        return random.uniform(*self.snr) if random.random() < self.p else None
+
+    def _draw(self, length: int, rate: float, load: Callable[[Cut], np.ndarray]) -> np.ndarray:
+        """`length` items of noise, samples or frames, of which a second has `rate`."""
+        pieces: list[np.ndarray] = []
+        found = unreadable = 0
+        while found < length:
+            cut = self.index[random.randrange(len(self.index))]
+            wanted = length / rate + 1.0  # a second to spare, for rounding
+            if not pieces and cut.duration > wanted:
+                cut = cut.truncate(offset=random.uniform(0.0, cut.duration - wanted), duration=wanted, preserve_id=True)
+            try:
+                piece = load(cut)
+                if not len(piece) or not np.isfinite(piece).all():
+                    raise ManifestError("it is empty, or not finite")
+            except Exception as error:  # whatever a reader of damaged files raises
+                self.faults[cut.id] = f"noise that cannot be read ({' '.join(str(error).split())[:300]})"
+                unreadable += 1
+                if unreadable == TRIES:
+                    raise DataError(
+                        f"{TRIES} noise cuts in a row cannot be read, lastly {cut.id}: {error}. Were they moved or "
+                        "removed? ./prepare.sh --musan-dir makes them"
+                    ) from error
+                continue
+            unreadable = 0
+            pieces.append(piece)
+            found += len(piece)
+        return np.concatenate(pieces)[:length]
+
+
+def _audio(cut: Cut) -> np.ndarray:
+    if cut.sampling_rate != SAMPLING_RATE:
+        cut = cut.resample(SAMPLING_RATE)
+    return cut.load_audio()[0]
+
+
+def _features(cut: Cut) -> np.ndarray:
+    return cut.load_features()
+
+
+def noise_mixer(
+    cuts: CutSet, sources: list[Path], keep: NoiseFilter, folder: Path, p: float, snr: tuple[float, float]
+) -> NoiseMixer:
+    """The mixer of the noise cuts that `keep` keeps; `folder` keeps their index.
+
+    Raises:
+      ValueError: none is left.
+    """
+    index, report = index_cuts(cuts, sources, keep, folder)
+    if not report.kept:
+        raise ValueError(
+            f"no noise in {', '.join(map(str, sources))} can be mixed in ({report}): ./prepare.sh --musan-dir makes "
+            "such that can, with the --fbank, --num-mel-bins and --on-the-fly of the training data"
+        )
+    return NoiseMixer(index, p, snr)
