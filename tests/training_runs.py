@@ -83,9 +83,18 @@ def small_config(**training):
     return Config.from_dict(tables)
 
 
-def training_data(corpus, folder, cuts=None, num_workers=0, **data):
+def training_data(corpus, folder, cuts=None, num_workers=0, augment=None, on_the_fly=None, noise_cuts=(), **data):
     _, train_cuts, _, lang_dir = corpus
     config = small_config()
-    config = replace(config, data=replace(config.data, **data))
-    tokenizer = Tokenizer(lang_dir)
-    return TrainingData(cuts or [train_cuts], tokenizer, config.data, config.augment, folder, 1, num_workers)
+    config = replace(config, data=replace(config.data, **data), augment=replace(config.augment, **augment or {}))
+    return TrainingData(
+        cuts or [train_cuts],
+        Tokenizer(lang_dir),
+        config.data,
+        config.augment,
+        folder,
+        1,
+        num_workers,
+        on_the_fly=on_the_fly,
+        noise_cuts=noise_cuts,
+    )

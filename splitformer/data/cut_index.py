@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from splitformer.config import DataConfig
 from splitformer.data.features import FRAME_SHIFT
+from splitformer.data.seen import Seen
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import subsampled_lengths
 
@@ -182,18 +183,16 @@ def index_cuts(
 
 def _scan(cuts: CutSet, keep: Filter, folder: Path, progress: bool) -> ScanReport:
     report = ScanReport()
-    ids: set[int] = set()  # hashes: a few bytes per cut
+    ids = Seen()
     entries = folder / "entries.bin"
     with open(folder / "cuts.jsonl", "wb") as lines, open(entries, "wb") as table:
         for cut in tqdm(cuts, desc="scanning cuts", unit="cut", disable=None if progress else True, leave=False):
             reason, tokens = keep.check(cut)
-            key = hash(cut.id)
-            if reason is None and key in ids:
+            if reason is None and not ids.add(cut.id):
                 reason = "a cut of the same id came before"
             if reason is not None:
                 report.drop(cut.id, reason)
                 continue
-            ids.add(key)
             report.kept += 1
             report.seconds += cut.duration
             table.write(np.array((lines.tell(), cut.duration, tokens), dtype=ENTRY).tobytes())

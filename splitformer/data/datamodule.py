@@ -326,9 +326,7 @@ class TrainingShares(Dataset[Batch]):
             if not self.make.fault(cut):
                 return cut
         cut_id, reason = next(iter(faults.items()))
-        raise DataError(
-            f"{cut_id}: {reason}; nor can the {self.SUBSTITUTES} cuts after it be read. {self.make.remedy}"
-        )
+        raise DataError(f"{cut_id}: {reason}; nor can the {self.SUBSTITUTES} cuts after it be read. {self.make.remedy}")
 
 
 class UnusableError(ValueError):

@@ -50,7 +50,9 @@ def musan_pairs(
     parts = [part for part in MUSAN_PARTS if (musan_dir / part).is_dir()]
     if not parts:
         raise ManifestError(f"{musan_dir} has none of the folders {', '.join(MUSAN_PARTS)}; give the folder `musan`")
-    count = 0
+    parts = [part for part in parts if next((musan_dir / part).rglob("*.wav"), None)]
+    if not parts:
+        raise ManifestError(f"{musan_dir}: there is no recording (.wav) in its folders")
     for part in parts:
 
         def prepare(folder: Path, part: str = part) -> dict[str, Any]:
@@ -61,10 +63,7 @@ def musan_pairs(
         for recording in spread(recordings, limit):
             for source in recording.sources:
                 source.source = originals.get(source.source, source.source)
-            count += 1
             yield recording, _windows(recording)
-    if not count:
-        raise ManifestError(f"{musan_dir}: there is no recording (.wav) in {', '.join(parts)}")
 
 
 def _windows(recording: Recording) -> list[SupervisionSegment]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -78,9 +78,7 @@ def train_tokenizer(
         raise ValueError(f"model type {model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
     if vocab_size is None and model_type != "char":
         raise ValueError(f"model type {model_type!r} needs a vocab_size")
-    with open(text_path, encoding="utf-8") as file:
-        sentences = [" ".join(line.split()) for line in file]
-    characters = set("".join(sentences)) - {" "}
+    characters = {char for sentence in _sentences(text_path) for char in sentence} - {" "}
     if not characters:
         raise ValueError(f"{text_path} holds no words to train a tokenizer on")
     smallest = len(characters) + 4  # the three special tokens and sentencepiece's mark of a word's beginning
@@ -93,7 +91,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=_sentences(text_path),
             model_writer=model,
             model_type=model_type,
             vocab_size=smallest if model_type == "char" else vocab_size,
@@ -204,6 +202,12 @@ def import_tokenizer(
     model.normalizer_spec.name, model.normalizer_spec.precompiled_charsmap = "identity", b""
     _write(model.SerializeToString(), lang_dir)
     return rows
+
+
+def _sentences(text_path: str | Path) -> Iterator[str]:
+    with open(text_path, encoding="utf-8") as file:
+        for line in file:
+            yield " ".join(line.split())
 
 
 def _write(model: bytes, lang_dir: str | Path) -> None:

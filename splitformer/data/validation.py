@@ -19,6 +19,7 @@ from splitformer.data.manifests import (
     read_pairs,
     write_split,
 )
+from splitformer.data.seen import Seen
 
 # Seconds by which a supervision may end after its recording: durations are rounded.
 TOLERANCE = 2e-3
@@ -45,9 +46,8 @@ def validate_split(
 
     def usable_pairs() -> Iterator[Pair]:
         nonlocal seconds
-        # hashes of the ids: a few bytes per utterance are all that stays in memory
-        recording_ids: set[int] = set()
-        supervision_ids: set[int] = set()
+        # a few bytes per utterance are all that stays in memory
+        recording_ids, supervision_ids = Seen(), Seen()
         total = count_items(recordings)
         empty = True
         for recording, group in tqdm(
@@ -77,8 +77,8 @@ def validate_split(
     return count, seconds, skipped
 
 
-def _recording_fault(recording: Recording, seen: set[int]) -> str | None:
-    if _seen_before(recording.id, seen):
+def _recording_fault(recording: Recording, seen: Seen) -> str | None:
+    if not seen.add(recording.id):
         return "a recording of the same id came before"
     for source in recording.sources:
         if source.type != "file":
@@ -98,8 +98,8 @@ def _recording_fault(recording: Recording, seen: set[int]) -> str | None:
     return _lhotse_fault(recording)
 
 
-def _supervision_fault(segment: SupervisionSegment, recording: Recording, seen: set[int]) -> str | None:
-    if _seen_before(segment.id, seen):
+def _supervision_fault(segment: SupervisionSegment, recording: Recording, seen: Seen) -> str | None:
+    if not seen.add(segment.id):
         return "a supervision of the same id came before"
     if not (segment.text or "").strip():
         return "the transcript is empty"
@@ -114,11 +114,3 @@ def _lhotse_fault(item: Recording | SupervisionSegment) -> str | None:
     except AssertionError as error:
         return f"Lhotse rejects it: {error}"
     return None
-
-
-def _seen_before(name: str, seen: set[int]) -> bool:
-    key = hash(name)
-    if key in seen:
-        return True
-    seen.add(key)
-    return False

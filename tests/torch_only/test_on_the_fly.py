@@ -1,0 +1,195 @@
+"""Features computed from audio in the loading processes: those that prepare stores, in the same batches."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Recording, SupervisionSegment
+
+from splitformer.data.datamodule import DataError
+from splitformer.data.features import FbankOptions, compute_fbank, write_audio_cuts
+from splitformer.data.manifests import ManifestError, read_cuts, write_split
+from splitformer.results import read_training_log
+from tests.factories import RATE, make_lang_dir, make_texts, tone_speech
+from tests.training_runs import same, train, training_data, weights
+
+FBANK = FbankOptions("lhotse")
+TOLERANCE = 2**-5
+"""lilcom rounds stored features to multiples of it"""
+
+
+def speech_split(folder: Path, texts: list[str], rate: int = RATE) -> tuple[Path, Path]:
+    """Manifests of spoken texts, two of them in each recording but for the last."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for number in range(0, len(texts), 2):
+        pieces = [tone_speech(text, rng) for text in texts[number : number + 2]]
+        path = folder / "audio" / f"r{number:03d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.concatenate(pieces), rate)
+        recording, start, segments = Recording.from_file(path), 0.0, []
+        for i, piece in enumerate(pieces):
+            duration = len(piece) / rate
+            segments.append(SupervisionSegment(f"u{number + i:03d}", path.stem, start, duration, 0, texts[number + i]))
+            start = round(start + duration, 8)
+        pairs.append((recording, segments))
+    files = folder / "recordings.jsonl.gz", folder / "supervisions.jsonl.gz"
+    write_split(pairs, *files)
+    return files
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A corpus with stored features and one without, of the same manifests, speed-perturbed: (corpus, audio cuts)."""
+    folder = tmp_path_factory.mktemp("both")
+    texts = make_texts(41)
+    files = speech_split(folder, texts)
+    compute_fbank(*files, folder / "stored.jsonl.gz", folder / "feats", FBANK, speed_perturb=True)
+    summary = write_audio_cuts(*files, folder / "audio.jsonl.gz", speed_perturb=True)
+    assert summary.num_cuts == 3 * 41
+    stored = folder / "stored.jsonl.gz"
+    return (folder, stored, stored, make_lang_dir(folder, texts)), folder / "audio.jsonl.gz"
+
+
+def epoch(data, parts=1, first=0, number=2):
+    plan = data.plan(number)
+    return list(data.batches(plan, number, first, parts, range(parts)))
+
+
+def test_batches_are_those_of_stored_features(both, tmp_path):
+    corpus, audio = both
+    plain = {"augment": {"p": 0.0}}
+    stored = training_data(corpus, tmp_path / "stored", **plain)
+    live = training_data(corpus, tmp_path / "live", [audio], on_the_fly=FBANK, **plain)
+    assert live.report.kept == stored.report.kept == 123
+    assert live.report.seconds == pytest.approx(stored.report.seconds)
+    assert all(not cut.has_features for cut in read_cuts(audio))
+    batches = epoch(stored), epoch(live)
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours.cut_ids == theirs.cut_ids and ours.texts == theirs.texts
+        assert torch.equal(ours.x_lens, theirs.x_lens) and torch.equal(ours.y, theirs.y)
+        assert ours.x.shape == theirs.x.shape and not ours.faults
+        assert (ours.x - theirs.x).abs().max() < TOLERANCE
+    assert any("_sp0.9" in cut_id for batch in batches[1] for cut_id in batch.cut_ids)
+    torch.testing.assert_close(live.feature_deviation(), stored.feature_deviation(), rtol=1e-2, atol=0)
+    # of cuts that have stored features too, those from audio are taken
+    neither = training_data(corpus, tmp_path / "neither", on_the_fly=FBANK, **plain)
+    for ours, theirs in zip(epoch(neither), batches[1], strict=True):
+        assert torch.equal(ours.x, theirs.x)
+
+
+def test_an_epoch_is_the_same_whatever_loads_it_and_goes_on_from_any_batch(both, tmp_path):
+    corpus, audio = both
+    whole = epoch(training_data(corpus, tmp_path / "a", [audio], on_the_fly=FBANK), parts=2)
+    data = training_data(corpus, tmp_path / "b", [audio], num_workers=2, on_the_fly=FBANK)
+    for first in (0, len(data.plan(2)) - 2):
+        for ours, theirs in zip(epoch(data, 2, first), whole[2 * first :], strict=True):
+            assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
+
+
+def test_the_authors_front_end_keeps_its_last_frame(both, tmp_path):
+    pytest.importorskip("torchaudio", reason="its front end is torchaudio's")
+    corpus, audio = both
+    folder = corpus[0]
+    files = folder / "recordings.jsonl.gz", folder / "supervisions.jsonl.gz"
+    options = FbankOptions("linear-mel")
+    compute_fbank(*files, tmp_path / "cuts.jsonl.gz", tmp_path / "feats", options, speed_perturb=True)
+    stored = training_data(corpus, tmp_path / "stored", [tmp_path / "cuts.jsonl.gz"], augment={"p": 0.0})
+    live = training_data(corpus, tmp_path / "live", [audio], on_the_fly=options, augment={"p": 0.0})
+    for ours, theirs in zip(epoch(live), epoch(stored), strict=True):
+        assert torch.equal(ours.x_lens, theirs.x_lens)
+        torch.testing.assert_close(ours.x, theirs.x)
+
+
+def test_audio_at_another_rate_is_resampled(tmp_path):
+    texts = make_texts(30)
+    files = speech_split(tmp_path, texts, rate=8000)
+    corpus = (tmp_path, None, None, make_lang_dir(tmp_path, texts))
+    write_audio_cuts(*files, tmp_path / "audio.jsonl.gz")
+    compute_fbank(*files, tmp_path / "stored.jsonl.gz", tmp_path / "feats", FBANK)
+    stored = training_data(corpus, tmp_path / "s", [tmp_path / "stored.jsonl.gz"], augment={"p": 0.0})
+    live = training_data(corpus, tmp_path / "l", [tmp_path / "audio.jsonl.gz"], on_the_fly=FBANK, augment={"p": 0.0})
+    for ours, theirs in zip(epoch(live), epoch(stored), strict=True):
+        assert (ours.x - theirs.x).abs().max() < TOLERANCE
+
+
+@pytest.fixture
+def damaged(both, tmp_path):
+    """Copies of the audio cuts, of which some recordings cannot be read: cuts, and {cut id: part of the reason}."""
+    corpus, audio = both
+    copies = tmp_path / "audio"
+    shutil.copytree(corpus[0] / "audio", copies)
+    cuts = [cut for cut in read_cuts(audio) if "_sp" not in cut.id]
+    for cut in cuts:
+        cut.recording.sources[0].source = str(copies / Path(cut.recording.sources[0].source).name)
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    (copies / "r004.wav").unlink()
+    (copies / "r010.wav").write_bytes(b"")
+    soundfile.write(copies / "r020.wav", np.zeros(0), RATE)
+    samples, _ = soundfile.read(copies / "r040.wav", dtype="float32")
+    samples[len(samples) // 2] = float("nan")
+    soundfile.write(copies / "r040.wav", samples, RATE, subtype="FLOAT")
+    reasons = {f"u{n:03d}": "cannot be read" for n in (4, 5, 10, 11, 20, 21)} | {"u040": "samples are not finite"}
+    return tmp_path / "cuts.jsonl.gz", copies, reasons
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_audio_that_cannot_be_read_is_left_out_and_named(both, tmp_path, damaged, num_workers):
+    cuts, _, reasons = damaged
+    data = training_data(both[0], tmp_path / "index", [cuts], num_workers, on_the_fly=FBANK)
+    batches = epoch(data)
+    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.faults.items()}
+    assert faults.keys() == reasons.keys()
+    assert all(part in faults[cut_id] for cut_id, part in reasons.items()), faults
+    assert sum(len(batch.cut_ids) for batch in batches) == 41 - len(reasons)
+    assert all(torch.isfinite(batch.x).all() for batch in batches)
+
+
+def test_audio_that_is_all_gone_ends_the_epoch_with_the_remedy(both, tmp_path, damaged):
+    cuts, copies, _ = damaged
+    data = training_data(both[0], tmp_path / "index", [cuts], on_the_fly=FBANK)
+    shutil.rmtree(copies)
+    with pytest.raises(DataError, match=r"nor can the 20 cuts after it be read. Was the audio moved"):
+        epoch(data, parts=40)
+    with pytest.raises(DataError, match="none of the features can be read"):
+        data.feature_deviation()
+
+
+def test_cuts_that_lack_what_is_asked_for_say_so(both, tmp_path):
+    corpus, audio = both
+    with pytest.raises(ValueError, match=r"dropped 123: no stored features: the fbank stage.*--on-the-fly"):
+        training_data(corpus, tmp_path / "index", [audio])
+    CutSet.from_cuts(cut.drop_recording() for cut in read_cuts(corpus[1])).to_file(tmp_path / "no-audio.jsonl.gz")
+    with pytest.raises(ValueError, match="no audio to compute features from"):
+        training_data(corpus, tmp_path / "index", [tmp_path / "no-audio.jsonl.gz"], on_the_fly=FBANK)
+    write_split([], tmp_path / "r.jsonl.gz", tmp_path / "s.jsonl.gz")
+    with pytest.raises(ManifestError, match="is empty"):
+        write_audio_cuts(tmp_path / "r.jsonl.gz", tmp_path / "s.jsonl.gz", tmp_path / "cuts.jsonl.gz")
+
+
+def test_an_outlier_of_three_minutes_is_left_out_and_told(both, tmp_path):
+    corpus, audio = both
+    cuts = list(read_cuts(audio))[:41]
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.zeros(180 * RATE), RATE)
+    outlier = Recording.from_file(path).to_cut()
+    outlier.supervisions = [SupervisionSegment("long", "long", 0.0, 180.0, 0, cuts[0].supervisions[0].text)]
+    CutSet.from_cuts([*cuts, outlier]).to_file(tmp_path / "cuts.jsonl.gz")
+    data = training_data(corpus, tmp_path / "index", [tmp_path / "cuts.jsonl.gz"], on_the_fly=FBANK)
+    assert data.report.kept == 41 and data.report.dropped == {"longer than data.max_utterance_seconds = 25.0": 1}
+
+
+def test_the_command_trains_on_the_fly(both, tmp_path):
+    (folder, stored, _, lang_dir), audio = both
+    corpus = (folder, audio, stored, lang_dir)
+    runs = [train(corpus, tmp_path, tmp_path / n, "--on-the-fly", "--num-workers", n) for n in ("0", "2")]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    assert same(*(weights(tmp_path / n / "epoch-2.pt") for n in ("0", "2")))
+    assert read_training_log(tmp_path / "2/training.jsonl")[-1].unreadable_cuts == 0
+    without = train(corpus, tmp_path, tmp_path / "without")
+    assert without.returncode == 1 and "give --on-the-fly" in without.stderr and "Traceback" not in without.stderr
