@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 from lhotse import CutSet, Fbank, NumpyFilesWriter, Recording, SupervisionSegment
 
+from splitformer.data.manifests import write_split
 from splitformer.data.tokenizer import train_tokenizer
 
 RATE = 16000
@@ -57,6 +58,26 @@ def make_cuts(folder: Path, name: str, texts: list[str], seed: int = 0) -> Path:
     out = folder / f"{name}_cuts.jsonl.gz"
     stored.to_file(out)
     return out
+
+
+def make_split(folder: Path, texts: list[str], rate: int = RATE) -> tuple[Path, Path]:
+    """Manifests of spoken texts, two of them in each recording but for the last."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for number in range(0, len(texts), 2):
+        pieces = [tone_speech(text, rng) for text in texts[number : number + 2]]
+        path = folder / "audio" / f"r{number:03d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.concatenate(pieces), rate)
+        recording, start, segments = Recording.from_file(path), 0.0, []
+        for i, piece in enumerate(pieces):
+            duration = len(piece) / rate
+            segments.append(SupervisionSegment(f"u{number + i:03d}", path.stem, start, duration, 0, texts[number + i]))
+            start = round(start + duration, 8)
+        pairs.append((recording, segments))
+    files = folder / "recordings.jsonl.gz", folder / "supervisions.jsonl.gz"
+    write_split(pairs, *files)
+    return files
 
 
 def make_lang_dir(folder: Path, texts: list[str]) -> Path:

@@ -29,6 +29,7 @@ from splitformer.data.manifests import read_cuts
 from splitformer.data.noise import NoiseFilter, NoiseMixer, noise_mixer
 from splitformer.data.on_the_fly import FeaturesInMemory
 from splitformer.data.plan import EpochPlan, plan_epoch
+from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import MIN_FRAMES
 
@@ -83,14 +84,18 @@ def check_noise(augment: AugmentConfig, noise_cuts: bool) -> None:
 
 
 def load_cuts(paths: Iterable[str | Path]) -> CutSet:
-    """The cuts of all files, read lazily.
+    """The cuts of all files, read lazily; a folder is one in Lhotse's Shar format.
 
     Raises:
+      ManifestError: a folder is in no such format.
       FileNotFoundError: a file is missing; the message says which stage makes it.
       UnsafeManifest: while it is read: a cut would run or fetch something.
     """
     sets = []
     for path in map(Path, paths):
+        if path.is_dir():
+            sets.append(CutSet(SharCuts(path)))
+            continue
         if not path.is_file():
             raise FileNotFoundError(f"no cuts {path}: run prepare.sh, whose fbank stage writes them")
         sets.append(read_cuts(path))
@@ -98,6 +103,11 @@ def load_cuts(paths: Iterable[str | Path]) -> CutSet:
     for more in sets[1:]:
         cuts = cuts + more
     return cuts
+
+
+def cut_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that `load_cuts` reads."""
+    return [file for path in map(Path, paths) for file in (SharCuts(path).files if path.is_dir() else [path])]
 
 
 class WholeFeatures(PrecomputedFeatures):
@@ -170,7 +180,7 @@ class TrainingData:
         self.report: ScanReport
         self.index, self.report = index_cuts(
             load_cuts(train_cuts),
-            train_cuts,
+            cut_files(train_cuts),
             TrainingFilter(tokenizer, data, on_the_fly=on_the_fly is not None),
             folder,
             progress,
@@ -188,7 +198,12 @@ class TrainingData:
             noise_folder = folder.with_name(f"{folder.name}-noise")
             low, high = augment.noise_snr
             self.noise = noise_mixer(
-                load_cuts(noise_cuts), noise_cuts, NoiseFilter(kind, bins), noise_folder, augment.noise_p, (low, high)
+                load_cuts(noise_cuts),
+                cut_files(noise_cuts),
+                NoiseFilter(kind, bins),
+                noise_folder,
+                augment.noise_p,
+                (low, high),
             )
 
     def feature_deviation(self, max_cuts: int = 1000) -> Tensor:

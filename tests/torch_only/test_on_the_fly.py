@@ -15,7 +15,7 @@ from splitformer.data.datamodule import DataError
 from splitformer.data.features import FbankOptions, compute_fbank, write_audio_cuts
 from splitformer.data.manifests import ManifestError, read_cuts, write_split
 from splitformer.results import read_training_log
-from tests.factories import RATE, make_lang_dir, make_texts, tone_speech
+from tests.factories import RATE, make_lang_dir, make_split, make_texts
 from tests.training_runs import same, train, training_data, weights
 
 FBANK = FbankOptions("lhotse")
@@ -23,32 +23,12 @@ TOLERANCE = 2**-5
 """lilcom rounds stored features to multiples of it"""
 
 
-def speech_split(folder: Path, texts: list[str], rate: int = RATE) -> tuple[Path, Path]:
-    """Manifests of spoken texts, two of them in each recording but for the last."""
-    rng = np.random.default_rng(0)
-    pairs = []
-    for number in range(0, len(texts), 2):
-        pieces = [tone_speech(text, rng) for text in texts[number : number + 2]]
-        path = folder / "audio" / f"r{number:03d}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, np.concatenate(pieces), rate)
-        recording, start, segments = Recording.from_file(path), 0.0, []
-        for i, piece in enumerate(pieces):
-            duration = len(piece) / rate
-            segments.append(SupervisionSegment(f"u{number + i:03d}", path.stem, start, duration, 0, texts[number + i]))
-            start = round(start + duration, 8)
-        pairs.append((recording, segments))
-    files = folder / "recordings.jsonl.gz", folder / "supervisions.jsonl.gz"
-    write_split(pairs, *files)
-    return files
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A corpus with stored features and one without, of the same manifests, speed-perturbed: (corpus, audio cuts)."""
     folder = tmp_path_factory.mktemp("both")
     texts = make_texts(41)
-    files = speech_split(folder, texts)
+    files = make_split(folder, texts)
     compute_fbank(*files, folder / "stored.jsonl.gz", folder / "feats", FBANK, speed_perturb=True)
     summary = write_audio_cuts(*files, folder / "audio.jsonl.gz", speed_perturb=True)
     assert summary.num_cuts == 3 * 41
@@ -108,7 +88,7 @@ def test_the_authors_front_end_keeps_its_last_frame(both, tmp_path):
 
 def test_audio_at_another_rate_is_resampled(tmp_path):
     texts = make_texts(30)
-    files = speech_split(tmp_path, texts, rate=8000)
+    files = make_split(tmp_path, texts, rate=8000)
     corpus = (tmp_path, None, None, make_lang_dir(tmp_path, texts))
     write_audio_cuts(*files, tmp_path / "audio.jsonl.gz")
     compute_fbank(*files, tmp_path / "stored.jsonl.gz", tmp_path / "feats", FBANK)

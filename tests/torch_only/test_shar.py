@@ -1,0 +1,180 @@
+"""Lhotse Shar folders: the same batches as from plain cuts, any of them at once, and told where they are damaged."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet
+
+from splitformer.data import shar
+from splitformer.data.datamodule import DataError, load_cuts
+from splitformer.data.features import STORED_FRAMES, FbankOptions, compute_fbank
+from splitformer.data.manifests import ManifestError, read_cuts
+from splitformer.data.shar import SharCuts, export_shar
+from tests.factories import make_lang_dir, make_split, make_texts
+from tests.training_runs import same, train, training_data, weights
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A corpus whose cuts are parts of recordings, speed-perturbed, and the same as Shar: (corpus, Shar folder)."""
+    folder = tmp_path_factory.mktemp("both")
+    texts = make_texts(41)
+    files = make_split(folder, texts)
+    cuts = folder / "cuts.jsonl.gz"
+    compute_fbank(*files, cuts, folder / "feats", FbankOptions("lhotse"), speed_perturb=True)
+    assert export_shar(cuts, folder / "shar", "numpy", shard_cuts=50) == 3 * 41
+    return (folder, cuts, cuts, make_lang_dir(folder, texts)), folder / "shar"
+
+
+def epoch(data, first=0, number=2):
+    plan = data.plan(number)
+    return list(data.batches(plan, number, first, 2, range(2)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_those_of_plain_cuts_from_any_of_them_on(both, tmp_path, num_workers):
+    corpus, folder = both
+    plain = training_data(corpus, tmp_path / "plain")
+    sharded = training_data(corpus, tmp_path / "shar", [folder], num_workers)
+    assert sharded.report == plain.report
+    whole = epoch(plain)
+    for first in (0, 3, len(plain.plan(2)) - 1):
+        rest = epoch(sharded, first)
+        assert len(rest) == len(whole) - 2 * first
+        for ours, theirs in zip(rest, whole[2 * first :], strict=True):
+            assert ours.cut_ids == theirs.cut_ids and ours.texts == theirs.texts and not ours.faults
+            assert torch.equal(ours.x, theirs.x) and torch.equal(ours.x_lens, theirs.x_lens)
+    assert torch.equal(sharded.feature_deviation(), plain.feature_deviation())
+
+
+def test_folders_and_files_may_stand_side_by_side(both, tmp_path):
+    corpus, _ = both
+    cuts = list(read_cuts(corpus[1]))
+    CutSet.from_cuts(cuts[:60]).to_file(tmp_path / "a.jsonl.gz")
+    CutSet.from_cuts(cuts[60:]).to_file(tmp_path / "b.jsonl.gz")
+    export_shar(tmp_path / "b.jsonl.gz", tmp_path / "b", "numpy")
+    mixed = training_data(corpus, tmp_path / "mixed", [tmp_path / "a.jsonl.gz", tmp_path / "b"])
+    for ours, theirs in zip(epoch(mixed), epoch(training_data(corpus, tmp_path / "plain")), strict=True):
+        assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
+
+
+def test_the_folder_is_what_lhotse_reads_and_lhotses_own_is_read(both, tmp_path):
+    corpus, folder = both
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"cuts.{i:06d}.jsonl.gz" for i in range(3)),
+        *(f"features.{i:06d}.tar" for i in range(3)),
+    ]
+    plain, theirs, ours = list(read_cuts(corpus[1])), list(CutSet.from_shar(in_dir=folder)), list(SharCuts(folder))
+    for a, b, c in zip(plain, theirs, ours, strict=True):
+        assert a.id == b.id == c.id and a.duration == b.duration == c.duration
+        assert a.supervisions == b.supervisions == c.supervisions
+        assert all(np.array_equal(a.load_features(), each.load_features()) for each in (b, c))
+    lhotses = tmp_path / "lhotse"
+    lhotses.mkdir()
+    without = CutSet.from_cuts(cut.drop_recording() for cut in plain)
+    without.to_shar(lhotses, {"features": "numpy"}, shard_size=30)
+    for ours, theirs in zip(
+        epoch(training_data(corpus, tmp_path / "a", [lhotses])),
+        epoch(training_data(corpus, tmp_path / "b")),
+        strict=True,
+    ):
+        assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
+
+
+def test_the_authors_front_end_keeps_its_last_frame(both, tmp_path):
+    pytest.importorskip("torchaudio", reason="its front end is torchaudio's")
+    corpus, _ = both
+    files = corpus[0] / "recordings.jsonl.gz", corpus[0] / "supervisions.jsonl.gz"
+    compute_fbank(*files, tmp_path / "cuts.jsonl.gz", tmp_path / "feats", FbankOptions("linear-mel"))
+    export_shar(tmp_path / "cuts.jsonl.gz", tmp_path / "shar", "numpy")
+    with pytest.raises(ValueError, match=r"energies without logarithm.*choose packing numpy"):
+        export_shar(tmp_path / "cuts.jsonl.gz", tmp_path / "lilcom", "lilcom")
+    assert any(STORED_FRAMES in (cut.custom or {}) for cut in SharCuts(tmp_path / "shar"))
+    plain = training_data(corpus, tmp_path / "a", [tmp_path / "cuts.jsonl.gz"])
+    sharded = training_data(corpus, tmp_path / "b", [tmp_path / "shar"])
+    for ours, theirs in zip(epoch(sharded), epoch(plain), strict=True):
+        assert torch.equal(ours.x, theirs.x) and torch.equal(ours.x_lens, theirs.x_lens)
+
+
+def test_lilcom_rounds_once_more_and_changes_nothing_else(both, tmp_path):
+    pytest.importorskip("lilcom", reason="packs")
+    corpus, _ = both
+    export_shar(corpus[1], tmp_path / "shar", "lilcom")
+    plain = training_data(corpus, tmp_path / "a", augment={"p": 0.0})
+    packed = training_data(corpus, tmp_path / "b", [tmp_path / "shar"], augment={"p": 0.0})
+    for ours, theirs in zip(epoch(packed), epoch(plain), strict=True):
+        assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x_lens, theirs.x_lens)
+        assert (ours.x - theirs.x).abs().max() <= 2**-6
+    size = [sum(path.stat().st_size for path in f.glob("*.tar")) for f in (tmp_path / "shar", both[1])]
+    assert size[0] < 0.6 * size[1]
+    with pytest.raises(ValueError, match="packing 'zip': choose one of numpy, lilcom"):
+        export_shar(corpus[1], tmp_path / "zip", "zip")
+
+
+def test_the_command_trains_from_a_folder(both, tmp_path):
+    (folder, cuts, dev, lang_dir), shards = both
+    runs = [train((folder, path, dev, lang_dir), tmp_path, tmp_path / path.name) for path in (cuts, shards)]
+    assert [run.returncode for run in runs] == [0, 0], runs[1].stderr
+    assert same(*(weights(tmp_path / path.name / "epoch-2.pt") for path in (cuts, shards)))
+
+
+def test_an_archive_that_is_cut_off(both, tmp_path):
+    """Before it is indexed, an error; afterwards what lies beyond its end is left out, as unreadable features are."""
+    corpus, folder = both
+    copy = tmp_path / "shar"
+    shutil.copytree(folder, copy)
+    data = training_data(corpus, tmp_path / "index", [copy])
+    archive = copy / "features.000001.tar"
+    size = archive.stat().st_size
+    archive.write_bytes(archive.read_bytes()[: size // 2])
+    batches = epoch(data)
+    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.faults.items()}
+    assert 20 <= len(faults) <= 30 and sum(len(batch.cut_ids) for batch in batches) == 123 - len(faults)
+    assert all("ends before" in reason for reason in faults.values()), faults
+    with pytest.raises(ManifestError, match=r"features\.000001\.tar .*prepare\.sh --shar again"):
+        training_data(corpus, tmp_path / "again", [copy])
+    archive.unlink()
+    with pytest.raises(ManifestError, match=r"holds 3 manifests .* and 2 archives"):
+        training_data(corpus, tmp_path / "again", [copy])
+    for each in copy.glob("features*"):
+        each.unlink()
+    with pytest.raises(DataError, match="cuts after it be read"):
+        epoch(data)
+
+
+def test_archives_that_do_not_belong_together_are_refused(both, tmp_path):
+    copy = tmp_path / "shar"
+    shutil.copytree(both[1], copy)
+    shutil.copy(copy / "features.000000.tar", copy / "features.000001.tar")
+    with pytest.raises(ManifestError, match=r"holds u000 where cuts\.000001\.jsonl\.gz has u009_sp0\.9"):
+        list(load_cuts([copy]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match=r"holds 0 manifests"):
+        load_cuts([tmp_path / "empty"])
+
+
+def test_an_export_appears_when_it_is_complete(both, tmp_path, monkeypatch):
+    corpus, _ = both
+    real, calls = shar.whole_features, []
+
+    def full(cut):
+        calls.append(cut)
+        if len(calls) == 60:
+            raise OSError(28, "No space left on device")
+        return real(cut)
+
+    monkeypatch.setattr(shar, "whole_features", full)
+    with pytest.raises(OSError, match="No space"):
+        export_shar(corpus[1], tmp_path / "out", "numpy", shard_cuts=10)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".out.0123.tmp").mkdir()  # of one that was killed
+    monkeypatch.undo()
+    export_shar(corpus[1], tmp_path / "out", "numpy", shard_cuts=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    CutSet.from_cuts(cut.drop_features() for cut in read_cuts(corpus[1])).to_file(tmp_path / "bare.jsonl.gz")
+    with pytest.raises(ManifestError, match="no cuts with features"):
+        export_shar(tmp_path / "bare.jsonl.gz", tmp_path / "bare", "numpy")
