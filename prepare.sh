@@ -42,9 +42,12 @@ bring_corpus() {
     mv -f "$1.tmp" "$1"
 }
 
-# 1: Lhotse manifests, checked
+# 1: Lhotse manifests, checked; those of noise too, where there is some
 stage_manifests() {
     local split
+    if [[ -n $musan_dir && $decode_only == false ]]; then
+        make_artefact "$(supervisions_of "$noise_split")" "musan $musan_dir options ${common_flags[*]:-}" make_noise
+    fi
     for split in "${splits[@]}"; do
         make_artefact "$(supervisions_of "$split")" \
             "corpus $corpus_dir source $corpus_source split $split options ${common_flags[*]:-}" make_manifests "$split"
@@ -52,25 +55,71 @@ stage_manifests() {
 }
 
 make_manifests() {
-    local recordings supervisions
-    recordings=$(recordings_of "$1")
-    supervisions=$(supervisions_of "$1")
-    prepare_manifests "$1" "$recordings" "$supervisions"
-    run_python local/validate_cuts.py --recordings "$recordings" --supervisions "$supervisions" "${strict_flag[@]}"
+    prepare_manifests "$1" "$(recordings_of "$1")" "$(supervisions_of "$1")"
+    check_manifests "$1"
 }
 
-# 2: features; those of training data also at 0.9 and 1.1 times the speed, where the corpus asks for it
+make_noise() {
+    run_python local/manifests_from_musan.py --musan-dir "$musan_dir" --recordings "$(recordings_of "$noise_split")" \
+        --supervisions "$(supervisions_of "$noise_split")" "${common_flags[@]}"
+    check_manifests "$noise_split"
+}
+
+check_manifests() {
+    run_python local/validate_cuts.py --recordings "$(recordings_of "$1")" --supervisions "$(supervisions_of "$1")" \
+        "${strict_flag[@]}"
+}
+
+# 2: features; those of training data also at 0.9 and 1.1 times the speed, where the corpus asks for it. On the fly,
+# training data have cuts alone.
 stage_fbank() {
-    local split perturb inputs
+    local split perturb made_from
     for split in "${splits[@]}"; do
-        if [[ $decode_only == true ]] && ! contains "$split" "${dev_list[@]}" "${test_list[@]}"; then continue; fi
         perturb=false
-        if contains "$split" "${train_list[@]}"; then perturb=$speed_perturb; fi
-        inputs=$(checksum "$(recordings_of "$split")" "$(supervisions_of "$split")")
-        make_artefact "$(cuts_of "$split")" \
-            "manifests $inputs fbank $fbank mel bins $num_mel_bins speed perturbation $perturb strict $strict" \
-            make_fbank "$split" "$perturb"
+        if ! contains "$split" "${dev_list[@]}" "${test_list[@]}"; then
+            [[ $decode_only == false && $on_the_fly == false ]] || continue
+        fi
+        if [[ $on_the_fly == false ]] && contains "$split" "${train_list[@]}"; then perturb=$speed_perturb; fi
+        store_features "$split" "$perturb"
     done
+    [[ $decode_only == false ]] || return 0
+    for split in "${train_list[@]}"; do
+        if [[ $on_the_fly == true ]]; then store_cuts "$split" "$speed_perturb"; fi
+        if [[ -n $shar ]]; then
+            made_from=$(made_from "$(cuts_of "$split")")
+            make_artefact "$(train_artefact_of "$split")" "cuts $made_from" make_shar "$split"
+        fi
+    done
+    if [[ -n $musan_dir ]]; then
+        if [[ $on_the_fly == true ]]; then store_cuts "$noise_split" false; else store_features "$noise_split" false; fi
+    fi
+}
+
+# store_features SPLIT SPEED_PERTURBATION
+store_features() {
+    local inputs
+    inputs=$(checksum "$(recordings_of "$1")" "$(supervisions_of "$1")")
+    make_artefact "$(cuts_of "$1")" \
+        "manifests $inputs fbank $fbank mel bins $num_mel_bins speed perturbation $2 strict $strict" \
+        make_fbank "$1" "$2"
+}
+
+# store_cuts SPLIT SPEED_PERTURBATION
+store_cuts() {
+    local inputs
+    inputs=$(checksum "$(recordings_of "$1")" "$(supervisions_of "$1")")
+    make_artefact "$(train_artefact_of "$1")" "manifests $inputs speed perturbation $2" make_cuts "$1" "$2"
+}
+
+make_cuts() {
+    local flags=()
+    [[ $2 == false ]] || flags+=(--speed-perturb)
+    run_python local/make_cuts.py --recordings "$(recordings_of "$1")" --supervisions "$(supervisions_of "$1")" \
+        --output-cuts "$(train_artefact_of "$1")" "${flags[@]}"
+}
+
+make_shar() {
+    run_python local/export_shar.py --cuts "$(cuts_of "$1")" --output-dir "$(train_cuts_of "$1")" --packing "$shar"
 }
 
 make_fbank() {

@@ -78,13 +78,22 @@ stage_train() {
 
 # What a run was started from is kept with it, because a run cannot go on from something else.
 train_system() {
-    local split train_cuts=() dev_cuts=() started_from=$exp_dir/.started-from
-    local cuts tokens made_from
-    for split in "${train_list[@]}"; do train_cuts+=("$(cuts_of "$split")"); done
+    local split train_cuts=() artefacts=() dev_cuts=() flags=() started_from=$exp_dir/.started-from
+    local cuts tokens made_from noise
+    for split in "${train_list[@]}"; do
+        train_cuts+=("$(train_cuts_of "$split")")
+        artefacts+=("$(train_artefact_of "$split")")
+    done
     for split in "${dev_list[@]}"; do dev_cuts+=("$(cuts_of "$split")"); done
-    cuts=$(made_from "${train_cuts[@]}" "${dev_cuts[@]}")
+    cuts=$(made_from "${artefacts[@]}" "${dev_cuts[@]}")
     tokens=$(made_from "$lang_dir/bpe.model")
     made_from=$(printf '%s\n' "seed $seed" "cuts $cuts" "tokens $tokens" "$resolved_config")
+    if [[ -n $musan_dir ]]; then
+        noise=$(made_from "$(noise_cuts_of)")
+        made_from+=$'\n'"noise $noise"
+        flags+=(--noise-cuts "$(noise_cuts_of)")
+    fi
+    [[ $on_the_fly == false ]] || flags+=(--on-the-fly)
     if [[ ! -f $started_from ]]; then
         mkdir -p "$exp_dir"
         printf '%s\n' "$made_from" >"$started_from.tmp"
@@ -96,7 +105,7 @@ remove the folder to train anew, or give this run another --seed or --exp-dir"
     fi
     make_artefact "$exp_dir/training.jsonl" "$made_from" run_training \
         --config "$config_path" --exp-dir "$exp_dir" --train-cuts "${train_cuts[@]}" --dev-cuts "${dev_cuts[@]}" \
-        --lang-dir "$lang_dir" --seed "$seed" --resume "${set_flags[@]}"
+        --lang-dir "$lang_dir" --seed "$seed" --resume "${flags[@]}" "${set_flags[@]}"
 }
 
 run_training() {
@@ -235,6 +244,21 @@ choose_features() {
     place_features
 }
 
+# The configuration says how often noise is mixed in, --musan-dir where it is.
+check_noise() {
+    local p
+    p=$(config_value augment.noise_p)
+    if [[ -n $checkpoint ]] || ((first_stage > 7 || last_stage < 7)); then return; fi # nothing is trained
+    if [[ $p != 0.0 && -z $musan_dir ]]; then
+        option_error "this configuration's augment.noise_p is $p, and there is no noise: give --musan-dir DIR, a folder\
+ with MUSAN's folders music, noise and speech, or --set augment.noise_p=0"
+    fi
+    if [[ $p == 0.0 && -n $musan_dir ]]; then
+        option_error "--musan-dir is given, and this configuration's augment.noise_p is 0, which mixes nothing in: give\
+ --set augment.noise_p=0.5, for instance, or leave --musan-dir out"
+    fi
+}
+
 # Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.
 main() {
     parse_options "$@"
@@ -301,6 +325,7 @@ main() {
     resolved_config=$(run_python local/show_config.py --config "$config_path" "${set_flags[@]}")
 
     choose_features
+    check_noise
     if [[ -n $checkpoint && ${#methods[@]} -eq 0 && $(config_value model.heads) == ctc ]]; then
         methods=(greedy_search greedy_search+lexicon ctc-decoding 1best) # as published, perhaps, and beside it ours
     fi

@@ -4,8 +4,9 @@
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
-    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model)
-corpus_flags=(strict estimate_lm decode_only)
+    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model shar
+    musan_dir)
+corpus_flags=(strict estimate_lm decode_only on_the_fly)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --work-dir DIR           where data/, exp/ and results/ go (default: egs/NAME)
@@ -18,6 +19,10 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --fbank lhotse|kaldifeat|linear-mel
                            what computes the features (default: lhotse); linear-mel is the front end of the authors'
                            released code, without logarithm
+  --on-the-fly             store no features of training data: training computes them from audio
+  --shar numpy|lilcom      write the features of training data as Lhotse Shar too, a few large files, and train from
+                           these; numpy keeps every number, lilcom takes a third of the space and rounds
+  --musan-dir DIR          noise in the layout of MUSAN, for training with augment.noise_p
   --num-jobs N             processes for data preparation (default: one per core)
   --lm-prune X             for the graphs HLG and LG leave out n-grams that are worth less than X, such as 1e-7, of the
                            perplexity; G, which rescores, keeps them
@@ -29,7 +34,7 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
 
 # Defaults of the options above.
 work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
-num_jobs=$(cores) strict=false estimate_lm=false bpe_model='' decode_only=false
+num_jobs=$(cores) strict=false estimate_lm=false bpe_model='' decode_only=false on_the_fly=false shar='' musan_dir=''
 
 # Defaults of the corpus's description.
 train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
@@ -77,6 +82,11 @@ load_corpus() {
         given[bpe_model]=$bpe_model
         [[ -f $bpe_model ]] || option_error "--bpe-model: there is no $bpe_model"
     fi
+    if [[ -n $musan_dir ]]; then
+        musan_dir=$(absolute_path "$musan_dir")
+        given[musan_dir]=$musan_dir
+        [[ -d $musan_dir ]] || option_error "--musan-dir: there is no folder $musan_dir"
+    fi
     [[ -z $download_dir ]] || given[download_dir]=$(absolute_path "$download_dir")
     work_dir=${given[work_dir]:-egs/$corpus}
     download_dir=${given[download_dir]:-$work_dir/download}
@@ -100,6 +110,9 @@ load_corpus() {
     check_choice token_type bpe char
     check_choice speed_perturb true false
     check_choice fbank lhotse kaldifeat linear-mel
+    [[ -z $shar ]] || check_choice shar numpy lilcom
+    [[ -z $shar || $on_the_fly == false ]] ||
+        option_error "--shar packs stored features, and --on-the-fly stores none of training data: leave one of them out"
     for each in vocab_size lm_order rescore_lm_order num_mel_bins num_jobs; do check_number "$each"; done
     for each in train_splits dev_splits test_splits; do
         [[ -n ${!each} ]] || option_error "$description sets no $each"
@@ -152,3 +165,25 @@ absolute_path() {
 recordings_of() { echo "$manifests_dir/${1}_recordings.jsonl.gz"; }
 supervisions_of() { echo "$manifests_dir/${1}_supervisions.jsonl.gz"; }
 cuts_of() { echo "$fbank_dir/${1}_cuts.jsonl.gz"; }
+
+# What is made of a training split for training: cuts with features, in Shar or not, or without any.
+train_artefact_of() {
+    if [[ $on_the_fly == true ]]; then
+        echo "$data_dir/audio_cuts/${1}_cuts.jsonl.gz"
+    elif [[ -n $shar ]]; then
+        echo "$fbank_dir/${1}_shar_$shar"
+    else
+        cuts_of "$1"
+    fi
+}
+
+# Of it, what training reads. Lhotse's own reader of Shar takes each file of the folder for a shard, .done too.
+train_cuts_of() {
+    if [[ -n $shar ]]; then echo "$(train_artefact_of "$1")/shards"; else train_artefact_of "$1"; fi
+}
+
+# Noise is a split of that name; it is not packed as Shar.
+noise_split=musan
+noise_cuts_of() {
+    if [[ $on_the_fly == true ]]; then train_artefact_of "$noise_split"; else cuts_of "$noise_split"; fi
+}
