@@ -142,7 +142,7 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: str, shard_cuts: 
             JsonlShardWriter(f"{temporary}/cuts.%06d.jsonl.gz", shard_cuts) as manifest,
             ArrayTarWriter(f"{temporary}/features.%06d.tar", shard_cuts, packing) as archive,
         ):
-            for cut in tqdm(read_cuts(cuts), desc=f"shar {folder.name}", unit=" cuts"):
+            for cut in tqdm(read_cuts(cuts), desc=f"shar {cuts.name}", unit=" cuts"):
                 if not cut.has_features:
                     raise ManifestError(f"{cuts}: {cut.id} has no features")
                 feats = whole_features(cut)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +17,12 @@ import soundfile
 from lhotse import CutSet, Fbank, FbankConfig, Recording, SupervisionSegment
 
 from splitformer.data.features import SHARD_CUTS, FbankOptions, FbankSummary, compute_fbank
-from splitformer.data.manifests import ManifestError, read_cuts, write_split
+from splitformer.data.manifests import ManifestError, read_cuts, read_pairs, write_split
+from splitformer.data.validation import validate_split
 
 RATE = 16000
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def make_split(folder: Path, seconds: list[float], rate: int = RATE) -> tuple[Path, Path]:
@@ -115,6 +119,30 @@ def test_audio_that_ends_early_is_named_and_skipped(tmp_path: Path) -> None:
         fbank(files, tmp_path / "strict", strict=True)
 
 
+def test_audio_without_samples_or_with_samples_that_are_no_numbers(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [1.0, 1.0, 1.0])
+    pairs = list(read_pairs(*files))
+    soundfile.write(tmp_path / "audio/u000.wav", np.zeros(0), RATE)  # a header, and nothing after it
+    samples = np.zeros(RATE, dtype=np.float32)
+    samples[[5, 77]] = np.nan, np.inf
+    soundfile.write(tmp_path / "audio/u001.wav", samples, RATE, subtype="FLOAT")
+    for number in (0, 1):
+        pairs[number][0].sources[0].source = str(tmp_path / f"audio/u00{number}.wav")
+    write_split(pairs, *files)
+    summary = fbank(files, tmp_path / "out")
+    assert [cut.id for cut in stored(tmp_path / "out")] == ["u002"]
+    assert summary.skipped.keys() == {"u000", "u001"}
+    assert "u001.wav: 2 of 16000 samples are not finite" in summary.skipped["u001"]
+    # the headers tell of the first before anything is computed
+    _, _, skipped = validate_split(*files)
+    assert skipped.reasons.keys() == {"u000"} and "no samples" in skipped.reasons["u000"]
+
+
+def test_an_outlier_of_three_minutes_is_stored_as_it_is(tmp_path: Path) -> None:
+    fbank(make_split(tmp_path, [180.0, 0.5]), tmp_path)
+    assert [cut.load_features().shape for cut in stored(tmp_path)] == [(18000, 80), (50, 80)]
+
+
 def test_no_readable_audio_at_all_is_an_error(tmp_path: Path) -> None:
     files = make_split(tmp_path, [1.0])
     (tmp_path / "audio/u000.flac").write_bytes(b"")
@@ -149,11 +177,56 @@ def test_the_front_end_that_needs_torchaudio_says_so(monkeypatch: pytest.MonkeyP
 def run_script(
     files: tuple[Path, Path], out: Path, limit: Callable[[], None] | None = None, num_jobs: int = 2
 ) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        script(files, out, num_jobs), env=ENVIRONMENT, text=True, capture_output=True, preexec_fn=limit
+    )
+
+
+def start_script(files: tuple[Path, Path], out: Path, num_jobs: int) -> subprocess.Popen[str]:
+    """In a process group of its own."""
+    (out / "feats").mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        script(files, out, num_jobs),
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def script(files: tuple[Path, Path], out: Path, num_jobs: int) -> list[str]:
     command = [sys.executable, str(ROOT / "local/compute_fbank.py"), "--num-jobs", str(num_jobs)]
     command += ["--recordings", str(files[0]), "--supervisions", str(files[1])]
-    command += ["--output-cuts", str(out / "cuts.jsonl.gz"), "--storage-dir", str(out / "feats")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, text=True, capture_output=True, preexec_fn=limit)
+    return [*command, "--output-cuts", str(out / "cuts.jsonl.gz"), "--storage-dir", str(out / "feats")]
+
+
+@pytest.mark.parametrize("num_jobs", [1, 2])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same(tmp_path: Path, num_jobs: int) -> None:
+    files = make_split(tmp_path, [0.1] * (4 * SHARD_CUTS + 7))
+    assert run_script(files, tmp_path / "whole", num_jobs=num_jobs).returncode == 0
+    out, complete = tmp_path / "killed", -1
+    for _ in range(3):
+        process = start_script(files, out, num_jobs)
+        # whatever it is doing a moment after another shard was complete
+        while process.poll() is None and len(list((out / "feats").glob("0*"))) <= complete + 1:
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()[1]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        complete = len(list((out / "feats").glob("0*")))
+        assert not (out / "cuts.jsonl.gz").exists()
+    again = run_script(files, out, num_jobs=num_jobs)
+    assert again.returncode == 0, again.stderr
+    one, other = (list(stored(folder)) for folder in (tmp_path / "whole", out))
+    assert len(one) == 4 * SHARD_CUTS + 7
+    for a, b in zip(one, other, strict=True):
+        assert a.id == b.id and a.load_features().tobytes() == b.load_features().tobytes()
+    contents = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in sorted((folder / "feats").rglob("feats.lca"))}
+        for folder in (tmp_path / "whole", out)
+    ]
+    assert contents[0] == contents[1]
 
 
 def check_what_is_left(out: Path, failed: subprocess.CompletedProcess[str]) -> None:

@@ -124,14 +124,6 @@ def test_ratios_are_drawn_evenly_for_the_share_asked_for(noise_cuts, tmp_path):
     assert min(ratios) > -0.01 and max(ratios) < 10.01 and np.mean(ratios) == pytest.approx(5.0, abs=0.5)
 
 
-def test_energies_without_logarithm_are_added_too(tmp_path):
-    pytest.importorskip("torchaudio", reason="its front end is torchaudio's")
-    from splitformer.data.features import LinearMel
-
-    a, b = np.full((3, 2), 4.0), np.full((3, 2), 1.0)
-    assert (LinearMel.mix(a, b, 0.5) == 4.5).all() and LinearMel.compute_energy(a) == 24.0
-
-
 def test_features_mixed_are_about_those_of_mixed_audio(noise_cuts, tmp_path):
     """The same draws: the stretch of noise and its gain are the same, and energies of independent signals add up."""
     samples = (0.05 * np.random.default_rng(2).standard_normal(3 * RATE)).astype("float32")

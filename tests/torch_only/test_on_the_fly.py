@@ -72,20 +72,6 @@ def test_an_epoch_is_the_same_whatever_loads_it_and_goes_on_from_any_batch(both,
             assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
 
 
-def test_the_authors_front_end_keeps_its_last_frame(both, tmp_path):
-    pytest.importorskip("torchaudio", reason="its front end is torchaudio's")
-    corpus, audio = both
-    folder = corpus[0]
-    files = folder / "recordings.jsonl.gz", folder / "supervisions.jsonl.gz"
-    options = FbankOptions("linear-mel")
-    compute_fbank(*files, tmp_path / "cuts.jsonl.gz", tmp_path / "feats", options, speed_perturb=True)
-    stored = training_data(corpus, tmp_path / "stored", [tmp_path / "cuts.jsonl.gz"], augment={"p": 0.0})
-    live = training_data(corpus, tmp_path / "live", [audio], on_the_fly=options, augment={"p": 0.0})
-    for ours, theirs in zip(epoch(live), epoch(stored), strict=True):
-        assert torch.equal(ours.x_lens, theirs.x_lens)
-        torch.testing.assert_close(ours.x, theirs.x)
-
-
 def test_audio_at_another_rate_is_resampled(tmp_path):
     texts = make_texts(30)
     files = make_split(tmp_path, texts, rate=8000)

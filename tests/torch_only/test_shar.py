@@ -11,7 +11,7 @@ from lhotse import CutSet
 
 from splitformer.data import shar
 from splitformer.data.datamodule import DataError, load_cuts
-from splitformer.data.features import STORED_FRAMES, FbankOptions, compute_fbank
+from splitformer.data.features import FbankOptions, compute_fbank
 from splitformer.data.manifests import ManifestError, read_cuts
 from splitformer.data.shar import SharCuts, export_shar
 from tests.factories import make_lang_dir, make_split, make_texts
@@ -83,36 +83,6 @@ def test_the_folder_is_what_lhotse_reads_and_lhotses_own_is_read(both, tmp_path)
         strict=True,
     ):
         assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
-
-
-def test_the_authors_front_end_keeps_its_last_frame(both, tmp_path):
-    pytest.importorskip("torchaudio", reason="its front end is torchaudio's")
-    corpus, _ = both
-    files = corpus[0] / "recordings.jsonl.gz", corpus[0] / "supervisions.jsonl.gz"
-    compute_fbank(*files, tmp_path / "cuts.jsonl.gz", tmp_path / "feats", FbankOptions("linear-mel"))
-    export_shar(tmp_path / "cuts.jsonl.gz", tmp_path / "shar", "numpy")
-    with pytest.raises(ValueError, match=r"energies without logarithm.*choose packing numpy"):
-        export_shar(tmp_path / "cuts.jsonl.gz", tmp_path / "lilcom", "lilcom")
-    assert any(STORED_FRAMES in (cut.custom or {}) for cut in SharCuts(tmp_path / "shar"))
-    plain = training_data(corpus, tmp_path / "a", [tmp_path / "cuts.jsonl.gz"])
-    sharded = training_data(corpus, tmp_path / "b", [tmp_path / "shar"])
-    for ours, theirs in zip(epoch(sharded), epoch(plain), strict=True):
-        assert torch.equal(ours.x, theirs.x) and torch.equal(ours.x_lens, theirs.x_lens)
-
-
-def test_lilcom_rounds_once_more_and_changes_nothing_else(both, tmp_path):
-    pytest.importorskip("lilcom", reason="packs")
-    corpus, _ = both
-    export_shar(corpus[1], tmp_path / "shar", "lilcom")
-    plain = training_data(corpus, tmp_path / "a", augment={"p": 0.0})
-    packed = training_data(corpus, tmp_path / "b", [tmp_path / "shar"], augment={"p": 0.0})
-    for ours, theirs in zip(epoch(packed), epoch(plain), strict=True):
-        assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x_lens, theirs.x_lens)
-        assert (ours.x - theirs.x).abs().max() <= 2**-6
-    size = [sum(path.stat().st_size for path in f.glob("*.tar")) for f in (tmp_path / "shar", both[1])]
-    assert size[0] < 0.6 * size[1]
-    with pytest.raises(ValueError, match="packing 'zip': choose one of numpy, lilcom"):
-        export_shar(corpus[1], tmp_path / "zip", "zip")
 
 
 def test_the_command_trains_from_a_folder(both, tmp_path):

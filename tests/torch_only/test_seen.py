@@ -1,0 +1,32 @@
+"""Ids that came before: a set of strings is the reference, in a fraction of its memory."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+
+from splitformer.data.seen import Seen
+
+
+def test_it_answers_as_a_set_does() -> None:
+    rng = random.Random(0)
+    names = [f"utterance-{rng.randrange(30_000)}" for _ in range(60_000)]
+    seen, reference = Seen(), set()
+    for name in names:
+        assert seen.add(name) == (name not in reference)
+        reference.add(name)
+    assert len(seen) == len(reference)
+
+
+def test_a_name_takes_a_few_bytes() -> None:
+    def memory(count: int) -> int:
+        tracemalloc.start()
+        seen = Seen()
+        for number in range(count):
+            seen.add(f"some-speaker-some-chapter-{number}")
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(seen) == count
+        return kept
+
+    assert memory(60_000) < 25 * 60_000 + 20_000
