@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from splitformer.calibration import FAMILY_NAMES
 from splitformer.checkpoint import checkpoint_id, save_checkpoint
 from splitformer.config import Config, ModelConfig
 from splitformer.data.manifests import read_cuts
+from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.asr import AsrModel
-from splitformer.results import EarlyExitRecord, TradeoffRecord
+from splitformer.results import EarlyExitRecord, TradeoffRecord, read_training_log
 
 # A model that trains in seconds, and learns nothing worth knowing.
 SMALL = ["--set", "training.num_epochs=1", "training.average_epochs=1", "model.d_model=32", "model.num_heads=2"]
@@ -178,6 +181,55 @@ def untrained_published_model(lang_dir: Path, path: Path) -> Path:
         },
     )
     return path
+
+
+def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path) -> None:
+    """What is stored of each, what training reads, and that a second run does nothing."""
+    noise = tmp_path / "musan/noise/hum.wav"
+    noise.parent.mkdir(parents=True)
+    soundfile.write(noise, 0.1 * np.random.default_rng(0).standard_normal(12 * 16000), 16000)
+    arguments = ["--corpus", "mini", "--limit-utterances", 12, "--work-dir", tmp_path / "work", "--num-jobs", 2]
+    arguments += ["--dev-splits", "test", "--musan-dir", tmp_path / "musan"]
+    data = tmp_path / "work/data/limit-12"
+    for flags in (["--on-the-fly", "--speed-perturb", "true"], ["--shar", "numpy"]):
+        first = driver("prepare.sh", *arguments, *flags, "--stop-stage", "bpe")
+        assert first.returncode == 0, first.stdout + first.stderr
+        prepared = snapshot(data)
+        again = driver("prepare.sh", *arguments, *flags, "--stop-stage", "bpe")
+        assert again.returncode == 0 and snapshot(data) == prepared, again.stdout + again.stderr
+        if "--on-the-fly" in flags:
+            assert not list((data / "fbank").glob("train*")) and not list((data / "fbank").glob("musan*"))
+            cuts = list(read_cuts(data / "audio_cuts/train_cuts.jsonl.gz"))
+            assert len(cuts) == 3 * 12 and not any(cut.has_features for cut in cuts)
+    assert len(list(SharCuts(data / "fbank/train_shar_numpy/shards"))) == 12
+    assert [cut.duration for cut in read_cuts(data / "fbank/musan_cuts.jsonl.gz")] == [10.0]  # 2 s are too short
+
+    # run.sh hands them to training
+    for flags in (["--on-the-fly", "--speed-perturb", "true"], ["--shar", "numpy"]):
+        exp_dir = tmp_path / flags[0].strip("-")
+        options = [*flags, *SMALL, "--set", "augment.noise_p=0.5", "--exp-dir", exp_dir]
+        result = driver("run.sh", *arguments, *options, "--stage", "train", "--stop-stage", "train")
+        assert result.returncode == 0, result.stdout + result.stderr
+        [record] = read_training_log(exp_dir / "training.jsonl")
+        assert record.unreadable_cuts == 0 and record.train_loss > 0
+        assert f"training data: {36 if 'on-the-fly' in exp_dir.name else 12} utterances" in result.stderr
+        assert (exp_dir / "train-cuts-noise/cuts.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "augment.noise_p=0.5"], "augment.noise_p is 0.5, and there is no noise: give --musan-dir DIR"),
+        (["--musan-dir", "egs"], "augment.noise_p is 0, which mixes nothing in: give --set augment.noise_p=0.5"),
+        (["--musan-dir", "nowhere"], "--musan-dir: there is no folder"),
+        (["--shar", "zip"], "--shar is 'zip'; choose one of: numpy lilcom"),
+        (["--shar", "numpy", "--on-the-fly"], "leave one of them out"),
+    ],
+)
+def test_choices_of_training_data_that_do_not_go_together(driver, tmp_path: Path, arguments: list, message: str) -> None:
+    result = driver("run.sh", "--work-dir", tmp_path / "work", *arguments)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("script", ["prepare.sh", "run.sh"])
