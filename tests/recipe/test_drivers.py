@@ -226,7 +226,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         (["--shar", "numpy", "--on-the-fly"], "leave one of them out"),
     ],
 )
-def test_choices_of_training_data_that_do_not_go_together(driver, tmp_path: Path, arguments: list, message: str) -> None:
+def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, arguments: list, message: str) -> None:
     result = driver("run.sh", "--work-dir", tmp_path / "work", *arguments)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not (tmp_path / "work").exists()

@@ -1,4 +1,4 @@
-"""Memory does not grow with the corpus, from the manifests to the first batch's plan; docs/data_at_scale.md has more."""
+"""Memory does not grow with the corpus, from manifests to the first batch's plan; docs/data_at_scale.md has more."""
 
 from __future__ import annotations
 
