@@ -1,6 +1,6 @@
 """What preparing and starting to train take of memory, and how it grows with the corpus, on manifests made here.
 
-    python -m benchmarks.memory [--utterances 3000 30000 300000] [--output TABLE.md]
+    python -m benchmarks.memory [--utterances 2000 20000 200000] [--output TABLE.md]
 
 Each step runs in a process of its own. What counts is by how much its peak resident set is above what it had before,
 with all modules loaded and after a run on a few utterances. The audio is a few short files, each the source of many
@@ -145,7 +145,7 @@ def table(counts: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--utterances", type=int, nargs="+", default=[3000, 30_000, 300_000])
+    parser.add_argument("--utterances", type=int, nargs="+", default=[2000, 20_000, 200_000])
     parser.add_argument("--output", type=Path, help="write the table there as well")
     parser.add_argument("--measure", nargs="+", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -11,7 +11,7 @@ class Seen:
     a million (the birthday bound, n ** 2 / 2 ** 65)."""
 
     def __init__(self) -> None:
-        self._table = array("Q", bytes(8 * 1024))
+        self._table = array("Q", [0]) * 1024
         self._count = 0
 
     def __len__(self) -> int:
@@ -27,7 +27,7 @@ class Seen:
         return new
 
     def _grow(self) -> None:
-        old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+        old, self._table = self._table, array("Q", [0]) * (2 * len(self._table))
         for key in old:
             if key:
                 _put(self._table, key)
