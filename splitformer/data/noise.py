@@ -26,8 +26,8 @@ from splitformer.data.manifests import ManifestError, Pair, Skipped, spread, wit
 MUSAN_PARTS = ("music", "noise", "speech")
 WINDOW = 10.0
 SHORTEST_WINDOW = 5.0
-"""Seconds: icefall's egs/librispeech/ASR/local/compute_fbank_musan.py cuts MUSAN into windows of 10 and keeps those
-that are longer than 5. A recording that is shorter as a whole, which icefall leaves out, is a window here."""
+"""Seconds: icefall's local/compute_fbank_musan.py cuts MUSAN into windows of 10 and keeps those that are longer than 5.
+A recording that is shorter as a whole, which icefall leaves out, is a window here."""
 TRIES = 20
 """Windows that may be unreadable one after the other."""
 
