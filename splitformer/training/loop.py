@@ -480,7 +480,8 @@ class Trainer:
             checkpoint = load_checkpoint(path)
         if checkpoint["tokens"] != self.tokenizer.tokens:
             raise TrainingError(f"{options.exp_dir} was trained with other tokens than those of {options.lang_dir}")
-        _check_same_config(checkpoint["config"], self.config.to_dict(), path)
+        then = Config.from_dict(checkpoint["config"], source=str(path))  # fields that are newer have their defaults
+        _check_same_config(then.to_dict(), self.config.to_dict(), path)
         if checkpoint["seed"] != options.seed:
             raise TrainingError(f"{path} was trained with --seed {checkpoint['seed']}, not {options.seed}")
         if checkpoint.get("precision", self.precision.name) != self.precision.name:
