@@ -31,13 +31,19 @@ def valid_frames(lengths: Tensor, num_frames: int | Tensor) -> Tensor:
 
 class Dropout(nn.Dropout):
     """`nn.Dropout` that on a CPU draws one random byte per element, in eights: torch draws each element's number one
-    after the other there, which took a fifth of a training step. The probability is rounded to a 256th.
+    after the other there, which took a fifth of a training step. The probability is rounded to a 256th. What
+    torch.compile makes has torch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+        if not self.training or self.p == 0.0 or x.device.type != "cpu" or _is_compiling():
             return super().forward(x)
         return _DropoutByBytes.apply(x, round(self.p * 256))
+
+
+def _is_compiling() -> bool:
+    """Whether torch.compile (torch 2) is at work: it cannot look at numbers as bytes."""
+    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
 
 
 class _DropoutByBytes(torch.autograd.Function):
