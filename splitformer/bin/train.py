@@ -3,7 +3,8 @@
     python -m splitformer.bin.train --config CONF --exp-dir EXP --train-cuts CUTS \
         --dev-cuts CUTS --lang-dir LANG [--seed 42] [--resume] [--set optim.base_lr=0.003]
 
-Under `torchrun --standalone --nproc_per_node N` it trains on N GPUs, or on N CPU processes.
+Under `torchrun --nproc_per_node N --rdzv_backend c10d --rdzv_endpoint localhost:0` it trains on N GPUs, or in N CPU
+processes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,18 @@ from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.results import read_training_log
 from splitformer.training.evaluate import evaluate
 from splitformer.training.loop import Trainer
-from tests.training_runs import ALONE, command, options, same, small_config, train, training_data, weights
+from tests.training_runs import (
+    ALONE,
+    ENV,
+    TORCHRUN,
+    command,
+    options,
+    same,
+    small_config,
+    train,
+    training_data,
+    weights,
+)
 
 
 @pytest.mark.smoke
@@ -59,12 +70,12 @@ def test_a_seed_gives_the_same_weights_and_a_resumed_run_too(corpus, tmp_path):
 
 
 def test_two_ranks_share_the_work_and_agree(corpus, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
-        torchrun + command(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=1")[1:],
+        [sys.executable, *TORCHRUN, "--nproc_per_node", "2"]
+        + command(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=1")[1:],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ENV,
     )
     assert run.returncode == 0, run.stderr
     assert load_checkpoint(tmp_path / "exp" / "epoch-1.pt")["world_size"] == 2
