@@ -70,9 +70,9 @@ def test_a_seed_gives_the_same_weights_and_a_resumed_run_too(corpus, tmp_path):
 
 
 def test_two_ranks_share_the_work_and_agree(corpus, tmp_path):
+    training = command(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=1")[1:]
     run = subprocess.run(
-        [sys.executable, *TORCHRUN, "--nproc_per_node", "2"]
-        + command(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=1")[1:],
+        [sys.executable, *TORCHRUN, "--nproc_per_node", "2", *training],
         capture_output=True,
         text=True,
         env=ENV,
