@@ -65,7 +65,7 @@ class Peak:
     shapes: list[Shape]
 
     def __str__(self) -> str:
-        tried = ", ".join(map(str, self.shapes))
+        tried = ", ".join(dict.fromkeys(map(str, self.shapes)))
         memory = f"{self.used / GIB:.2f} of {self.available / GIB:.1f} GiB"
         return f"dry run on the largest batches ({tried}): peak memory {memory}"
 
