@@ -43,6 +43,8 @@ lm_order=3 lm_arpa_url='' lm_prune='' rescore_lm_order='' rescore_lm_arpa_url=''
 # without a URL are estimated from the training text.
 subsets=''       # where the corpus has subsets: their names
 subset_tag=''    # added to the names of what depends on the subset
+corpus_from=''   # own data: what local/manifests_from_source.py reads, with the options source_options
+source_options=()
 corpus_source='' # what the audio and transcripts come from; another source means that they are made again
 
 # Functions that a corpus.sh may define anew. They see all variables of the drivers.
@@ -52,10 +54,21 @@ download_corpus() {
     [[ -d $corpus_dir ]] || die "there is no $corpus_dir, and egs/$corpus/corpus.sh does not say how to download it"
 }
 
-# prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, by Lhotse's recipe by default
+# prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, by default from own data, where
+# corpus_from names some, or by Lhotse's recipe
 prepare_manifests() {
+    if [[ -n $corpus_from ]]; then
+        run_python local/manifests_from_source.py --from "$corpus_from" "${source_options[@]}" --split "$1" \
+            --recordings "$2" --supervisions "$3" "${common_flags[@]}"
+    else
+        manifests_from_recipe "$@"
+    fi
+}
+
+# manifests_from_recipe SPLIT RECORDINGS SUPERVISIONS [OPTIONS...]
+manifests_from_recipe() {
     run_python local/manifests_from_recipe.py --recipe "$lhotse_recipe" --corpus-dir "$corpus_dir" --split "$1" \
-        --num-jobs "$num_jobs" --recordings "$2" --supervisions "$3" "${common_flags[@]}"
+        --num-jobs "$num_jobs" --recordings "$2" --supervisions "$3" "${@:4}" "${common_flags[@]}"
 }
 
 # Prints words, one per line, that the lexicon holds beside those of the training text.
@@ -156,6 +169,15 @@ place_features() {
     fbank_dir=$data_dir/fbank
     [[ $fbank == lhotse ]] || fbank_dir+=_$fbank
     [[ $num_mel_bins == 80 ]] || fbank_dir+=_$num_mel_bins
+}
+
+# state_of PATH: changes with a file's contents, or with names, sizes and times of a folder's files
+state_of() {
+    if [[ -d $1 ]]; then
+        find -L "$1" -type f -printf '%P %s %T@\n' | LC_ALL=C sort | sha256sum | cut -c 1-16
+    else
+        checksum "$1"
+    fi
 }
 
 absolute_path() {

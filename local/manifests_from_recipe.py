@@ -13,7 +13,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="NAME of lhotse.recipes.prepare_NAME")
     parser.add_argument("--corpus-dir", type=Path, required=True)
-    parser.add_argument("--split", required=True, help="folder of the corpus, Lhotse's `dataset_part`")
+    parser.add_argument("--split", required=True, help="Lhotse's `dataset_part`")
+    parser.add_argument("--folder", help="where below CORPUS_DIR its audio lies (default: a folder of its name)")
+    parser.add_argument("--recipe-options", nargs="*", default=[], metavar="NAME=VALUE", help="passed to the recipe")
     parser.add_argument("--num-jobs", type=int, default=1)
     parser.add_argument("--limit-utterances", type=int, help="at most so many, evenly over the split")
     parser.add_argument("--recordings", type=Path, required=True, help="manifest to write")
@@ -27,6 +29,8 @@ def main() -> None:
         args.corpus_dir,
         args.split,
         skipped,
+        folder=args.folder,
+        options=dict(option.split("=", 1) for option in args.recipe_options),
         num_jobs=args.num_jobs,
         limit=args.limit_utterances,
         strict=args.strict,

@@ -76,15 +76,18 @@ def md5_of(path: Path) -> str:
 def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
     """Unpack the folder `member` of a tar archive as the folder `target`, which appears when it is complete.
 
+    Symbolic links that stay within `member` are made last, so that nothing is written through one.
+
     Returns the number of files.
 
     Raises:
-      ArchiveError: the archive is damaged, lacks `member`, or has an entry that would lie outside, or is neither
-        file nor folder; nothing is left of it then.
+      ArchiveError: the archive is damaged, lacks `member`, or has an entry that would lie or lead outside, or is
+        neither file, folder nor symbolic link; nothing is left of it then.
     """
     archive, target = Path(archive), Path(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     count = 0
+    links: dict[Path, str] = {}
     try:
         with tarfile.open(archive) as tar, tqdm(desc=f"unpack {archive.name}", unit=" files") as bar:
             for entry in tar:
@@ -95,6 +98,9 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
                 if entry.isdir():
                     destination.mkdir(parents=True, exist_ok=True)
                     continue
+                if entry.issym():
+                    links[destination] = entry.linkname
+                    continue
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 content = tar.extractfile(entry)
                 assert content is not None  # _path_inside lets files and folders through only
@@ -104,6 +110,7 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
                 bar.update()
         if not count:
             raise ArchiveError(f"{archive} has no files in {member}/")
+        _make_links(links, temporary, archive)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -114,6 +121,17 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
     return count
 
 
+def _make_links(links: dict[Path, str], root: Path, archive: Path) -> None:
+    """Symbolic links {place below root: where it leads}. Raises ArchiveError where one leads out of `root`."""
+    for place, leads_to in links.items():
+        if not any(parent.is_symlink() for parent in place.parents if parent.is_relative_to(root)):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(leads_to)
+    for place, leads_to in links.items():  # when all are made: one may lead through another
+        if Path(leads_to).is_absolute() or not place.resolve().is_relative_to(root.resolve()):
+            raise ArchiveError(f"{archive}: the link {place.name!r} leads outside; this is no archive to trust")
+
+
 def _path_inside(entry: tarfile.TarInfo, member: str, archive: Path) -> PurePosixPath | None:
     """The entry's path below `member`; None for what lies elsewhere. Raises ArchiveError for what is unsafe."""
     path = PurePosixPath(entry.name)
@@ -121,8 +139,8 @@ def _path_inside(entry: tarfile.TarInfo, member: str, archive: Path) -> PurePosi
         raise ArchiveError(f"{archive}: the entry {entry.name!r} would lie outside; this is no archive to trust")
     if not path.is_relative_to(member):
         return None
-    if not (entry.isfile() or entry.isdir()):
-        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a link or a device; this is no archive to trust")
+    if not (entry.isfile() or entry.isdir() or entry.issym()):
+        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device; this is no archive to trust")
     return path.relative_to(member)
 
 

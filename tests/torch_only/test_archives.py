@@ -123,8 +123,26 @@ def link(name: str, target: str) -> tarfile.TarInfo:
     return info
 
 
+def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
+    """One release keeps its audio once, and its splits as links."""
+    links = [("top/legacy/train/sph", "../../data/sph"), ("top/chain", "legacy/train")]
+    entries = {name: link(name, target) for name, target in links}
+    archive = make_tar(tmp_path / "a.tar.gz", {**entries, "top/data/sph/a.sph": b"1"})
+    assert unpack_tar(archive, "top", tmp_path / "top") == 1
+    assert (tmp_path / "top/chain/sph/a.sph").read_bytes() == b"1"
+
+
+OUTSIDE = [[("top/evil", "/etc/passwd")], [("top/evil", "../../x")], [("top/a/b/up", "../.."), ("top/c", "a/b/up/../x")]]
+OUTSIDE += [[("top/out", ".."), ("top/out/deep/evil", ".")]]
+
+
 @pytest.mark.parametrize(
-    "entry", [{"top/../../evil": b"!"}, {"/top/evil": b"!"}, {"top/evil": link("top/evil", "/etc/passwd")}]
+    "entry",
+    [
+        {"top/../../evil": b"!"},
+        {"/top/evil": b"!"},
+        *({name: link(name, target) for name, target in links} for links in OUTSIDE),
+    ],
 )
 def test_nothing_is_written_outside(tmp_path: Path, entry: dict[str, bytes | tarfile.TarInfo]) -> None:
     inside = tmp_path / "inside"

@@ -80,7 +80,7 @@ def test_a_voice_that_does_not_exist_is_named_and_nothing_is_left(
     tmp_path: Path, spec_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spec_file.write_text(SPEC.replace('"en-us", "en-gb-x-rp"', '"xx-none"'))
-    with pytest.raises(RuntimeError, match=r"utterance 1-1-0000 .* could not be made"):
+    with pytest.raises(RuntimeError, match=r"utterance .*-1-0000 .* could not be made"):
         synthesise(load_spec(spec_file), tmp_path / "corpus", seed=1, num_jobs=2)
     assert "espeak-ng has no voice 'xx-none+f1'" in capfd.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["corpus.toml"]
