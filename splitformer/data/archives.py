@@ -140,7 +140,7 @@ def _path_inside(entry: tarfile.TarInfo, member: str, archive: Path) -> PurePosi
     if not path.is_relative_to(member):
         return None
     if not (entry.isfile() or entry.isdir() or entry.issym()):
-        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device; this is no archive to trust")
+        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device: nothing to trust")
     return path.relative_to(member)
 
 

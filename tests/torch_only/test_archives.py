@@ -132,7 +132,8 @@ def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "top/chain/sph/a.sph").read_bytes() == b"1"
 
 
-OUTSIDE = [[("top/evil", "/etc/passwd")], [("top/evil", "../../x")], [("top/a/b/up", "../.."), ("top/c", "a/b/up/../x")]]
+OUTSIDE = [[("top/evil", "/etc/passwd")], [("top/evil", "../../x")]]
+OUTSIDE += [[("top/a/b/up", "../.."), ("top/c", "a/b/up/../x")]]
 OUTSIDE += [[("top/out", ".."), ("top/out/deep/evil", ".")]]
 
 
