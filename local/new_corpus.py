@@ -2,8 +2,8 @@
 """Look at own data, show what is in them, and describe them as a corpus, egs/NAME/, for ./prepare.sh and ./run.sh.
 
 SOURCE is
-  a table, .tsv or .csv, with a header: columns audio (a path) and text, and where wanted id, speaker, split (train, dev,
-    test), start and end (seconds), channel;
+  a table, .tsv or .csv, with a header: columns audio (a path) and text, and where wanted id, speaker, split (train,
+    dev, test), start and end (seconds), channel;
   a Kaldi data directory: wav.scp (files alone), text, and where wanted segments, utt2spk;
   a folder of audio with a .txt or .lab beside each file, in folders by speaker, and by split, where wanted;
   a folder with Lhotse's manifests, NAME_recordings_SPLIT.jsonl.gz and NAME_supervisions_SPLIT.jsonl.gz.
@@ -41,7 +41,7 @@ def main() -> None:
     group.add_argument("--test-share", type=_share, metavar="X", help="0 to 0.5")
     group.add_argument("--token-type", choices=("bpe", "char"))
     group.add_argument("--vocab-size", type=int, metavar="N")
-    group.add_argument("--chars-per-second", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of plausible transcripts")
+    group.add_argument("--chars-per-second", type=float, nargs=2, metavar=("LOW", "HIGH"), help="plausible ones")
     parser.add_argument("--egs", type=Path, required=True, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.egs / args.name

@@ -16,7 +16,7 @@ MADE_BY = "# Made by local/new_corpus.sh"
 
 
 def check_name(name: str, folder: Path, force: bool) -> None:
-    """Raises SourceError for a name that is none, or where `folder`, its place, exists and is not to be written over."""
+    """Raises SourceError for a name that is none, or where `folder`, its place, exists and `force` is not given."""
     if not NAME.fullmatch(name):
         raise SourceError(f"{name!r} is no name for a corpus: small letters of English, digits, - and _, at most 64")
     if not folder.exists():
@@ -24,7 +24,7 @@ def check_name(name: str, folder: Path, force: bool) -> None:
     description = folder / "corpus.sh"
     if not force:
         raise SourceError(
-            f"{folder} exists, and nothing was written: choose another name, or --force writes its corpus.sh and confs anew"
+            f"{folder} exists, and nothing was written: choose another name, or write its files anew by --force"
         )
     if description.is_file() and MADE_BY not in description.read_text(encoding="utf-8"):
         raise SourceError(f"{description} was not made by new_corpus.sh, and is not written over: choose another name")
@@ -57,8 +57,8 @@ def description(
         "",
         f"corpus_from={shlex.quote(str(source))}",
         f"corpus_dir={shlex.quote(str(source if source.is_dir() else source.parent))}",
-        "# Of the text, what is kept; of the utterances, which are in which split: by a hash of the speaker, the recording or",
-        "# the utterance, so that new ones move none. Another seed divides otherwise.",
+        "# What is kept of the text, and who is in which split: by a hash of the speaker, the recording or the",
+        "# utterance, so that new ones move none. Another seed divides otherwise.",
         "source_options=(",
         *(f"    {option}" for option in options),
         ")",
@@ -85,10 +85,11 @@ def description(
         average = max(1, proposal.epochs // 6)
         epochs = ["[training]", f"num_epochs = {proposal.epochs}", f"average_epochs = {average}"]
     baseline = [f"# ./run.sh --corpus {name} --config ee-baseline", "# The same without parallel layers."]
+    baseline.append('base = "splitformer.toml"')
     return {
         "corpus.sh": "\n".join(corpus) + "\n",
         "conf/splitformer.toml": "\n".join([*head, conf, *epochs]) + "\n",
-        "conf/ee-baseline.toml": "\n".join([*baseline, 'base = "splitformer.toml"', "[model]", "parallel_exits = []"]) + "\n",
+        "conf/ee-baseline.toml": "\n".join([*baseline, "[model]", "parallel_exits = []"]) + "\n",
     }
 
 

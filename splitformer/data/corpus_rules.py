@@ -1,4 +1,4 @@
-"""How own data become splits of a recipe: what is kept of the text, which utterances are left out, who is in which split.
+"""How own data become splits of a recipe: what is kept of the text, what is left out, who is in which split.
 
 All of it is a function of the source and of a few options, which a corpus's description holds: nothing is drawn.
 """
@@ -44,8 +44,8 @@ class TextRules:
     """What is done to a transcript. It is composed (NFC) and without invisible characters in any case.
 
     case: "keep", "lower" or "upper".
-    punctuation: "drop" takes out punctuation, symbols and words that are a tag, such as [noise] or <unk>; apostrophes in a
-      word stay, a dash or stroke in one makes two.
+    punctuation: "drop" takes out punctuation, symbols and words that are a tag, such as [noise] or <unk>; apostrophes
+      in a word stay, a dash or stroke in one makes two.
     digits: "reject" leaves out utterances with digits: how they are spoken is not written.
     """
 

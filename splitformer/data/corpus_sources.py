@@ -1,10 +1,10 @@
 """Own data as they lie there: a table, a Kaldi data directory, a folder of audio and text, manifests of Lhotse.
 
-Nothing that a source names is run, fetched or believed: pipes of wav.scp and manifests whose audio comes from a command or
-an address are refused. What is wrong is told with file and line.
+Nothing that a source names is run, fetched or believed: pipes of wav.scp and manifests whose audio comes from a command
+or an address are refused. What is wrong is told with file and line.
 
-Of a source, audio stays on disk and recordings are read one by one; transcripts are in memory where the source has them in
-another order than the audio (Kaldi, Lhotse, tables with `start`).
+Of a source, audio stays on disk and recordings are read one by one; transcripts are in memory where the source has them
+in another order than the audio (Kaldi, Lhotse, tables with `start`).
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def read_source(
         .txt or .lab beside each file, or a folder with manifests of Lhotse (`*recordings*.jsonl[.gz]` and the same with
         `supervisions`).
       audio_dir: what relative paths of the source start from (default: the folder of the file that has them).
-      speakers_from_folders: of a folder, whether the folders that files lie in are speakers; None: where there are two or
-        more of them.
+      speakers_from_folders: of a folder, whether the folders that files lie in are speakers; None: where there are two
+        or more of them.
     Raises:
       SourceError: what cannot be read, or is contradictory.
     """
@@ -305,8 +305,8 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
     if missing:
         raise SourceError(
             f"{table}:1: the first line names no column for {' and '.join(missing)}; it has "
-            f"{', '.join(map(repr, names)) or 'nothing'}. Put a header there, such as audio<TAB>text<TAB>speaker; audio may be "
-            f"called {', '.join(COLUMNS['audio'])}, and text {', '.join(COLUMNS['text'])}"
+            f"{', '.join(map(repr, names)) or 'nothing'}. Put a header there, such as audio<TAB>text<TAB>speaker; "
+            f"audio may be called {', '.join(COLUMNS['audio'])}, and text {', '.join(COLUMNS['text'])}"
         )
     yield "", {name: names[place] for name, place in columns.items()}
     # a .tsv has no quotes but those of the text
@@ -358,20 +358,20 @@ def _known_columns(names: list[str]) -> dict[str, int]:
 
 def _of_kaldi(folder: Path, base: Path) -> Iterator[Spoken]:
     if not (folder / "text").is_file():
-        raise SourceError(f"{folder} has no file `text`: there are no transcripts to learn from; see `copy_data_dir.sh`")
+        raise SourceError(f"{folder} has no file `text`: there are no transcripts to learn from")
     texts = _mapping(folder / "text", empty=True)
     speakers = _mapping(folder / "utt2spk") if (folder / "utt2spk").is_file() else {}
     recordings = _mapping(folder / "wav.scp")
     for name, (where, audio) in recordings.items():
         if audio.endswith("|") or audio.startswith("|"):
             raise SourceError(
-                f"{where}: recording {name!r} is a pipe, which is not run: {audio[:200]!r}. Write the audio to files, for "
-                "instance by Kaldi's wav-copy, and name these in wav.scp"
+                f"{where}: recording {name!r} is a pipe, which is not run: {audio[:200]!r}. Write the audio to files, "
+                "for instance by Kaldi's wav-copy, and name these in wav.scp"
             )
         if re.search(r"\.ark(:\d+)?$", audio):
             raise SourceError(
-                f"{where}: recording {name!r} lies in an archive ({audio}); write it to a file, for instance by Kaldi's "
-                "wav-copy, and name that in wav.scp"
+                f"{where}: recording {name!r} lies in an archive ({audio}); write it to a file, for instance by "
+                "Kaldi's wav-copy, and name that in wav.scp"
             )
     spans: dict[str, list[tuple[str, str, float | None, float | None]]] = {}
     if (folder / "segments").is_file():
@@ -440,7 +440,7 @@ def _of_folder(folder: Path, speakers_from_folders: bool | None) -> Iterator[Spo
     if not any(texts.values()):
         raise SourceError(
             f"{folder} has {len(audio)} audio files and no transcript: put beside {audio[0].name} a file "
-            f"{audio[0].with_suffix('.txt').name} with what is said in it, or give a table (.tsv) with columns audio and text"
+            f"{audio[0].with_suffix('.txt').name} with what is said in it, or give a table (.tsv) of audio and text"
         )
     parts = {path: path.relative_to(folder).parts for path in audio}
     tops = {split_named(each[0]) if len(each) > 1 else None for each in parts.values()}
@@ -514,7 +514,8 @@ def _of_lhotse(recordings: Path, supervisions: Path, split: str | None, base: Pa
         try:
             recording = Recording.from_dict(item)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SourceError(f"{where}: Lhotse cannot read this recording ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise SourceError(f"{where}: Lhotse cannot read this recording ({reason})") from error
         for part in recording.sources:
             part.source = str(base / part.source)
         utterances = sorted(groups.pop(name, ()), key=lambda utterance: utterance.start or 0.0)

@@ -156,8 +156,8 @@ def _check_audio(found: Survey, too_long: float) -> None:
         raise SourceError(
             f"{found.source}: {too_long / 3600:.1f} hours are utterances of more than {LONGEST:.0f} seconds:\n"
             f"{_places(found.faults['too long'])}\n"
-            "A long recording is used by its segments: give times (columns start and end of a table, a Kaldi `segments`, "
-            "Lhotse supervisions), or cut it, for instance by a forced aligner"
+            "A long recording is used by its segments: give times (columns start and end of a table, a Kaldi "
+            "`segments`, Lhotse supervisions), or cut it, for instance by a forced aligner"
         )
     _check_enough(found, len(found.heard))
 
@@ -166,8 +166,8 @@ def _check_enough(found: Survey, usable: int) -> None:
     if usable < FEWEST:
         faults = "".join(f"\n{kind}:\n{_places(places)}" for kind, places in found.faults.items())
         raise SourceError(
-            f"{found.source}: {usable} usable utterances are too few to train on and to test with; {FEWEST} are the least, "
-            f"and an hour or more is of use{faults}"
+            f"{found.source}: {usable} usable utterances are too few to train on and to test with; {FEWEST} are the "
+            f"least, and an hour or more is of use{faults}"
         )
 
 
@@ -391,18 +391,19 @@ def _warnings(
         shared = sorted((by_split["train"] & by_split[name]) - {""})
         if shared:
             warnings.append(
-                f"{len(shared)} speakers are in train and in {name} ({', '.join(shared[:SHOWN])}): WER on {name} is that "
-                "for voices that were heard in training"
+                f"{len(shared)} speakers are in train and in {name} ({', '.join(shared[:SHOWN])}): WER on {name} is "
+                "that for voices that were heard in training"
             )
-        again = [each for each in kept if split[each.utterance.id] == name and texts[each.utterance.id] in said["train"]]
+        own = [texts[each.utterance.id] for each in kept if split[each.utterance.id] == name]
+        again = [text for text in own if text in said["train"]]
         if again:
             warnings.append(f"{len(again)} transcripts of {name} are also in train: WER on {name} is lower for it")
     if len(found.speakers) == 1:
         warnings.append("there is one speaker: a system that is trained on one voice knows no other")
     if hours < 1:
         warnings.append(
-            f"{60 * hours:.0f} minutes to train on: enough to see that the recipe runs; ./run.sh --init-from CHECKPOINT "
-            "starts from a model that was trained on more"
+            f"{60 * hours:.0f} minutes to train on: enough to see that the recipe runs; ./run.sh --init-from "
+            "CHECKPOINT starts from a model that was trained on more"
         )
     unseen = alphabet - {char for text in said["train"] for char in text}
     if unseen:
