@@ -14,14 +14,14 @@ corpus=mini
 source local/corpus.sh
 
 config='' seed=42 num_processes='' exp_dir='' policy=learned_nbest max_relative_wer=0.05 stage=0 stop_stage=report
-checkpoint='' word_list=''
+checkpoint='' word_list='' init_from='' freeze_encoder_layers=''
 known_methods=(greedy_search greedy_search+lexicon prefix_beam_search ctc-decoding 1best nbest nbest-rescoring
     whole-lattice-rescoring nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search
     fast_beam_search_nbest fast_beam_search_nbest_LG)
 known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned learned_nbest budget deadline fixed)
 methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
-value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage checkpoint word_list
-    "${corpus_options[@]}")
+value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage checkpoint word_list init_from
+    freeze_encoder_layers "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
 list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
 prepare_stages=(download manifests fbank bpe lang lm graphs)
@@ -43,6 +43,10 @@ usage: ./run.sh [options]
                            of a penalty on blanks; one of each: no choice, and faster
   --checkpoint FILE        decode with this one, of bin/average or bin/import_reference, instead of training; its tokens
                            are the bpe.model beside it, where there is one and no --bpe-model; implies --decode-only
+  --init-from FILE         train from the weights of this checkpoint, of another corpus too; where its tokens are others, what
+                           depends on them is new
+  --freeze-encoder-layers N
+                           train neither the front end nor the encoder's first N layers
   --word-list FILE         words of greedy_search+lexicon (default: those of the corpus's lexicon)
   --policy NAME            exit policy that is fitted to policy.json and decoded with (default: learned_nbest), one of:
                            ${known_policies[*]}
@@ -87,7 +91,8 @@ train_system() {
     for split in "${dev_list[@]}"; do dev_cuts+=("$(cuts_of "$split")"); done
     cuts=$(made_from "${artefacts[@]}" "${dev_cuts[@]}")
     tokens=$(made_from "$lang_dir/bpe.model")
-    made_from=$(printf '%s\n' "seed $seed" "cuts $cuts" "tokens $tokens" "$resolved_config")
+    made_from=$(printf '%s\n' "seed $seed" "cuts $cuts" "tokens $tokens" ${initial:+"initial $initial"} \
+        "$resolved_config")
     if [[ -n $musan_dir ]]; then
         noise=$(made_from "$(noise_cuts_of)")
         made_from+=$'\n'"noise $noise"
@@ -105,7 +110,8 @@ remove the folder to train anew, or give this run another --seed or --exp-dir"
     fi
     make_artefact "$exp_dir/training.jsonl" "$made_from" run_training \
         --config "$config_path" --exp-dir "$exp_dir" --train-cuts "${train_cuts[@]}" --dev-cuts "${dev_cuts[@]}" \
-        --lang-dir "$lang_dir" --seed "$seed" --resume "${flags[@]}" "${set_flags[@]}"
+        --lang-dir "$lang_dir" --seed "$seed" --resume "${flags[@]}" "${initial_flags[@]}" \
+        "${set_flags[@]}"
 }
 
 run_training() {
@@ -272,6 +278,19 @@ main() {
     elif [[ $decode_only == true ]]; then
         option_error "--decode-only makes no features to train on: give a --checkpoint, or prepare with ./prepare.sh"
     fi
+    initial='' initial_flags=()
+    if [[ -n $init_from ]]; then
+        init_from=$(absolute_path "$init_from")
+        [[ -f $init_from ]] || option_error "--init-from: there is no $init_from"
+        [[ -z $checkpoint ]] || option_error "--checkpoint decodes without training, --init-from trains: give one of them"
+        initial=init-$(checksum "$init_from" | cut -c 1-8)
+        initial_flags=(--init-from "$init_from")
+    fi
+    check_number freeze_encoder_layers empty
+    if [[ -n $freeze_encoder_layers ]]; then
+        initial+=${initial:+-}freeze-$freeze_encoder_layers
+        initial_flags+=(--freeze-encoder-layers "$freeze_encoder_layers")
+    fi
     if [[ -n $word_list ]]; then
         word_list=$(absolute_path "$word_list")
         [[ -f $word_list ]] || option_error "--word-list: there is no $word_list"
@@ -305,7 +324,8 @@ main() {
         set_flags+=(--set "$each")
         system+=+${each//[^A-Za-z0-9._=-]/_}
     done
-    ((${#system} <= 100)) || system=$config+$(printf '%s\n' "${set[@]}" | sha256sum | cut -c 1-8)
+    system+=${initial:++$initial}
+    ((${#system} <= 100)) || system=$config+$(printf '%s\n' "${set[@]}" ${initial:+"$initial"} | sha256sum | cut -c 1-8)
     variant=${subset_tag#_}${limit_utterances:+limit-$limit_utterances} # not the corpus as it is published
     exp_root=$work_dir/exp${variant:+/$variant}
     report_dir=$work_dir

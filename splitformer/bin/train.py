@@ -45,6 +45,12 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument(
+        "--init-from", type=Path, metavar="CHECKPOINT", help="start from these weights, as far as they fit"
+    )
+    parser.add_argument(
+        "--freeze-encoder-layers", type=int, default=0, metavar="N", help="the front end and N layers are not trained"
+    )
+    parser.add_argument(
         "--accumulation", type=int, default=1, help="parts in which a rank takes its share of a batch: less memory"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of products; auto: by the device")
@@ -83,6 +89,8 @@ def main() -> int:
             timeout_minutes=args.timeout_minutes,
             on_the_fly=args.on_the_fly,
             noise_cuts=tuple(args.noise_cuts),
+            init_from=args.init_from,
+            freeze_encoder_layers=args.freeze_encoder_layers,
         )
         try:
             config = load_config(args.config, args.set)

@@ -36,6 +36,7 @@ from splitformer.model.encoder import UtteranceNorm
 from splitformer.results import EpochRecord, append_epoch
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
+from splitformer.training.initial import start_from
 from splitformer.training.inspection import Activation, ExitStatistics, inspect
 from splitformer.training.memory import DoesNotFit, DryRun, check_memory
 from splitformer.training.optimizer import adamw
@@ -85,6 +86,10 @@ class RunOptions:
     """features of training data are computed from audio"""
     noise_cuts: tuple[Path, ...] = ()
     """what augment.noise_p of the utterances are mixed with"""
+    init_from: Path | None = None
+    """a checkpoint whose weights the run starts from"""
+    freeze_encoder_layers: int = 0
+    """the front end and so many layers keep the weights that they start with"""
 
 
 @dataclass
@@ -189,6 +194,16 @@ class Trainer:
         if not checkpoint and isinstance(model.encoder.feature_norm, UtteranceNorm):
             deviation = self.data.feature_deviation() if ranks.is_main else None
             model.encoder.feature_norm.set_deviation(ranks.from_main(deviation))
+        start_from(
+            model,
+            self.config,
+            self.tokenizer.tokens,
+            options.exp_dir,
+            init_from=options.init_from,
+            freeze_encoder_layers=options.freeze_encoder_layers,
+            resuming=bool(checkpoint),
+            is_main=ranks.is_main,
+        )
         self.loss = MultiExitLoss(
             model,
             self.config.loss,
