@@ -130,7 +130,7 @@ def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
         raise SourceError(f"{len(seconds)} groups of utterances cannot be divided into {', '.join(wanted)}")
     total = sum(seconds.values())
     best, best_distance = 0, float("inf")
-    for seed in range(max(20, min(20_000, 400_000 // len(seconds)))):
+    for seed in range(max(20, min(2000, 100_000 // len(seconds)))):
         rule = SplitRule(seed=seed, dev=dev, test=test)
         shares = dict.fromkeys(wanted, 0.0)
         for name, length in seconds.items():

@@ -327,7 +327,7 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
         if len(values) != len(names):
             raise SourceError(
                 f"{where}: {len(values)} columns, and the header has {len(names)}; look for a stray "
-                f"{'tab' if delimiter == chr(9) else delimiter!r} in the text"
+                f"{'tab' if delimiter == chr(9) else delimiter} in the text"
             )
         row = {name: values[place].strip() for name, place in columns.items()}
         if not row["audio"]:

@@ -402,7 +402,7 @@ def _warnings(
         warnings.append("there is one speaker: a system that is trained on one voice knows no other")
     if hours < 1:
         warnings.append(
-            f"{60 * hours:.0f} minutes to train on: enough to see that the recipe runs; ./run.sh --init-from "
+            f"{_time(3600 * hours)} to train on: enough to see that the recipe runs; ./run.sh --init-from "
             "CHECKPOINT starts from a model that was trained on more"
         )
     unseen = alphabet - {char for text in said["train"] for char in text}
@@ -427,10 +427,10 @@ def _warnings(
 def render(found: Survey, proposal: Proposal) -> str:
     """The survey and the proposal for people to read."""
     lengths = sorted(each.seconds for each in found.heard)
-    upright = {each.utterance.id: each for each in found.heard}
+    by_id = {each.utterance.id: each for each in found.heard}
     lines = [
         f"{found.source} ({found.kind})",
-        f"  {len(found.heard)} utterances in {found.recordings} recordings, {found.seconds / 3600:.2f} hours",
+        f"  {len(found.heard)} utterances in {found.recordings} recordings, {_time(found.seconds)}",
         f"  speakers: {_speakers(found)}",
         f"  sampling rates: {_counted(found.sampling_rates, 'Hz')}"
         + (f"; all are resampled to {SAMPLING_RATE} Hz" if set(found.sampling_rates) != {SAMPLING_RATE} else ""),
@@ -473,9 +473,9 @@ def render(found: Survey, proposal: Proposal) -> str:
     ]
     for name in ("train", "dev", "test"):
         ids = [each for each, split in proposal.split.items() if split == name]
-        speakers = {upright[each].utterance.speaker for each in ids} - {None}
-        hours = math.fsum(upright[each].seconds for each in ids) / 3600
-        lines.append(f"    {name}: {len(ids)} utterances, {hours:.2f} hours, {len(speakers) or 'unknown'} speakers")
+        speakers = {by_id[each].utterance.speaker for each in ids} - {None}
+        time = _time(math.fsum(by_id[each].seconds for each in ids))
+        lines.append(f"    {name}: {len(ids)} utterances, {time}, {len(speakers) or 'unknown'} speakers")
     fits = {
         "small": f"6 layers, {proposal.epochs} epochs",
         "medium": f"12 layers of 144 dimensions, {proposal.epochs} epochs",
@@ -484,6 +484,10 @@ def render(found: Survey, proposal: Proposal) -> str:
     lines.append(f"  conf: {proposal.size}, {fits[proposal.size]}")
     lines += [f"Note: {warning}" for warning in proposal.warnings]
     return "\n".join(lines) + "\n"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _told(each: Heard) -> str:
