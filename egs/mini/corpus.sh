@@ -5,7 +5,6 @@
 corpus_seed=42
 corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml) seed $corpus_seed"
 [[ -z $limit_utterances ]] || corpus_source+=" limit $limit_utterances"
-
 train_splits="train"
 dev_splits="dev"
 test_splits="test"
