@@ -1,4 +1,4 @@
-"""Every corpus of egs/ from its own layout to its tables, own data by the guide as written, and how short a corpus is."""
+"""Every corpus from its own layout to its tables, own data by the guide as written, and how short a corpus is."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def english_model(conf: Path, path: Path) -> None:
 
 
 def test_the_guide_leads_from_a_folder_of_greek_to_word_error_rates(repo_root: Path, tmp_path: Path) -> None:
-    """Every command of docs/new_corpus.md as written; then that a further one does nothing, and one more file is seen."""
+    """Every command of docs/new_corpus.md as written; then that a further one does nothing, and new files are seen."""
     folder = recipe_in(tmp_path / "my recipe", repo_root)
     write_folder(folder / "recordings", speakers=4, each=6)
     english_model(folder / "local/conf/small.toml", folder / "english.pt")
