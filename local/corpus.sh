@@ -176,6 +176,7 @@ state_of() {
     if [[ -d $1 ]]; then
         find -L "$1" -type f -printf '%P %s %T@\n' | LC_ALL=C sort | sha256sum | cut -c 1-16
     else
+        [[ -f $1 ]] || die "there is no $1, which egs/$corpus/corpus.sh names: bring it back, or make the corpus anew"
         checksum "$1"
     fi
 }

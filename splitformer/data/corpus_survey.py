@@ -248,6 +248,12 @@ def propose(found: Survey, choices: Choices | None = None) -> Proposal:
         _check_enough(Survey(found.source, found.kind, faults={**found.faults, **faults}), len(kept))
     split_rule = _split_rule(kept, choices, reasons)
     split = {each.utterance.id: split_rule.split_of(each.utterance, each.recording) for each in kept}
+    for name in ("train", "dev", "test"):
+        if name not in split.values():
+            raise SourceError(
+                f"{found.source}: no utterance is in {name}; say otherwise in the source's splits, or by --split-seed, "
+                "--dev-share and --test-share"
+            )
 
     alphabet = {char for text in texts.values() for char in text} - {" "}
     hours = math.fsum(each.seconds for each in kept if split[each.utterance.id] == "train") / 3600

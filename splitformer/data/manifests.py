@@ -387,8 +387,14 @@ def without_unreadable(
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and of those below it, folders that are links included, in no order."""
-    for place, _, names in os.walk(folder, followlinks=True):
+    """All files of a folder and of those below it, folders that are links included, each folder once, in no order."""
+    seen = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads back
+            below.clear()
+            continue
+        seen.add(real)
         yield from (Path(place, name) for name in names)
 
 

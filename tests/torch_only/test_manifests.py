@@ -16,6 +16,7 @@ from splitformer.data.manifests import (
     Skipped,
     count_items,
     cuts_from_manifests,
+    files_below,
     read_pairs,
     recipe_pairs,
     sphinx_pairs,
@@ -23,6 +24,7 @@ from splitformer.data.manifests import (
     write_split,
 )
 from splitformer.data.validation import validate_split
+from tests.corpora import write_tedlium
 
 RATE = 16000
 
@@ -153,6 +155,34 @@ def test_lhotse_recipe_errors_name_the_choices(librispeech_layout: Path) -> None
     (librispeech_layout / "train/12/3/12-3.trans.txt").write_text("12-3-0000\n")
     with pytest.raises(ManifestError, match="transcript without words"):
         list(recipe_pairs("librispeech", librispeech_layout, "train", Skipped()))
+
+
+def test_talks_of_several_utterances(tmp_path: Path) -> None:
+    """Folder and options are the recipe's; a limit counts utterances; a broken talk goes with its transcript."""
+    write_tedlium(tmp_path, {"train": 2})
+    root = tmp_path / "TEDLIUM_release-3"
+
+    def talks(**more: object) -> list[Pair]:
+        return list(recipe_pairs("tedlium", root, "train", Skipped(), folder="legacy/train", **more))
+
+    assert [len(group) for _, group in talks()] == [8, 8]
+    assert "close the window [NOISE] please <unk>" in {s.text for _, group in talks() for s in group}
+    kaldi = talks(options={"normalize_text": "kaldi"})
+    assert "it's cold today" in {s.text for _, group in kaldi for s in group}
+    assert [len(group) for _, group in talks(limit=5)] == [3, 2]
+    with pytest.raises(ManifestError, match=r"'tedlium' has no option speed; it has tedlium_root, .*normalize_text"):
+        talks(options={"speed": "2"})
+    (root / "data/sph/Speaker1_2010.sph").write_bytes(b"NIST_1A\n   1024\nrubbish")
+    skipped = Skipped()
+    pairs = list(recipe_pairs("tedlium", root, "train", skipped, folder="legacy/train"))
+    assert [r.id for r, _ in pairs] == ["Speaker2_2010"] and len(skipped) == 1
+    assert pairs[0][0].sources[0].source == str(root / "legacy/train/sph/Speaker2_2010.sph")
+
+
+def test_a_link_that_leads_back_ends(tmp_path: Path) -> None:
+    write_audio(tmp_path / "a/b.wav")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    assert len([path for path in files_below(tmp_path) if path.name == "b.wav"]) == 1
 
 
 def test_manifests_are_the_same_bytes_each_time(tmp_path: Path) -> None:

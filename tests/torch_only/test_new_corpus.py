@@ -15,12 +15,16 @@ import soundfile
 from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
 from local.new_corpus import main
-from splitformer.data.corpus_folder import description
+from splitformer.config import load_config
+from splitformer.data.corpus_folder import description, write_folder
 from splitformer.data.corpus_rules import SplitRule, TextRules, choose_seed, has_digits, source_pairs
-from splitformer.data.corpus_sources import SourceError, kind_of, read_source
-from splitformer.data.corpus_survey import Choices, Survey, propose, render, survey
+from splitformer.data.corpus_sources import SourceError, Utterance, kind_of, read_source
+from splitformer.data.corpus_survey import Choices, Heard, Survey, propose, render, survey
 from splitformer.data.features import FbankOptions, compute_fbank
 from splitformer.data.manifests import ManifestError, Skipped, read_cuts, write_split
+from splitformer.data.tokenizer import Tokenizer, train_tokenizer
+from splitformer.model.asr import AsrModel
+from tests.corpora import GREEK
 
 RATE = 16000
 TEXTS = ["open the door", "close the window", "what time is it", "play some music"]
@@ -517,6 +521,59 @@ def test_nothing_is_written_where_something_is_unless_asked(tmp_path: Path, caps
         assert message in str(status)
     status, _ = new_corpus("other", source=tmp_path / "none.tsv")
     assert "there is no" in str(status) and not (egs / "other").exists()
+
+
+def imagined(hours: float, alphabet: str = "abcdefghijklmnopqrstuvwxyz") -> Survey:
+    """A survey of so many hours, of which there is no audio: 3600 utterances, 200 speakers, words of all letters."""
+    rng = np.random.default_rng(0)
+    found = Survey(Path("x"), "table", recordings=3600)
+    found.sampling_rates[16000], found.channels[1] = 3600, 1
+    for number in range(3600):
+        text = " ".join("".join(rng.choice(list(alphabet), 4)) for _ in range(5))
+        said = Utterance(f"x:{number}", f"u{number}", text, f"s{number % 200}")
+        found.heard.append(Heard(said, said.id, hours))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("hours", "size", "token_type", "share", "layers"),
+    [(5, "small", "char", 0.1, 6), (50, "medium", "bpe", 0.05, 12), (500, "large", "bpe", 0.01, 12)],
+)
+def test_the_conf_and_the_tokens_fit_the_size(
+    tmp_path: Path, repo_root: Path, hours: float, size: str, token_type: str, share: float, layers: int
+) -> None:
+    found = imagined(hours)
+    proposal = propose(found)
+    assert (proposal.size, proposal.token_type, proposal.split_rule.dev) == (size, token_type, share)
+    assert f"conf: {size}" in render(found, proposal)
+    (tmp_path / "local").symlink_to(repo_root / "local")
+    write_folder(tmp_path / "egs/own", description("own", tmp_path, proposal))
+    splitformer, baseline = (load_config(tmp_path / f"egs/own/conf/{n}.toml") for n in ("splitformer", "ee-baseline"))
+    assert splitformer.model.num_layers == layers and splitformer.model.parallel_exits == (
+        splitformer.model.exit_layers[0], layers
+    )  # fmt: skip
+    assert baseline.model.parallel_exits == () and AsrModel(splitformer.model)
+    assert size == "large" or splitformer.training.num_epochs == proposal.epochs
+
+
+def test_an_alphabet_of_syllables_is_taken_by_characters() -> None:
+    proposal = propose(imagined(50, "".join(chr(c) for c in range(0xAC00, 0xAC00 + 1000))))
+    assert proposal.token_type == "char" and proposal.rates == (0.5, 12.0)
+
+
+def test_a_split_that_would_be_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no utterance is in dev; .*--dev-share"):
+        propose(imagined(1), Choices(dev_share=0.0))
+
+
+@pytest.mark.parametrize("model_type", ["char", "bpe"])
+def test_tokens_of_another_alphabet_spell_it(tmp_path: Path, model_type: str) -> None:
+    texts = [TextRules("lower", "drop").apply(text) for text in GREEK]
+    (tmp_path / "train.txt").write_text("\n".join(texts), encoding="utf-8")
+    train_tokenizer(tmp_path / "train.txt", tmp_path / "lang", model_type, 50)
+    tokenizer = Tokenizer(tmp_path / "lang")
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+    assert any(len(token) > 2 for token in tokenizer.tokens[3:]) == (model_type == "bpe")
 
 
 def test_a_survey_of_nothing_has_no_speakers() -> None:
