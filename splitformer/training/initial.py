@@ -13,6 +13,7 @@ from torch import nn
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_checkpoint
 from splitformer.config import Config, ConfigError
 from splitformer.model.asr import AsrModel
+from splitformer.model.encoder import Encoder
 from splitformer.results import atomic_write
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def start_from(
 ) -> None:
     """Give a new model the weights of another, and freeze layers. Call after the model was made, on every rank.
 
-    A run that goes on takes its weights from its own checkpoint, but is frozen alike.
+    A run that goes on takes its weights from its own checkpoint, and is frozen as it was.
 
     Args:
       tokens: of this run. Heads, and a transducer's decoder and joiners, are taken where the other model has the same
@@ -59,17 +60,17 @@ def start_from(
       ConfigError: there are not so many layers; a run that goes on was started otherwise.
     """
     asked = Initial(None if init_from is None else checkpoint_id(_existing(init_from)), freeze_encoder_layers)
-    if freeze_encoder_layers:
-        _freeze(model, freeze_encoder_layers)
     record = exp_dir / RECORD
     if resuming:
         found = Initial(**json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else Initial()
-        if found != asked:
+        if asked not in (found, Initial()):
             raise ConfigError(
                 f"{exp_dir} was started with {_told(found)}, and is to go on with {_told(asked)}: give what it was "
-                "started with, or another --exp-dir"
+                "started with or nothing, or another --exp-dir"
             )
+        _freeze(model, found.frozen_layers)
         return
+    _freeze(model, freeze_encoder_layers)
     if init_from is not None:
         taken = take_weights(model, config, tokens, init_from)
         if is_main:
@@ -148,16 +149,18 @@ def _modules(names: object) -> str:
 
 def _freeze(model: AsrModel, count: int) -> None:
     """No gradient and no dropout in modules up to encoder layer `count`, and batch statistics as they came."""
+    if count == 0:
+        return
     encoder = model.encoder
-    if not isinstance(getattr(encoder, "layers", None), nn.ModuleList):
-        raise ConfigError(f"--freeze-encoder-layers {count}: this encoder has no plain list of layers; leave it out")
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(f"--freeze-encoder-layers {count}: this encoder's layers are in stacks; leave it out")
     if not 0 < count <= len(encoder.layers):
         raise ConfigError(f"--freeze-encoder-layers {count}: the encoder has 1 to {len(encoder.layers)} layers")
     frozen: list[nn.Module] = [encoder.feature_norm, encoder.subsampling, *encoder.layers[:count]]
     frozen += [branch for layer, branch in encoder.parallel.items() if int(layer) <= count]
     for module in frozen:
         module.requires_grad_(False)
-        # train() of the model around it would undo an eval() here
+        # said once, it would be undone by train() of the model around it
         module.register_forward_pre_hook(lambda module, _: module.eval() and None)
 
 

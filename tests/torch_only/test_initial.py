@@ -102,8 +102,8 @@ def test_frozen_layers_stay_and_a_resumed_run_ends_as_one_without_a_break(corpus
 
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two/epoch-2.pt").unlink()
-    other = train(corpus, tmp_path, tmp_path / "two", "--resume")
-    assert other.returncode == 1 and "is to go on with no --init-from and --freeze-encoder-layers 0" in other.stderr
-    resumed = train(corpus, tmp_path, tmp_path / "two", "--resume", *flags)
+    other = train(corpus, tmp_path, tmp_path / "two", "--resume", "--freeze-encoder-layers", 2)
+    assert other.returncode == 1 and "is to go on with no --init-from and --freeze-encoder-layers 2" in other.stderr
+    resumed = train(corpus, tmp_path, tmp_path / "two", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert same(weights(tmp_path / "two/epoch-2.pt"), after)
