@@ -46,7 +46,8 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.egs / args.name
     try:
-        check_name(args.name, folder, args.force or args.look_only)
+        if not args.look_only:
+            check_name(args.name, folder, args.force)
         found = survey(
             args.source,
             channel=args.channel,

@@ -408,8 +408,8 @@ def _warnings(
         warnings.append("there is one speaker: a system that is trained on one voice knows no other")
     if hours < 1:
         warnings.append(
-            f"{_time(3600 * hours)} to train on: enough to see that the recipe runs; ./run.sh --init-from "
-            "CHECKPOINT starts from a model that was trained on more"
+            f"{_time(3600 * hours)} to train on are little: ./run.sh --init-from CHECKPOINT starts from a model "
+            "that was trained on more"
         )
     unseen = alphabet - {char for text in said["train"] for char in text}
     if unseen:
