@@ -353,8 +353,8 @@ def without_unreadable(
     """What a recipe of Lhotse, named `recipe`, gives for the folder `part` of a corpus, and {link: original} of audio
     files.
 
-    Where it stops, unreadable files are looked for, noted in `skipped`, and it runs again on links to the others. What is
-    named as an unreadable file is, such as its transcript, is left out with it: some recipes would miss the audio.
+    Where it stops, unreadable files are looked for, noted in `skipped`, and it runs again on links to the others. What
+    is named as an unreadable file is, such as its transcript, is left out with it: some recipes would miss the audio.
 
     Raises:
       ManifestError: it stops for another reason; unreadable files, where `strict`.
