@@ -13,15 +13,17 @@ corpus=mini
 # shellcheck source=local/corpus.sh
 source local/corpus.sh
 
-config='' seed=42 num_processes='' exp_dir='' policy=learned_nbest max_relative_wer=0.05 stage=0 stop_stage=report
+config='' seed=42 exp_dir='' policy=learned_nbest max_relative_wer=0.05 stage=0 stop_stage=report
+# shellcheck disable=SC2034  # train_system names them
+num_processes='' num_workers='' accumulation='' precision=''
 checkpoint='' word_list='' init_from='' freeze_encoder_layers=''
 known_methods=(greedy_search greedy_search+lexicon prefix_beam_search ctc-decoding 1best nbest nbest-rescoring
     whole-lattice-rescoring nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search
     fast_beam_search_nbest fast_beam_search_nbest_LG)
 known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned learned_nbest budget deadline fixed)
 methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
-value_options=(config seed num_processes exp_dir policy max_relative_wer stage stop_stage checkpoint word_list init_from
-    freeze_encoder_layers "${corpus_options[@]}")
+value_options=(config seed num_processes num_workers accumulation precision exp_dir policy max_relative_wer stage
+    stop_stage checkpoint word_list init_from freeze_encoder_layers "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
 list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
 prepare_stages=(download manifests fbank bpe lang lm graphs)
@@ -35,6 +37,10 @@ usage: ./run.sh [options]
                            override values of the conf
   --seed N                 (default: 42)
   --num-processes N        training processes (default: one per GPU; without GPU, 2 where there are 2 cores)
+  --num-workers N          processes that load training data, for each training process (default: 1)
+  --accumulation N         parts in which a training process takes its share of a batch, one after the other: less memory
+  --precision auto|bf16|fp16|fp32
+                           of products in training (default: auto, by the device)
   --exp-dir DIR            for checkpoints and decoding (default: WORK_DIR/exp/CONFIG-seedN)
   --methods NAME ...       decoding methods (default: greedy_search ctc-decoding 1best for a system with CTC alone, all
                            for one with a transducer): ${known_methods[*]}
@@ -83,7 +89,7 @@ stage_train() {
 # What a run was started from is kept with it, because a run cannot go on from something else.
 train_system() {
     local split train_cuts=() artefacts=() dev_cuts=() flags=() started_from=$exp_dir/.started-from
-    local cuts tokens made_from noise
+    local cuts tokens made_from noise name
     for split in "${train_list[@]}"; do
         train_cuts+=("$(train_cuts_of "$split")")
         artefacts+=("$(train_artefact_of "$split")")
@@ -99,6 +105,9 @@ train_system() {
         flags+=(--noise-cuts "$(noise_cuts_of)")
     fi
     [[ $on_the_fly == false ]] || flags+=(--on-the-fly)
+    for name in num_workers accumulation precision; do
+        [[ -z ${!name} ]] || flags+=("--${name//_/-}" "${!name}")
+    done
     if [[ ! -f $started_from ]]; then
         mkdir -p "$exp_dir"
         printf '%s\n' "$made_from" >"$started_from.tmp"
@@ -297,7 +306,8 @@ main() {
     fi
     load_corpus
     check_number seed
-    check_number num_processes empty
+    for each in num_processes num_workers accumulation; do check_number "$each" empty; done
+    [[ -z $precision ]] || check_choice precision auto bf16 fp16 fp32
     check_choice policy "${known_policies[@]}"
     [[ $max_relative_wer =~ ^[0-9]*\.?[0-9]+$ ]] ||
         option_error "--max-relative-wer is '$max_relative_wer' and must be a number such as 0.05"
