@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from splitformer.checkpoint import RunningAverage, load_checkpoint, save_checkpoint
+from splitformer.checkpoint import RunningAverage, load_checkpoint
 from splitformer.config import Config, ConfigError, LossConfig
-from splitformer.data.datamodule import TENSORS, Batch, TrainingData, evaluation_batches, load_cuts
+from splitformer.data.datamodule import Batch, TrainingData, evaluation_batches, load_cuts
 from splitformer.data.on_the_fly import options_on_the_fly
 from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import UtteranceNorm
 from splitformer.results import EpochRecord, append_epoch
+from splitformer.training.bad_data import BadData
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
 from splitformer.training.initial import start_from
@@ -41,6 +42,7 @@ from splitformer.training.inspection import Activation, ExitStatistics, inspect
 from splitformer.training.memory import DoesNotFit, DryRun, check_memory
 from splitformer.training.optimizer import adamw
 from splitformer.training.precision import Precision
+from splitformer.training.progress import EpochTotals, Progress, StepResult
 from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.schedule import learning_rate
 from splitformer.training.stopping import Stopped, StopRequest
@@ -48,10 +50,6 @@ from splitformer.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
-SAVED_BAD_BATCHES = 20
-"""batches without a finite loss that are saved for inspection"""
-LOGGED_FAULTS = 10
-"""unreadable cuts that are named in the log; the others are counted"""
 MUCH_WAITING = 0.1
 """share of the time waiting for data above which the log says what helps"""
 
@@ -90,79 +88,6 @@ class RunOptions:
     """a checkpoint whose weights the run starts from"""
     freeze_encoder_layers: int = 0
     """the front end and so many layers keep the weights that they start with"""
-
-
-@dataclass
-class EpochTotals:
-    """Sums over the steps of one epoch, over all ranks; part of every checkpoint."""
-
-    steps: int = 0
-    skipped: int = 0
-    clipped: int = 0
-    faults: int = 0
-    frames: float = 0.0
-    tokens: float = 0.0
-    seconds: float = 0.0
-    waited: float = 0.0
-    norm: float = 0.0
-    loss: float = 0.0
-    loss_per_exit: list[float] = field(default_factory=list)
-
-    def add(self, step: StepResult, max_norm: float) -> None:
-        self.steps += 1
-        self.faults += step.faults
-        self.frames += step.frames
-        self.seconds += step.seconds
-        self.waited += step.waited
-        if step.skipped:  # a loss that is not finite would be the mean's end
-            self.skipped += 1
-            return
-        self.tokens += step.tokens
-        self.norm += step.norm
-        self.clipped += step.norm > max_norm
-        self.loss += step.loss * step.tokens
-        sums = self.loss_per_exit or [0.0] * len(step.loss_per_exit)
-        self.loss_per_exit = [total + loss * step.tokens for total, loss in zip(sums, step.loss_per_exit, strict=True)]
-
-    def per_token(self, total: float) -> float:
-        return total / max(self.tokens, 1.0)
-
-    def per_good_step(self, total: float) -> float:
-        return total / max(self.steps - self.skipped, 1)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, over all ranks; losses per label token."""
-
-    loss: float
-    loss_per_exit: list[float]
-    norm: float
-    tokens: float
-    frames: float
-    faults: int
-    skipped: bool
-    """the gradients were not finite and the weights are as before"""
-    bad: bool
-    """and that was no matter of float16's loss scale"""
-    stop: bool
-    seconds: float
-    waited: float
-
-
-@dataclass
-class Progress:
-    """How far the run has come; saved in every checkpoint."""
-
-    epoch: int = 0
-    """epochs that are complete"""
-    batch: int = 0
-    """batches done of the epoch after them"""
-    step: int = 0
-    seconds: float = 0.0
-    skipped_in_a_row: int = 0
-    totals: dict[str, Any] = field(default_factory=dict)
-    """the `EpochTotals` of the epoch that is not complete"""
 
 
 class Trainer:
@@ -225,7 +150,7 @@ class Trainer:
         self.stop = StopRequest()
         self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
         self.saved_at = time.monotonic()
-        self.named_faults = 0
+        self.bad_data = BadData(options.exp_dir / "bad-batches", ranks.rank)
         self.inside_step = False
 
     @property
@@ -307,7 +232,7 @@ class Trainer:
                 if progress.skipped_in_a_row > self.options.max_skipped:
                     raise TrainingError(
                         f"{progress.skipped_in_a_row} batches in a row had no finite gradients, up to step "
-                        f"{progress.step}; they are in {self._bad_batches}. Lower optim.base_lr, look at these "
+                        f"{progress.step}; they are in {self.bad_data.folder}. Lower optim.base_lr, look at these "
                         "cuts, or go on from a checkpoint that is older than the trouble"
                     )
                 if time.monotonic() - self.saved_at >= 60 * self.options.save_minutes and progress.batch < len(plan):
@@ -337,7 +262,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             self.watch.come_to("computing")
             parts.append(batch)
-            self._name_faults(batch)
+            self.bad_data.name_faults(batch)
             self.inside_step = True
             # dropout is a function of the part, so that a run that goes on draws what one without a break would
             _seed_everything(self.options.seed, epoch, number, part)
@@ -380,7 +305,10 @@ class Trainer:
             scale_overflow = self.precision.overflow()
             bad = not_finite > 0 or not scale_overflow
             if bad:
-                self._keep_bad_batch(step, parts, [not_finite == 0 or not bool(each) for each in finite])
+                # where every loss was finite, any part may have made the gradients what they are
+                self.bad_data.keep(
+                    step, (part for part, ok in zip(parts, finite, strict=True) if not_finite == 0 or not ok)
+                )
         self.optimizer.zero_grad(set_to_none=True)
         progress.step = step
         self.inside_step = False
@@ -534,33 +462,6 @@ class Trainer:
         if self.ranks.is_main:
             self.ranks.barrier()
         return data
-
-    @property
-    def _bad_batches(self) -> Path:
-        return self.options.exp_dir / "bad-batches"
-
-    def _keep_bad_batch(self, step: int, parts: list[Batch], guilty: list[bool]) -> None:
-        """Write the parts that are `guilty` of gradients that are not finite, for inspection."""
-        kept = [part for part, is_guilty in zip(parts, guilty, strict=True) if is_guilty]
-        if not kept:
-            return
-        cut_ids = [cut_id for part in kept for cut_id in part.cut_ids]
-        log.warning("step %d is skipped: its gradients are not finite; cuts: %s", step, " ".join(cut_ids))
-        path = self._bad_batches / f"step-{step}-rank-{self.ranks.rank}.pt"
-        if self._bad_batches.is_dir() and len(list(self._bad_batches.iterdir())) >= SAVED_BAD_BATCHES:
-            return
-        tensors = {f"{name}_{i}": getattr(part, name) for i, part in enumerate(kept) for name in TENSORS}
-        try:
-            save_checkpoint(path, {"cut_ids": [part.cut_ids for part in kept], "step": step, "batch": tensors})
-        except OSError as error:
-            log.warning("cannot save %s (%s)", path, error)
-
-    def _name_faults(self, batch: Batch) -> None:
-        for cut_id, reason in batch.faults.items():
-            self.named_faults += 1
-            if self.named_faults <= LOGGED_FAULTS:
-                more = "; further ones are counted only" if self.named_faults == LOGGED_FAULTS else ""
-                log.warning("cut %s is left out: %s%s", cut_id, reason, more)
 
     def _record(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
         exits = self.config.model.exit_layers
