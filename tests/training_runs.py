@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,8 @@ from splitformer.data.tokenizer import Tokenizer
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 SYSTEM = """
 [model]

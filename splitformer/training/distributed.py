@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+LETTING_GO = 0.5
+"""seconds"""
 
 
 @dataclass(frozen=True)
@@ -61,4 +65,8 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, device)
     finally:
         if world_size > 1:
+            # A thread of gloo lets go of the tensors of the last exchange some time after it, for which it needs the
+            # interpreter's lock. Whoever frees the group before that holds the lock while it waits for the thread: in
+            # torch 1.13, most processes that ended right after an exchange never did.
+            time.sleep(LETTING_GO)
             distributed.destroy_process_group()

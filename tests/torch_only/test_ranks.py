@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,36 @@ def test_a_rank_that_stands_still_is_named_by_the_others(corpus, tmp_path, stuck
         told,
     ), told
     assert "_step" in told, "the stack of the rank that waited"
+
+
+ENDS_AFTER_AN_EXCHANGE = """
+import sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from splitformer.training.distributed import process_group
+
+def main():
+    with process_group() as ranks:
+        model = DistributedDataParallel(torch.nn.Linear(4, 4))
+        model(torch.ones(2, 4)).sum().backward()
+        for _ in range(200):
+            ranks.sum(torch.zeros(30)).tolist()
+
+main()
+"""
+
+
+def test_ranks_that_end_right_after_an_exchange_do_end(tmp_path):
+    """Three in four such pairs of processes waited for ever, before `process_group` waited for half a second."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS_AFTER_AN_EXCHANGE)
+    runs = [subprocess.Popen([sys.executable, *TORCHRUN, "--nproc_per_node", "2", script], env=ENV) for _ in range(4)]
+    try:
+        assert [run.wait(timeout=60) for run in runs] == [0] * 4
+    finally:
+        for run in runs:
+            for pid in (*(children(run.pid) if run.poll() is None else ()), run.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def children(pid):
