@@ -158,15 +158,17 @@ class DryRun:
 
     def _try(self, shape: Shape, available: float) -> float:
         free = f"the {available / GIB:.2f} GiB that are free"
-        few = 1 + math.ceil(shape.utterances / 8)
+        n = shape.utterances
+        # a process that takes more than there is may be killed without a word: on a CPU, look ahead from smaller ones
+        sizes = sorted({math.ceil(n / part) for part in ((8, 4, 2, 1) if self.device.type == "cpu" else (1,))})
+        found: list[tuple[int, float]] = []
         try:
-            if self.device.type == "cpu" and few < shape.utterances:
-                # a process that takes more than there is may be killed without a word: look ahead, along a line
-                one, several = (self._run(shape._replace(utterances=n)) for n in (1, few))
-                expected = several + max(0.0, several - one) / (few - 1) * (shape.utterances - few)
-                if expected > available:
-                    raise DoesNotFit(f"a batch of {shape} would take {expected / GIB:.2f} GiB, more than {free}")
-            return self._run(shape)
+            for size in sizes:
+                if len(found) > 1 and _on_a_line(found, size) > available:
+                    expected = _on_a_line(found, n) / GIB
+                    raise DoesNotFit(f"a batch of {shape} would take {expected:.2f} GiB, more than {free}")
+                found.append((size, self._run(shape._replace(utterances=size))))
+            return found[-1][1]
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -207,6 +209,12 @@ class DryRun:
             parameter.grad = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _on_a_line(found: list[tuple[int, float]], size: int) -> float:
+    """The value at `size` of the line through the last two points, no lower than the last."""
+    (a, low), (b, high) = found[-2:]
+    return high + max(0.0, high - low) / (b - a) * (size - b)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
