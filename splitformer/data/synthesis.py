@@ -225,7 +225,7 @@ def _generator(*name: object) -> random.Random:
 
 
 class Engine:
-    """libespeak-ng, started. It keeps its state in globals: one per process, and never in two threads."""
+    """libespeak-ng, started. It keeps its state in globals: use one at a time, and never in two threads."""
 
     _RETRIEVAL, _SYNCHRONOUS = 1, 2  # espeak_AUDIO_OUTPUT
     _RATE, _PITCH, _PITCH_RANGE = 1, 3, 4  # espeak_PARAMETER
@@ -244,7 +244,6 @@ class Engine:
         self._chunks: list[np.ndarray] = []
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = signature(self._receive)  # ctypes keeps no reference, the engine calls it later
-        self._library.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
@@ -265,6 +264,7 @@ class Engine:
             self._library.espeak_SetParameter(parameter, round(value), 0)
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(utterance.seed))
         self._chunks.clear()
+        self._library.espeak_SetSynthCallback(self._callback)  # that of a later engine may be gone with it
         text = utterance.text.encode() + b"\0"
         status = self._library.espeak_Synth(
             text, ctypes.c_size_t(len(text)), 0, self._CHARACTERS, 0, self._UTF8, None, None

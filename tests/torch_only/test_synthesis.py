@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import soundfile
 
 from splitformer.data.manifests import Skipped, recipe_pairs
-from splitformer.data.synthesis import CorpusSpec, SpecError, digest, load_spec, plan, resample, synthesise
+from splitformer.data.synthesis import CorpusSpec, Engine, SpecError, digest, load_spec, plan, resample, synthesise
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = sorted((ROOT / "egs").glob("*/corpus.toml"))
@@ -69,6 +70,15 @@ def test_lhotse_reads_it_as_librispeech(tmp_path: Path, spec_file: Path) -> None
             words = len(group[0].text.split())
             assert words / 6 < recording.duration < words + 1
             assert 10 ** (-35 / 20) < np.sqrt(np.mean(audio**2)) < 10 ** (-15 / 20)
+
+
+def test_an_engine_speaks_when_a_later_one_is_gone(spec_file: Path) -> None:
+    utterance = plan(load_spec(spec_file), 1)[0]
+    earlier, later = Engine(), Engine()
+    said = later.speak(utterance)
+    del later
+    gc.collect()
+    assert len(earlier.speak(utterance)) == pytest.approx(len(said), rel=0.2)  # what was said before leaves a trace
 
 
 def test_a_limit_cuts_every_split(tmp_path: Path, spec_file: Path) -> None:
