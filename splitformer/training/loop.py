@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,7 @@ class Trainer:
         if ranks.world_size > 1:
             # batch statistics are those of all ranks: the buffers are the same without being sent
             self.wrapped = DistributedDataParallel(self.loss, broadcast_buffers=False)
-        self.tensorboard: SummaryWriter | None = None
-        if ranks.is_main and not options.inspect:
-            self.tensorboard = SummaryWriter(str(options.exp_dir / "tensorboard"), purge_step=self.progress.step + 1)
+        self.tensorboard: SummaryWriter | None = None  # while it trains
         self.stop = StopRequest()
         self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
         self.saved_at = time.monotonic()
@@ -169,7 +167,10 @@ class Trainer:
             return
         self._announce()
         self._dry_run()
-        with self.stop, self.watch:
+        with self.stop, self.watch, ExitStack() as at_the_end:
+            if self.ranks.is_main:
+                folder = str(self.options.exp_dir / "tensorboard")
+                self.tensorboard = at_the_end.enter_context(SummaryWriter(folder, purge_step=self.progress.step + 1))
             for epoch in range(self.progress.epoch + 1, self.config.training.num_epochs + 1):
                 totals = self._train_epoch(epoch)
                 started = time.perf_counter()
