@@ -1,7 +1,7 @@
 """Speed and memory of a training step: frames per second, milliseconds, peak memory, share of waiting for data.
 
     python -m benchmarks.train --compare --output benchmarks/train.md                    # on this machine's CPU or GPU
-    python -m benchmarks.train --precision fp32 bf16 medium --compile --output benchmarks/train.md       # with torch 2
+    python -m benchmarks.train --precision fp32 bf16 --compile --output benchmarks/train.md       # with torch 2
     python -m benchmarks.train --train-cuts egs/CORPUS/data/fbank/train_cuts.jsonl.gz --lang-dir egs/CORPUS/data/LANG
 
 The system is the published one, with random weights, and batches are random too unless cuts are given. Every variant
@@ -436,7 +436,8 @@ def title(args: argparse.Namespace) -> str:
     where = processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     threads = f", {args.threads} thread(s)" if args.device == "cpu" else ""
     cuts = ", cuts" if args.train_cuts else ""
-    return f"torch {torch.__version__}, {where}{threads}{cuts}"
+    compiled = ", torch.compile" if args.compile else ""
+    return f"torch {torch.__version__}, {where}{threads}{cuts}{compiled}"
 
 
 def processor() -> str:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every check: the environment, lint, and the tests, quick ones first.
 #
-#   ./tests/run.sh [--fast] [pytest options or tests/...]    in .venv; --fast leaves out the recipe tests
+#   ./tests/run.sh [--fast] [pytest options]                 in .venv; --fast leaves out the recipe tests
+#   ./tests/run.sh tests/... [pytest options]                these tests alone, without lint
 #   ./tests/run.sh --torch2 [pytest options or tests/...]    in .venv-torch2: what needs no k2, under today's torch
 #
 # All checks run even where one fails; the exit status tells whether any did.
@@ -24,7 +25,7 @@ case "${1:-}" in
         ;;
 esac
 for argument in "$@"; do
-    case "$argument" in tests/*) suites=() ;; esac      # the caller says which
+    case "$argument" in tests/*) suites=() lint=false ;; esac      # the caller says which
 done
 
 ./setup.sh "${setup_options[@]}"

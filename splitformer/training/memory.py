@@ -32,6 +32,8 @@ from splitformer.training.precision import Precision
 FRAMES_PER_SECOND = 100
 TRIALS = 6
 """in search of the largest max_duration that fits"""
+SPARE = 0.05
+"""of the memory, which what is proposed leaves: the same shapes do not take quite the same in two runs"""
 MOST_PARTS = 64
 """accumulated parts that are tried"""
 LAST_STEP = 2**31
@@ -80,13 +82,13 @@ def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accumulat
     durations, tokens, longest = data.index.durations, data.index.tokens, float(data.index.durations.max())
     configured = data.data.max_duration
 
-    def try_out(max_duration: float, accumulation: int) -> Peak:
+    def try_out(max_duration: float, accumulation: int, spare: float = 0.0) -> Peak:
         plan = plan_epoch(durations, max_duration, data.num_buckets, data.seed, epoch=1)
-        return dry_run.peak(pessimistic_shapes(plan, durations, tokens, world_size * accumulation))
+        return dry_run.peak(pessimistic_shapes(plan, durations, tokens, world_size * accumulation), spare)
 
     def fits(max_duration: float, accumulation: int) -> bool:
         try:
-            try_out(max_duration, accumulation)
+            try_out(max_duration, accumulation, SPARE)
         except DoesNotFit:
             return False
         return True
@@ -144,13 +146,13 @@ class DryRun:
         # AdamW's two moments; the buckets in which gradients travel between ranks
         self.still_to_come = weights * ((0 if optimizer.state else 2) + (ranks.world_size > 1))
 
-    def peak(self, shapes: list[Shape]) -> Peak:
+    def peak(self, shapes: list[Shape], spare: float = 0.0) -> Peak:
         """The most memory that any of `shapes` takes.
 
         Raises:
-          DoesNotFit: there is not so much.
+          DoesNotFit: there is not so much, less a share of `spare`.
         """
-        available = _available(self.device)
+        available = (1 - spare) * _available(self.device)
         peak = Peak(max(self._try(shape, available) for shape in shapes), available, shapes)
         if peak.used > available:
             raise DoesNotFit(f"the {peak}")
@@ -212,8 +214,8 @@ class DryRun:
 
 
 def _on_a_line(found: list[tuple[int, float]], size: int) -> float:
-    """The value at `size` of the line through the last two points, no lower than the last."""
-    (a, low), (b, high) = found[-2:]
+    """The value at `size` of the line through the first and the last point, no lower than the last."""
+    (a, low), (b, high) = found[0], found[-1]
     return high + max(0.0, high - low) / (b - a) * (size - b)
 
 

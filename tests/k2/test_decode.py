@@ -88,7 +88,7 @@ def test_every_exit_and_method_has_a_record_that_adds_up(trained):
 
 def test_a_system_with_both_heads_is_decoded_by_every_method(trained, tmp_path):
     (tmp_path / "hot").write_text("ABBA\nCAD DAB\n")
-    weights = ("--hlg-scales", "0.5", "1", "--ngram-lm-scales", "0.5", "--blank-penalties", "0", "1")
+    weights = ("--hlg-scales", "0.5", "--ngram-lm-scales", "0.5", "--blank-penalties", "0", "1")
     out = ("--output-dir", tmp_path / "decode", "--hot-words", tmp_path / "hot")
     run = decode(trained, "--tune-set", "dev", *weights, *out, system="transducer")
     assert run.returncode == 0, run.stderr

@@ -97,7 +97,7 @@ def check_early_exit(experiment: Path, method: str | None = None) -> None:
 
 
 def test_synthesised_corpus(driver, tmp_path: Path) -> None:
-    arguments = ["--corpus", "mini", "--limit-utterances", 30]
+    arguments = ["--corpus", "mini", "--limit-utterances", 12]
     experiment = check_whole_recipe(driver, tmp_path, *arguments)
     check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
     check_early_exit(experiment)
@@ -125,7 +125,7 @@ def test_synthesised_corpus(driver, tmp_path: Path) -> None:
 
 
 def test_real_speech(driver, tmp_path: Path, shared: Path) -> None:
-    arguments = ["--corpus", "an4", "--limit-utterances", 50, "--download-dir", shared / "data"]
+    arguments = ["--corpus", "an4", "--limit-utterances", 16, "--download-dir", shared / "data"]
     experiment = check_whole_recipe(driver, tmp_path / "work", *arguments)
     check_records(experiment, {"greedy_search", "ctc-decoding", "1best"})
 
