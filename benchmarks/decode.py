@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from splitformer.bin.decode import Decoded, decode_cuts
 from splitformer.checkpoint import load_model
-from splitformer.data.datamodule import evaluation_batches, load_cuts
+from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.searches import METHODS, Weights, make_methods
-from splitformer.results import atomic_write, command_line
+from splitformer.files import atomic_write
+from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -41,7 +41,7 @@ def main() -> None:
         text = "\n".join(measure(args, Path(folder)))
     print(text)
     if args.output:
-        from splitformer.results import atomic_write
+        from splitformer.files import atomic_write
 
         with atomic_write(args.output) as file:
             file.write("# Exported models beside PyTorch\n\n" + text)
@@ -54,13 +54,13 @@ def measure(args: argparse.Namespace, folder: Path) -> list[str]:
 
     from splitformer.bin.export import Speech, word_errors
     from splitformer.checkpoint import load_model
-    from splitformer.data.datamodule import load_cuts
+    from splitformer.data.batches import load_cuts
     from splitformer.data.manifests import use_soundfile
     from splitformer.data.tokenizer import Tokenizer
     from splitformer.export.onnx_files import write_int8, write_onnx
     from splitformer.export.other_formats import write_torchscript
     from splitformer.export.wrappers import head_parts
-    from splitformer.results import command_line
+    from splitformer.provenance import command_line
 
     use_soundfile()
     cuts = list(load_cuts([args.cuts]))

@@ -20,8 +20,9 @@ from splitformer.checkpoint import load_model
 from splitformer.config import ModelConfig
 from splitformer.export.onnx_files import onnx_function, write_onnx
 from splitformer.export.wrappers import Part, at_least_one_output_frame, stage_parts
+from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
-from splitformer.results import atomic_write, command_line
+from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES = 1000

@@ -21,13 +21,17 @@ import torch
 from lhotse.utils import is_module_available
 
 from splitformer.config import AugmentConfig, DataConfig
-from splitformer.data.datamodule import TrainingData
-from splitformer.data.features import SAMPLING_RATE, FbankOptions, compute_fbank, write_audio_cuts
-from splitformer.data.manifests import Skipped, read_supervisions, write_split
-from splitformer.data.noise import musan_pairs
-from splitformer.data.shar import export_shar
-from splitformer.data.tokenizer import Tokenizer, train_tokenizer
-from splitformer.results import atomic_write, command_line
+from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.musan import musan_pairs
+from splitformer.corpora.shar import export_shar
+from splitformer.corpora.tokens import train_tokenizer
+from splitformer.data.features import SAMPLING_RATE, FbankOptions
+from splitformer.data.manifests import read_supervisions
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.data.training import TrainingData
+from splitformer.files import atomic_write
+from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4

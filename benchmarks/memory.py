@@ -25,12 +25,16 @@ from lhotse import Recording, SupervisionSegment
 from lhotse.utils import fastcopy
 
 from splitformer.config import AugmentConfig, DataConfig
-from splitformer.data.datamodule import TrainingData
-from splitformer.data.features import SAMPLING_RATE, FbankOptions, write_audio_cuts
-from splitformer.data.manifests import Pair, read_cuts, write_split
-from splitformer.data.tokenizer import Tokenizer, train_tokenizer
-from splitformer.data.validation import validate_split
-from splitformer.results import atomic_write, command_line
+from splitformer.corpora.fbank import write_audio_cuts
+from splitformer.corpora.manifests import write_split
+from splitformer.corpora.tokens import train_tokenizer
+from splitformer.corpora.validation import validate_split
+from splitformer.data.features import SAMPLING_RATE, FbankOptions
+from splitformer.data.manifests import Pair, read_cuts
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.data.training import TrainingData
+from splitformer.files import atomic_write
+from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from splitformer.checkpoint import load_model, save_checkpoint
 from splitformer.config import Config, load_config
+from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import ConformerLayer
-from splitformer.results import atomic_write, command_line
+from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES_PER_SECOND = 100

@@ -41,11 +41,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from splitformer.config import Config, ModelConfig, OptimConfig, load_config
+from splitformer.files import atomic_write
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import sinusoidal_positions
 from splitformer.model.subsampling import Conv1dSubsampling, subsampled_lengths
-from splitformer.results import atomic_write, command_line
+from splitformer.provenance import command_line
 from splitformer.training.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,8 +312,9 @@ def cut_batches(args: argparse.Namespace, config: Config) -> Iterator[Any]:
     """First the configuration, with as many tokens as the lang folder has; then training's own batches."""
     from dataclasses import replace
 
-    from splitformer.data.datamodule import TENSORS, TrainingData
+    from splitformer.data.batches import TENSORS
     from splitformer.data.tokenizer import Tokenizer
+    from splitformer.data.training import TrainingData
 
     tokenizer = Tokenizer(args.lang_dir)
     data_config = replace(config.data, max_duration=args.batch * args.seconds)

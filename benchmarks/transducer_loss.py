@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from splitformer.config import LossConfig, ModelConfig
+from splitformer.files import atomic_write
 from splitformer.losses import pruned_transducer
 from splitformer.losses.pruned_transducer import PrunedTransducerLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
-from splitformer.results import atomic_write, command_line
+from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 

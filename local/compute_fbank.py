@@ -5,7 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.features import EXTRACTORS, FbankOptions, compute_fbank
+from splitformer.corpora.fbank import compute_fbank
+from splitformer.data.features import EXTRACTORS, FbankOptions
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.ngram import estimate_arpa, perplexity, read_sentences
+from splitformer.corpora.ngram import estimate_arpa, perplexity, read_sentences
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.shar import PACKINGS, export_shar
+from splitformer.corpora.shar import PACKINGS, export_shar
 
 
 def main() -> None:

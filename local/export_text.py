@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from splitformer.data.manifests import read_supervisions
-from splitformer.results import atomic_write
+from splitformer.files import atomic_write
 
 
 def main() -> None:

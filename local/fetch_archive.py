@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.archives import fetch, unpack_gzip, unpack_tar
+from splitformer.corpora.archives import fetch, unpack_gzip, unpack_tar
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.features import write_audio_cuts
+from splitformer.corpora.fbank import write_audio_cuts
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from splitformer.data.manifests import Skipped, write_split
-from splitformer.data.noise import musan_pairs
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.musan import musan_pairs
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from splitformer.data.manifests import Skipped, recipe_pairs, write_split
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.recipes import recipe_pairs
 
 
 def main() -> None:

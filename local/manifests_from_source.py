@@ -6,9 +6,9 @@ import logging
 import sys
 from pathlib import Path
 
-from splitformer.data.corpus_rules import CASES, DIGITS, PUNCTUATIONS, SPLIT_KEYS, SplitRule, TextRules, source_pairs
-from splitformer.data.corpus_sources import SPLITS
-from splitformer.data.manifests import Skipped, write_split
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.rules import CASES, DIGITS, PUNCTUATIONS, SPLIT_KEYS, SplitRule, TextRules, source_pairs
+from splitformer.corpora.sources import SPLITS
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from splitformer.data.manifests import Skipped, sphinx_pairs, write_split
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.sphinx import sphinx_pairs
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.corpus_folder import check_name, description, write_folder
-from splitformer.data.corpus_rules import CASES, DIGITS, PUNCTUATIONS, SPLIT_KEYS
-from splitformer.data.corpus_survey import Choices, propose, render, survey
+from splitformer.corpora.description import check_name, description, write_folder
+from splitformer.corpora.rules import CASES, DIGITS, PUNCTUATIONS, SPLIT_KEYS
+from splitformer.corpora.survey import Choices, propose, render, survey
 
 
 def main() -> None:

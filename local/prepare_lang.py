@@ -5,8 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from splitformer.corpora.lexicon import prepare_lang
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.lang import prepare_lang
 
 
 def main() -> None:

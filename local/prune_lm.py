@@ -5,8 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.ngram import read_arpa, write_arpa
-from splitformer.data.ngram_pruning import prune_ngrams
+from splitformer.corpora.ngram import read_arpa, write_arpa
+from splitformer.corpora.ngram_pruning import prune_ngrams
 
 
 def main() -> None:

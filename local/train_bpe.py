@@ -5,7 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.tokenizer import MODEL_TYPES, Tokenizer, take_tokenizer, train_tokenizer
+from splitformer.corpora.tokens import MODEL_TYPES, take_tokenizer, train_tokenizer
+from splitformer.data.tokenizer import Tokenizer
 
 
 def main() -> None:

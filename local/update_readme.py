@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from splitformer.readme import refresh
-from splitformer.results import atomic_write
+from splitformer.files import atomic_write
+from splitformer.report.readme import refresh
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

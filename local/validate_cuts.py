@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from splitformer.data.validation import validate_split
+from splitformer.corpora.validation import validate_split
 
 
 def main() -> None:

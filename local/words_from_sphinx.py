@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.data.manifests import sphinx_words
+from splitformer.corpora.sphinx import sphinx_words
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kaldialign import align, edit_distance
 
-from splitformer.results import atomic_write
+from splitformer.files import atomic_write
 
 # Stands for "no word" in an alignment. Words come from split(), so none of them is the empty string.
 _NOTHING = ""

@@ -9,8 +9,8 @@ import numpy as np
 import soundfile
 from lhotse import CutSet, Fbank, NumpyFilesWriter, Recording, SupervisionSegment
 
-from splitformer.data.manifests import write_split
-from splitformer.data.tokenizer import train_tokenizer
+from splitformer.corpora.manifests import write_split
+from splitformer.corpora.tokens import train_tokenizer
 
 RATE = 16000
 LETTERS = "ABCDEFGH"

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from splitformer.calibration import ExitTable
+from splitformer.early_exit.exit_table import ExitTable
 
 LAYERS = (2, 4, 6, 8, 10, 12)
 DOUBTS = ("entropy", "entropy_non_blank", "posterior", "nbest_posterior")

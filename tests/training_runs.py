@@ -12,8 +12,8 @@ import torch
 
 from splitformer.checkpoint import load_checkpoint
 from splitformer.config import Config, tomllib
-from splitformer.data.datamodule import TrainingData
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.data.training import TrainingData
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions
 

@@ -11,14 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.checkpoint import (
-    CheckpointError,
-    average_between,
-    epoch_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from splitformer.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from splitformer.config import Config
+from splitformer.training.averaging import average_between, epoch_checkpoints
 
 
 def main() -> int:

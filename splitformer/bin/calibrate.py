@@ -24,7 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitformer.bin.loading import (
+from splitformer.checkpoint import CheckpointError, checkpoint_id
+from splitformer.config import ConfigError, ModelConfig
+from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.decoding.loading import (
     check_features,
     chosen_search,
     load_for_decoding,
@@ -33,18 +37,17 @@ from splitformer.bin.loading import (
     speakers_of,
     timed,
 )
-from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, ExitTable, Fitted, Target, calibrate, make_family
-from splitformer.checkpoint import CheckpointError, checkpoint_id
-from splitformer.config import ConfigError, ModelConfig
-from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
-from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.early_exit import exit_view
 from splitformer.decoding.searches import Method, Options
-from splitformer.exit_policy import FittedPolicy, Meter
-from splitformer.model.asr import AsrModel, has_nan
+from splitformer.early_exit.calibration import FAMILY_NAMES, WITHOUT_CTC, Fitted, Target, calibrate, make_family
+from splitformer.early_exit.exit_table import ExitTable
+from splitformer.early_exit.policies import FittedPolicy
+from splitformer.early_exit.running import has_nan
+from splitformer.early_exit.search import exit_view
+from splitformer.early_exit.statistics import Meter
+from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import counted, transducer_heads
 from splitformer.model.encoder import ExitOutput
-from splitformer.results import command_line, git_commit
+from splitformer.provenance import command_line, git_commit
 from splitformer.scoring import word_errors
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from splitformer.bin.loading import (
+from splitformer.checkpoint import CheckpointError, checkpoint_id
+from splitformer.config import ConfigError
+from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.tokenizer import Tokenizer
+from splitformer.decoding.hypothesis import Hypothesis
+from splitformer.decoding.loading import (
     check_features,
     load_for_decoding,
     make_method,
@@ -34,11 +39,6 @@ from splitformer.bin.loading import (
     system_name,
     timed,
 )
-from splitformer.checkpoint import CheckpointError, checkpoint_id
-from splitformer.config import ConfigError
-from splitformer.data.datamodule import Batch, evaluation_batches, load_cuts
-from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.early_exit import EarlyResult, exit_view, search_early
 from splitformer.decoding.searches import (
     METHODS,
     Bias,
@@ -48,11 +48,12 @@ from splitformer.decoding.searches import (
     default_methods,
     make_methods,
 )
-from splitformer.exit_policy import FittedPolicy
-from splitformer.greedy import Hypothesis
+from splitformer.early_exit.policies import FittedPolicy
+from splitformer.early_exit.search import EarlyResult, exit_view, search_early
 from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import ExitCost, complexity, transducer_heads
-from splitformer.results import DecodeRecord, EarlyExitRecord, command_line, git_commit
+from splitformer.provenance import command_line, git_commit
+from splitformer.report.records import DecodeRecord, EarlyExitRecord
 from splitformer.scoring import score, write_errs, write_recogs
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,10 @@ import torch
 
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_model
 from splitformer.config import Config, ConfigError
-from splitformer.data.datamodule import load_cuts
+from splitformer.data.batches import load_cuts
 from splitformer.data.features import SAMPLING_RATE, FbankOptions, fbank_of_file
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.export.check import (
     TOLERANCE,
     Features,
@@ -48,9 +49,9 @@ from splitformer.export.onnx_files import (
 )
 from splitformer.export.other_formats import load_safetensors, write_safetensors, write_torchscript
 from splitformer.export.wrappers import ExportError, Part, head_parts, stage_parts
-from splitformer.greedy import ctc_greedy_search
+from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
-from splitformer.results import atomic_write, git_commit
+from splitformer.provenance import git_commit
 from splitformer.scoring import score
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from splitformer.checkpoint import CheckpointError, save_checkpoint
 from splitformer.config import Config, ConfigError, DataConfig, ModelConfig, load_config
-from splitformer.data.tokenizer import CASES, Tokenizer, import_tokenizer
+from splitformer.corpora.tokens import CASES, import_tokenizer
+from splitformer.data.tokenizer import Tokenizer
 from splitformer.export.reference import (
     convert_reference_state,
     infer_model_config,

@@ -12,10 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from splitformer.plots import plot_all
-from splitformer.report import Results, load_published, render
-from splitformer.results import atomic_write, command_line
-from splitformer.runs import gather, load_runs
+from splitformer.files import atomic_write
+from splitformer.provenance import command_line
+from splitformer.report.plots import plot_all
+from splitformer.report.render import render
+from splitformer.report.results import Results, load_published
+from splitformer.report.runs import gather, load_runs
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 from splitformer.bin.calibrate import check_calibration_set, check_model, collect
-from splitformer.bin.loading import (
+from splitformer.checkpoint import CheckpointError
+from splitformer.config import ConfigError
+from splitformer.decoding.loading import (
     check_features,
     chosen_search,
     load_for_decoding,
@@ -27,11 +29,11 @@ from splitformer.bin.loading import (
     named_sets,
     system_name,
 )
-from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, fixed, make_family
-from splitformer.checkpoint import CheckpointError
-from splitformer.config import ConfigError
-from splitformer.results import TradeoffRecord, command_line, git_commit
-from splitformer.tradeoff import tradeoff
+from splitformer.early_exit.calibration import FAMILY_NAMES, WITHOUT_CTC, make_family
+from splitformer.early_exit.exit_table import fixed
+from splitformer.early_exit.tradeoff import tradeoff
+from splitformer.provenance import command_line, git_commit
+from splitformer.report.records import TradeoffRecord
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]

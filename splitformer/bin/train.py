@@ -18,7 +18,7 @@ from pathlib import Path
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import Config, ConfigError, load_config
 from splitformer.data.datamodule import DataError
-from splitformer.tables import markdown_table
+from splitformer.report.tables import markdown_table
 from splitformer.training.distributed import process_group
 from splitformer.training.lock import LockError, locked
 from splitformer.training.loop import RunOptions, Trainer, TrainingError

@@ -23,10 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from splitformer.bin.loading import load_for_decoding, make_method
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_model
 from splitformer.config import ConfigError
-from splitformer.data.audio import AudioError, open_recording
 from splitformer.data.features import (
     EXTRACTORS,
     MIN_SAMPLES,
@@ -35,9 +33,17 @@ from splitformer.data.features import (
     extract,
     make_extractor,
 )
-from splitformer.data.segmentation import MAX_SEGMENT, OVERLAP, Piece, check_limits, plan_pieces, slice_pieces
-from splitformer.data.sources import Fault, Source, find_sources
-from splitformer.data.transcripts import (
+from splitformer.decoding.loading import load_for_decoding, make_method
+from splitformer.decoding.searches import METHODS, Method, Options, default_methods
+from splitformer.early_exit.policies import FittedPolicy, Fixed, Policy
+from splitformer.early_exit.search import EarlyResult, search_early
+from splitformer.files import atomic_write
+from splitformer.model.asr import AsrModel
+from splitformer.model.subsampling import MIN_FRAMES
+from splitformer.speech.audio import AudioError, open_recording
+from splitformer.speech.inputs import Fault, Source, find_sources
+from splitformer.speech.segmentation import MAX_SEGMENT, OVERLAP, Piece, check_limits, plan_pieces, slice_pieces
+from splitformer.speech.transcripts import (
     FORMATS,
     OUTPUT_FRAME,
     Segment,
@@ -50,12 +56,6 @@ from splitformer.data.transcripts import (
     printable,
     timed_words,
 )
-from splitformer.decoding.early_exit import EarlyResult, search_early
-from splitformer.decoding.searches import METHODS, Method, Options, default_methods
-from splitformer.exit_policy import FittedPolicy, Fixed, Policy
-from splitformer.model.asr import AsrModel
-from splitformer.model.subsampling import MIN_FRAMES
-from splitformer.results import atomic_write
 
 WEIGHTS = ("hlg_scale", "ngram_lm_scale", "blank_penalty")
 

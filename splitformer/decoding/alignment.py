@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from splitformer.greedy import check_log_probs
+from splitformer.decoding.hypothesis import check_log_probs
 
 
 def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -16,8 +16,9 @@ import k2
 import torch
 from torch import Tensor
 
+from splitformer.decoding.greedy import ctc_greedy_search
+from splitformer.decoding.hypothesis import Hypothesis, check_log_probs
 from splitformer.decoding.prefixes import check_no_nan
-from splitformer.greedy import Hypothesis, check_log_probs, ctc_greedy_search
 from splitformer.model.conformer import valid_frames
 
 

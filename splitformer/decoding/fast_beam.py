@@ -16,8 +16,9 @@ import k2
 import torch
 from torch import Tensor
 
+from splitformer.decoding.greedy import transducer_greedy_search
+from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.decoding.transducer_lattice import FastBeam, numbered, search_lattices
-from splitformer.greedy import Hypothesis, transducer_greedy_search
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from splitformer.decoding.ctc import Beam, Lattice, LatticePath, best_paths, make_hlg_lattice
-from splitformer.greedy import Hypothesis
+from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.scoring import word_errors
 
 # HLG_BEAM, but for an output beam that leaves competitors of the best path in the lattice.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from splitformer.decoding.alignment import ctc_alignment
 from splitformer.decoding.context import ContextGraph
+from splitformer.decoding.hypothesis import Hypothesis, check_log_probs
 from splitformer.decoding.prefixes import Prefixes, check_no_nan
-from splitformer.greedy import Hypothesis, check_log_probs
 
 
 @torch.no_grad()

@@ -23,8 +23,10 @@ from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.ctc import ctc_decoding, one_best
 from splitformer.decoding.fast_beam import fast_beam_search, fast_beam_search_nbest, fast_beam_search_nbest_LG
 from splitformer.decoding.graphs import context_graph_fsa, ctc_topology, trivial_graph
+from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
+from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.decoding.lang import load_graph, read_symbols, words_checksum
-from splitformer.decoding.lexicon import NearestWords, read_words
+from splitformer.decoding.modified_beam import modified_beam_search
 from splitformer.decoding.nbest import (
     nbest,
     nbest_oracle,
@@ -33,8 +35,7 @@ from splitformer.decoding.nbest import (
     whole_lattice_rescoring,
 )
 from splitformer.decoding.prefix_beam import prefix_beam_doubt, prefix_beam_search
-from splitformer.decoding.transducer import modified_beam_search
-from splitformer.greedy import Hypothesis, ctc_greedy_search, transducer_greedy_search
+from splitformer.decoding.word_list import NearestWords, read_words
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 

@@ -20,7 +20,7 @@ import k2
 import torch
 from torch import Tensor
 
-from splitformer.greedy import check_encoder_out
+from splitformer.decoding.hypothesis import check_encoder_out
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.export.wrappers import ExportError
-from splitformer.greedy import Hypothesis
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
 from splitformer.model.subsampling import MIN_FRAMES

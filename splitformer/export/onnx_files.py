@@ -16,7 +16,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 
 from splitformer.export.wrappers import ExportError, Part, refuse_frozen_values
-from splitformer.results import atomic_write
+from splitformer.files import atomic_write
 
 OPSETS = range(12, 18)
 """Operator sets that were tried with sherpa-onnx."""

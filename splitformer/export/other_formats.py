@@ -15,8 +15,8 @@ from safetensors.torch import save
 from splitformer.checkpoint import CheckpointError, build_model
 from splitformer.config import Config
 from splitformer.export.wrappers import Part, refuse_frozen_values
+from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
-from splitformer.results import atomic_write
 
 METADATA_FILE = "metadata.json"
 """Inside a TorchScript archive."""

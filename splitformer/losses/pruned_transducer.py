@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from splitformer.config import LossConfig
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
-from splitformer.model.linear import Linear
+from splitformer.training.fast_cpu import Linear
 
 
 class PrunedTransducerLoss(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from splitformer.config import ModelConfig
-from splitformer.model.conformer import ConformerLayer, Dropout, frame_masks, valid_frames
+from splitformer.model.cmvn import make_feature_norm
+from splitformer.model.conformer import ConformerLayer, Dropout, frame_masks
 from splitformer.model.subsampling import Conv1dSubsampling, Conv2dSubsampling, subsampled_lengths
 
 
@@ -129,37 +130,6 @@ def make_layer(config: ModelConfig) -> ConformerLayer:
     return ConformerLayer(
         config.d_model, config.num_heads, config.feedforward_dim, config.conv_kernel, config.dropout
     )
-
-
-def make_feature_norm(config: ModelConfig) -> nn.Module:
-    return UtteranceNorm(config.num_mel_bins) if config.feature_norm == "utterance" else NoNorm()
-
-
-class UtteranceNorm(nn.Module):
-    """Subtract the utterance's own mean per bin, divide by the deviation that the training set has around such means.
-
-    The deviation is a buffer, set once from training features (`set_deviation`) and kept in the checkpoint.
-    """
-
-    def __init__(self, num_mel_bins: int) -> None:
-        super().__init__()
-        self.register_buffer("deviation", torch.ones(num_mel_bins))
-
-    def set_deviation(self, deviation: Tensor) -> None:
-        self.deviation.copy_(deviation)
-
-    def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
-        """x (N, T, C) with `x_lens` (N,) valid frames to the same shape."""
-        mask = valid_frames(x_lens, x.size(1)).unsqueeze(2).to(x.dtype)
-        mean = (x * mask).sum(dim=1, keepdim=True) / x_lens.clamp(min=1).view(-1, 1, 1)
-        return (x - mean) / self.deviation
-
-
-class NoNorm(nn.Module):
-    """Features as they come."""
-
-    def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
-        return x
 
 
 def sinusoidal_positions(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from splitformer.model.linear import Linear
+from splitformer.training.fast_cpu import Linear
 
 
 class Joiner(nn.Module):

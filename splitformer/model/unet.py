@@ -12,15 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from splitformer.config import ModelConfig
+from splitformer.model.cmvn import make_feature_norm
 from splitformer.model.conformer import Dropout, frame_masks
-from splitformer.model.encoder import (
-    ExitOutput,
-    every_nth,
-    make_feature_norm,
-    make_layer,
-    repeat_frames,
-    sinusoidal_positions,
-)
+from splitformer.model.encoder import ExitOutput, every_nth, make_layer, repeat_frames, sinusoidal_positions
 
 
 class UNetEncoder(nn.Module):

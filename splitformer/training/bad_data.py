@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from splitformer.checkpoint import save_checkpoint
-from splitformer.data.datamodule import TENSORS, Batch
+from splitformer.data.batches import TENSORS, Batch
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import kaldialign
 import torch
 
-from splitformer.data.datamodule import Batch
+from splitformer.data.batches import Batch
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.greedy import Hypothesis, ctc_greedy_search, transducer_greedy_search
+from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
+from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.losses.ctc import ctc_losses
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel

@@ -12,9 +12,9 @@ from torch import nn
 
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_checkpoint
 from splitformer.config import Config, ConfigError
+from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import Encoder
-from splitformer.results import atomic_write
 
 log = logging.getLogger(__name__)
 

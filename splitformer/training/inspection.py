@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitformer.data.datamodule import Batch
+from splitformer.data.batches import Batch
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.conformer import statistics_of_one_rank, valid_frames
 from splitformer.training.precision import Precision

@@ -24,16 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from splitformer.checkpoint import RunningAverage, load_checkpoint
+from splitformer.checkpoint import load_checkpoint
 from splitformer.config import Config, ConfigError, LossConfig
-from splitformer.data.datamodule import Batch, TrainingData, evaluation_batches, load_cuts
+from splitformer.data.batches import Batch, evaluation_batches, load_cuts
 from splitformer.data.on_the_fly import options_on_the_fly
 from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.data.training import TrainingData
 from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
 from splitformer.model.asr import AsrModel
-from splitformer.model.encoder import UtteranceNorm
-from splitformer.results import EpochRecord, append_epoch
+from splitformer.model.cmvn import UtteranceNorm
+from splitformer.report.records import EpochRecord, append_epoch
+from splitformer.training.averaging import RunningAverage
 from splitformer.training.bad_data import BadData
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from splitformer.config import ModelConfig
-from splitformer.data.datamodule import TrainingData
 from splitformer.data.plan import EpochPlan, filled, plan_epoch
+from splitformer.data.training import TrainingData
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.conformer import statistics_of_one_rank
 from splitformer.training.distributed import Ranks

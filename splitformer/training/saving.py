@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, save_checkpoint
+from splitformer.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from splitformer.training.averaging import epoch_checkpoints
 
 log = logging.getLogger(__name__)
 

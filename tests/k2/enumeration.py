@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from splitformer.data.ngram import BOS, EOS, NgramModel
+from splitformer.corpora.lexicon import prepare_lang
+from splitformer.corpora.ngram import BOS, EOS, NgramModel
 from splitformer.decoding.ctc import Beam
-from splitformer.decoding.lang import prepare_lang
-from splitformer.greedy import Hypothesis
+from splitformer.decoding.hypothesis import Hypothesis
 
 WIDE = Beam(search_beam=100.0, output_beam=5.0, min_active_states=1000, max_active_states=100000)
 

@@ -17,7 +17,7 @@ from splitformer.bin.decode import Decoded, _choose
 from splitformer.config import Config, tomllib
 from splitformer.decoding.searches import METHODS
 from splitformer.losses.pruned_transducer import PrunedTransducerLoss
-from splitformer.results import DecodeRecord
+from splitformer.report.records import DecodeRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions, Trainer
 from tests.factories import make_cuts, make_lang_dir, make_texts

@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 
-from splitformer.data.ngram import estimate_arpa
+from splitformer.corpora.lexicon import prepare_lang
+from splitformer.corpora.ngram import estimate_arpa
 from splitformer.decoding.ctc import Beam, one_best
 from splitformer.decoding.graphs import compile_hlg
-from splitformer.decoding.lang import prepare_lang, read_symbols
+from splitformer.decoding.greedy import ctc_greedy_search
+from splitformer.decoding.lang import read_symbols
 from splitformer.decoding.nbest import NO_PATH_DOUBT, one_best_with_doubt
 from splitformer.decoding.prefix_beam import prefix_beam_doubt, prefix_beam_search
-from splitformer.greedy import ctc_greedy_search
 from tests.k2.enumeration import (
     SPELLINGS,
     TEXT,

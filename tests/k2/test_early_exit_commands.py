@@ -14,14 +14,15 @@ from lhotse import CutSet
 
 from splitformer.bin.average import average
 from splitformer.bin.calibrate import collect
-from splitformer.bin.loading import chosen_search, load_for_decoding, make_method
-from splitformer.calibration import FAMILY_NAMES, WITHOUT_CTC, ExitTable, outcome
 from splitformer.checkpoint import checkpoint_id, load_checkpoint, save_checkpoint
 from splitformer.config import Config, tomllib
-from splitformer.exit_policy import FittedPolicy, Fixed, Threshold
+from splitformer.decoding.loading import chosen_search, load_for_decoding, make_method
+from splitformer.early_exit.calibration import FAMILY_NAMES, WITHOUT_CTC
+from splitformer.early_exit.exit_table import ExitTable, outcome
+from splitformer.early_exit.policies import FittedPolicy, Fixed, Threshold
 from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import complexity
-from splitformer.results import DecodeRecord, EarlyExitRecord, TradeoffRecord
+from splitformer.report.records import DecodeRecord, EarlyExitRecord, TradeoffRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions, Trainer
 from tests.factories import make_cuts, make_lang_dir, make_texts

@@ -10,23 +10,14 @@ import pytest
 import torch
 
 from splitformer.config import ModelConfig
-from splitformer.data.ngram import estimate_arpa
-from splitformer.decoding.early_exit import exit_view, search_early
+from splitformer.corpora.ngram import estimate_arpa
 from splitformer.decoding.graphs import compile_hlg
+from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.lang import save_graph
 from splitformer.decoding.searches import Weights, make_methods
-from splitformer.exit_policy import (
-    STATISTICS,
-    Deadline,
-    Fixed,
-    Learned,
-    Meter,
-    Patience,
-    Threshold,
-    disagreement,
-    feature,
-)
-from splitformer.greedy import ctc_greedy_search
+from splitformer.early_exit.policies import Deadline, Fixed, Learned, Patience, Threshold, feature
+from splitformer.early_exit.search import exit_view, search_early
+from splitformer.early_exit.statistics import STATISTICS, Meter, disagreement
 from splitformer.model.asr import AsrModel
 from tests.k2.enumeration import TOKENS, make_small_lang
 

@@ -12,7 +12,8 @@ import k2
 import pytest
 import torch
 
-from splitformer.data.ngram import EOS, NgramModel, estimate_arpa
+from splitformer.corpora.lexicon import prepare_lang
+from splitformer.corpora.ngram import EOS, NgramModel, estimate_arpa
 from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.fast_beam import (
     FAST_BEAM,
@@ -21,10 +22,10 @@ from splitformer.decoding.fast_beam import (
     fast_beam_search_nbest_LG,
 )
 from splitformer.decoding.graphs import compile_lg, context_graph_fsa, trivial_graph
-from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols, save_graph
-from splitformer.decoding.transducer import modified_beam_search
+from splitformer.decoding.greedy import transducer_greedy_search
+from splitformer.decoding.lang import load_graph, read_symbols, save_graph
+from splitformer.decoding.modified_beam import modified_beam_search
 from splitformer.decoding.transducer_lattice import FastBeam
-from splitformer.greedy import transducer_greedy_search
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 

@@ -9,8 +9,10 @@ import pytest
 import soundfile
 from lhotse import Recording, SupervisionSegment
 
-from splitformer.data.features import FbankOptions, compute_fbank, extract, make_extractor
-from splitformer.data.manifests import read_cuts, use_soundfile, write_split
+from splitformer.corpora.fbank import compute_fbank
+from splitformer.corpora.manifests import write_split
+from splitformer.data.features import FbankOptions, extract, make_extractor
+from splitformer.data.manifests import read_cuts, use_soundfile
 
 pytest.importorskip("kaldifeat", reason="setup.sh builds kaldifeat only where it finds a C++ compiler")
 RATE = 16000

@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from splitformer.checkpoint import save_checkpoint
-from splitformer.decoding.lang import (
-    GraphError,
-    add_disambiguation_symbols,
-    lexicon_to_fst,
-    load_graph,
-    prepare_lang,
-    read_symbols,
-    save_graph,
-)
+from splitformer.corpora.lexicon import add_disambiguation_symbols, lexicon_to_fst, prepare_lang
+from splitformer.decoding.lang import GraphError, load_graph, read_symbols, save_graph
 
 TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b", "c"]
 # AB begins ABC; BEE and BE are spelled alike and begin BC's neighbour; C is free

@@ -13,9 +13,10 @@ from lhotse import Recording, SupervisionSegment
 from lhotse.features import FeatureExtractor
 from safetensors.torch import load_file
 
-from splitformer.data.datamodule import evaluation_batches, load_cuts
-from splitformer.data.features import FbankOptions, LinearMel, LinearMelConfig, compute_fbank
-from splitformer.data.manifests import write_split
+from splitformer.corpora.fbank import compute_fbank
+from splitformer.corpora.manifests import write_split
+from splitformer.data.batches import evaluation_batches, load_cuts
+from splitformer.data.features import FbankOptions, LinearMel, LinearMelConfig
 from splitformer.data.tokenizer import Tokenizer
 from tests.factories import make_lang_dir
 from tests.torch_only.test_reference import KINDS, load_reference

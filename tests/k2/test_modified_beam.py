@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from splitformer.decoding.context import ContextGraph
-from splitformer.decoding.transducer import modified_beam_search
-from splitformer.greedy import transducer_greedy_search
+from splitformer.decoding.greedy import transducer_greedy_search
+from splitformer.decoding.modified_beam import modified_beam_search
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 

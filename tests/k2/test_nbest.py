@@ -9,13 +9,13 @@ import shutil
 import pytest
 import torch
 
-from splitformer.data.ngram import estimate_arpa
+from splitformer.corpora.ngram import estimate_arpa
 from splitformer.decoding.ctc import Beam, one_best
 from splitformer.decoding.graphs import compile_g, compile_hlg
+from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.lang import read_symbols, save_graph
 from splitformer.decoding.nbest import nbest, nbest_oracle, nbest_rescoring, whole_lattice_rescoring
 from splitformer.decoding.searches import load_lang_graph
-from splitformer.greedy import ctc_greedy_search
 from splitformer.scoring import word_errors
 from tests.k2.enumeration import (
     SPELLINGS,

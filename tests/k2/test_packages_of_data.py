@@ -9,11 +9,15 @@ import pytest
 import soundfile
 import torch
 
+from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.musan import musan_pairs
+from splitformer.corpora.shar import export_shar
 from splitformer.data.cut_index import index_cuts
-from splitformer.data.features import STORED_FRAMES, FbankOptions, LinearMel, compute_fbank, write_audio_cuts
-from splitformer.data.manifests import Skipped, read_cuts, write_split
-from splitformer.data.noise import NoiseFilter, NoiseMixer, musan_pairs
-from splitformer.data.shar import SharCuts, export_shar
+from splitformer.data.features import STORED_FRAMES, FbankOptions, LinearMel
+from splitformer.data.manifests import read_cuts
+from splitformer.data.noise import NoiseFilter, NoiseMixer
+from splitformer.data.shar import SharCuts
 from tests.factories import RATE, make_lang_dir, make_split, make_texts
 from tests.training_runs import training_data
 

@@ -8,8 +8,8 @@ import torch
 
 from splitformer.decoding.alignment import ctc_alignment
 from splitformer.decoding.context import ContextGraph
+from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.prefix_beam import prefix_beam_search
-from splitformer.greedy import ctc_greedy_search
 
 PHRASES = [[1, 2], [2, 1, 3], [3, 3]]
 

@@ -13,13 +13,16 @@ import k2
 import pytest
 import torch
 
-from splitformer.data.ngram import estimate_arpa
-from splitformer.data.tokenizer import Tokenizer, train_tokenizer
+from splitformer.corpora.lexicon import prepare_lang
+from splitformer.corpora.ngram import estimate_arpa
+from splitformer.corpora.tokens import train_tokenizer
+from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.ctc import HLG_BEAM, Beam, ctc_decoding, one_best
 from splitformer.decoding.graphs import arpa_words, compile_hlg, ctc_topology
-from splitformer.decoding.lang import load_graph, prepare_lang, read_symbols, save_graph
+from splitformer.decoding.greedy import ctc_greedy_search
+from splitformer.decoding.hypothesis import Hypothesis
+from splitformer.decoding.lang import load_graph, read_symbols, save_graph
 from splitformer.decoding.searches import load_lang_graph
-from splitformer.greedy import Hypothesis, ctc_greedy_search
 from tests.k2.enumeration import (
     SPELLINGS,
     TEXT,

@@ -20,8 +20,8 @@ from splitformer.checkpoint import load_model, save_checkpoint
 from splitformer.config import Config, LossConfig, ModelConfig
 from splitformer.data.features import FbankOptions, extract, make_extractor
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.exit_policy import edit_distance
-from splitformer.greedy import ctc_greedy_search, transducer_greedy_search
+from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
+from splitformer.early_exit.statistics import edit_distance
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.losses.pruned_transducer import PrunedTransducerLoss
 from splitformer.model.asr import AsrModel

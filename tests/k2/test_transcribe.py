@@ -19,7 +19,7 @@ from splitformer.bin import transcribe
 from splitformer.checkpoint import save_checkpoint
 from splitformer.config import Config, ModelConfig
 from splitformer.data.features import FbankOptions, extract, make_extractor
-from splitformer.greedy import ctc_greedy_search
+from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.model.asr import AsrModel
 
 RATE = 16000

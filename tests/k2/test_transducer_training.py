@@ -11,7 +11,7 @@ import torch
 
 from splitformer.checkpoint import load_checkpoint
 from splitformer.config import tomllib
-from splitformer.results import read_training_log
+from splitformer.report.records import read_training_log
 from tests.factories import make_cuts, make_lang_dir, make_texts
 from tests.training_runs import SYSTEM
 

@@ -18,7 +18,7 @@ from splitformer.config import load_config
 from splitformer.data.manifests import read_supervisions
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.asr import AsrModel
-from splitformer.report import load_published
+from splitformer.report.results import load_published
 from tests.corpora import write_folder, write_librispeech, write_tedlium, write_voxpopuli
 
 TINY = """[model]

@@ -13,14 +13,14 @@ import pytest
 import soundfile
 import torch
 
-from splitformer.calibration import FAMILY_NAMES
 from splitformer.checkpoint import checkpoint_id, save_checkpoint
 from splitformer.config import Config, ModelConfig
 from splitformer.data.manifests import read_cuts
 from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.early_exit.calibration import FAMILY_NAMES
 from splitformer.model.asr import AsrModel
-from splitformer.results import EarlyExitRecord, TradeoffRecord, read_training_log
+from splitformer.report.records import EarlyExitRecord, TradeoffRecord, read_training_log
 
 # A model that trains in seconds, and learns nothing worth knowing.
 SMALL = ["--set", "training.num_epochs=1", "training.average_epochs=1", "model.d_model=32", "model.num_heads=2"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from splitformer.data.archives import ArchiveError, fetch, unpack_gzip, unpack_tar
+from splitformer.corpora.archives import ArchiveError, fetch, unpack_gzip, unpack_tar
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()

@@ -11,26 +11,21 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from splitformer.calibration import (
+from splitformer.early_exit.calibration import (
     FAMILY_NAMES,
     WITHOUT_CTC,
     Benefit,
-    ExitTable,
     Family,
-    Outcome,
     Target,
     _exponential_weights,
     _logistic_regression,
     _rising_line,
     calibrate,
-    fixed,
     folds,
     make_family,
-    oracle,
-    outcome,
-    without_policy,
 )
-from splitformer.exit_policy import Deadline, Fixed, Learned, Patience, Threshold, feature
+from splitformer.early_exit.exit_table import ExitTable, Outcome, fixed, oracle, outcome, without_policy
+from splitformer.early_exit.policies import Deadline, Fixed, Learned, Patience, Threshold, feature
 from tests.tables import DOUBTS, LAYERS, make_table
 
 BY_PROBABILITY = (*DOUBTS, "patience", "learned")

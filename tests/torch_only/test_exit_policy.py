@@ -11,24 +11,26 @@ import kaldialign
 import pytest
 import torch
 
-from splitformer.exit_policy import (
+from splitformer.decoding.greedy import ctc_greedy_search
+from splitformer.early_exit.policies import (
     FLOOR,
-    STATISTICS,
     Deadline,
     FittedPolicy,
     Fixed,
     Learned,
-    Meter,
     Patience,
     PolicyError,
     Threshold,
+)
+from splitformer.early_exit.statistics import (
+    STATISTICS,
+    Meter,
     disagreement,
     edit_distance,
     mean_entropy,
     mean_entropy_non_blank,
     mean_posterior_doubt,
 )
-from splitformer.greedy import ctc_greedy_search
 from splitformer.model.encoder import ExitOutput
 
 NAN = math.nan

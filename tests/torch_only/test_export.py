@@ -19,7 +19,9 @@ from splitformer.bin import export as command
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_model, save_checkpoint
 from splitformer.config import Config, ModelConfig
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.exit_policy import FittedPolicy, Fixed, Learned, Meter, Patience, Threshold
+from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
+from splitformer.early_exit.policies import FittedPolicy, Fixed, Learned, Patience, Threshold
+from splitformer.early_exit.statistics import Meter
 from splitformer.export.check import (
     TOLERANCE,
     ctc_difference,
@@ -37,7 +39,6 @@ from splitformer.export.other_formats import (
     write_torchscript,
 )
 from splitformer.export.wrappers import ExportError, Part, head_parts, stage_parts
-from splitformer.greedy import ctc_greedy_search, transducer_greedy_search
 from splitformer.model.asr import AsrModel
 from splitformer.model.subsampling import MIN_FRAMES
 from tests.factories import RATE, make_cuts, make_lang_dir, make_texts, tone_speech

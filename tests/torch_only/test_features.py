@@ -16,9 +16,11 @@ import pytest
 import soundfile
 from lhotse import CutSet, Fbank, FbankConfig, Recording, SupervisionSegment
 
-from splitformer.data.features import SHARD_CUTS, FbankOptions, FbankSummary, compute_fbank
-from splitformer.data.manifests import ManifestError, read_cuts, read_pairs, write_split
-from splitformer.data.validation import validate_split
+from splitformer.corpora.fbank import SHARD_CUTS, FbankSummary, compute_fbank
+from splitformer.corpora.manifests import write_split
+from splitformer.corpora.validation import validate_split
+from splitformer.data.features import FbankOptions
+from splitformer.data.manifests import ManifestError, read_cuts, read_pairs
 
 RATE = 16000
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from splitformer.greedy import ctc_greedy_search, transducer_greedy_search
+from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 

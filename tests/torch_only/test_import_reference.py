@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from splitformer.bin.import_reference import main
 from splitformer.checkpoint import CheckpointError, adopt_checkpoint, load_model
 from splitformer.config import DataConfig
-from splitformer.data.tokenizer import Tokenizer, import_tokenizer, take_tokenizer
+from splitformer.corpora.tokens import import_tokenizer, take_tokenizer
+from splitformer.data.tokenizer import Tokenizer
 
 SENTENCES = ["the cat sat on the mat", "a dog ate the hat", "hello there cat dog"]
 RELEASED = {"bos_id": 1, "eos_id": 2, "pad_id": 11, "unk_id": 12, "user_defined_symbols": ["@"]}

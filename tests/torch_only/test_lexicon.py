@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from splitformer.decoding.lexicon import NearestWords, edit_distances, read_words
+from splitformer.decoding.word_list import NearestWords, edit_distances, read_words
 
 
 def slow_distance(a: str, b: str) -> int:

@@ -10,20 +10,11 @@ import pytest
 import soundfile
 from lhotse import Recording, SupervisionSegment
 
-from splitformer.data.manifests import (
-    ManifestError,
-    Pair,
-    Skipped,
-    count_items,
-    cuts_from_manifests,
-    files_below,
-    read_pairs,
-    recipe_pairs,
-    sphinx_pairs,
-    sphinx_words,
-    write_split,
-)
-from splitformer.data.validation import validate_split
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.recipes import files_below, recipe_pairs
+from splitformer.corpora.sphinx import sphinx_pairs, sphinx_words
+from splitformer.corpora.validation import validate_split
+from splitformer.data.manifests import ManifestError, Pair, count_items, cuts_from_manifests, read_pairs
 from tests.corpora import write_tedlium
 
 RATE = 16000

@@ -16,13 +16,16 @@ from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
 from local.new_corpus import main
 from splitformer.config import load_config
-from splitformer.data.corpus_folder import description, write_folder
-from splitformer.data.corpus_rules import SplitRule, TextRules, choose_seed, has_digits, source_pairs
-from splitformer.data.corpus_sources import SourceError, Utterance, kind_of, read_source
-from splitformer.data.corpus_survey import Choices, Heard, Survey, propose, render, survey
-from splitformer.data.features import FbankOptions, compute_fbank
-from splitformer.data.manifests import ManifestError, Skipped, read_cuts, write_split
-from splitformer.data.tokenizer import Tokenizer, train_tokenizer
+from splitformer.corpora.description import description, write_folder
+from splitformer.corpora.fbank import compute_fbank
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.rules import SplitRule, TextRules, choose_seed, has_digits, source_pairs
+from splitformer.corpora.sources import SourceError, Utterance, kind_of, read_source
+from splitformer.corpora.survey import Choices, Heard, Survey, propose, render, survey
+from splitformer.corpora.tokens import train_tokenizer
+from splitformer.data.features import FbankOptions
+from splitformer.data.manifests import ManifestError, read_cuts
+from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.asr import AsrModel
 from tests.corpora import GREEK
 

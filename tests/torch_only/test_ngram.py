@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from splitformer.data.ngram import (
+from splitformer.corpora.ngram import (
     BOS,
     EOS,
     _discounts,

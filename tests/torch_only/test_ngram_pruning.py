@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from splitformer.data.ngram import BOS, EOS, NgramModel, estimate_arpa, estimate_ngrams, perplexity, read_arpa
-from splitformer.data.ngram_pruning import _with_backoffs, prune_ngrams
+from splitformer.corpora.ngram import BOS, EOS, NgramModel, estimate_arpa, estimate_ngrams, perplexity, read_arpa
+from splitformer.corpora.ngram_pruning import _with_backoffs, prune_ngrams
 from tests.torch_only.test_ngram import random_sentences
 
 

@@ -16,11 +16,14 @@ from lhotse import CutSet, Fbank
 from lhotse.cut import MonoCut
 
 from splitformer.config import AugmentConfig, ConfigError
+from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
+from splitformer.corpora.manifests import Skipped, write_split
+from splitformer.corpora.musan import musan_pairs
+from splitformer.corpora.validation import validate_split
 from splitformer.data.cut_index import CutIndex, DataError, index_cuts
-from splitformer.data.features import SAMPLING_RATE, FbankOptions, compute_fbank, write_audio_cuts
-from splitformer.data.manifests import ManifestError, Skipped, read_cuts, write_split
-from splitformer.data.noise import NoiseFilter, NoiseMixer, musan_pairs
-from splitformer.data.validation import validate_split
+from splitformer.data.features import SAMPLING_RATE, FbankOptions
+from splitformer.data.manifests import ManifestError, read_cuts
+from splitformer.data.noise import NoiseFilter, NoiseMixer
 from tests.factories import RATE
 from tests.training_runs import command, same, train, training_data, weights
 

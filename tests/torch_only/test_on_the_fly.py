@@ -11,10 +11,12 @@ import soundfile
 import torch
 from lhotse import CutSet, Recording, SupervisionSegment
 
+from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
+from splitformer.corpora.manifests import write_split
 from splitformer.data.datamodule import DataError
-from splitformer.data.features import FbankOptions, compute_fbank, write_audio_cuts
-from splitformer.data.manifests import ManifestError, read_cuts, write_split
-from splitformer.results import read_training_log
+from splitformer.data.features import FbankOptions
+from splitformer.data.manifests import ManifestError, read_cuts
+from splitformer.report.records import read_training_log
 from tests.factories import RATE, make_lang_dir, make_split, make_texts
 from tests.training_runs import same, train, training_data, weights
 

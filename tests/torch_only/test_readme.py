@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from splitformer.readme import MARKED, refresh
+from splitformer.report.readme import MARKED, refresh
 
 RESULTS = """# Results
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.report import Published, Results, load_published, render
-from splitformer.results import DecodeRecord, EpochRecord, append_epoch
-from splitformer.runs import ReportError, Run, gather, load_runs
+from splitformer.report.records import DecodeRecord, EpochRecord, append_epoch
+from splitformer.report.render import render
+from splitformer.report.results import Published, Results, load_published
+from splitformer.report.runs import ReportError, Run, gather, load_runs
 
 EXITS = (2, 10)
 

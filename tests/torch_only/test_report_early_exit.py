@@ -15,18 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.plots import plot_all
-from splitformer.report import Results, load_published, render
-from splitformer.report_early_exit import ordered_policies
-from splitformer.results import (
-    BudgetPoint,
-    DecodeRecord,
-    EarlyExitRecord,
-    Saving,
-    TradeoffPoint,
-    TradeoffRecord,
-)
-from splitformer.runs import ReportError, Run, gather, load_run, load_runs, save_run
+from splitformer.report.early_exit import ordered_policies
+from splitformer.report.plots import plot_all
+from splitformer.report.records import BudgetPoint, DecodeRecord, EarlyExitRecord, Saving, TradeoffPoint, TradeoffRecord
+from splitformer.report.render import render
+from splitformer.report.results import Results, load_published
+from splitformer.report.runs import ReportError, Run, gather, load_run, load_runs, save_run
 
 EXITS = (2, 4, 6, 8)
 LAST = {"wer": 10.0, "macs": 8e7, "rtf": 0.008}

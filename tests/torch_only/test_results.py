@@ -10,14 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.results import (
-    DecodeRecord,
-    EpochRecord,
-    append_epoch,
-    atomic_write,
-    git_commit,
-    read_training_log,
-)
+from splitformer.files import atomic_write
+from splitformer.provenance import git_commit
+from splitformer.report.records import DecodeRecord, EpochRecord, append_epoch, read_training_log
 
 
 def decode_record() -> DecodeRecord:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from splitformer.data.segmentation import Piece, Word, join_words, plan_pieces, slice_pieces
+from splitformer.speech.segmentation import Piece, Word, join_words, plan_pieces, slice_pieces
 
 HOP = 0.01
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from lhotse import CutSet
 
+from splitformer.corpora.fbank import compute_fbank
+from splitformer.corpora.shar import export_shar
 from splitformer.data import shar
-from splitformer.data.datamodule import DataError, load_cuts
-from splitformer.data.features import FbankOptions, compute_fbank
+from splitformer.data.batches import load_cuts
+from splitformer.data.datamodule import DataError
+from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import ManifestError, read_cuts
-from splitformer.data.shar import SharCuts, export_shar
+from splitformer.data.shar import SharCuts
 from tests.factories import make_lang_dir, make_split, make_texts
 from tests.training_runs import same, train, training_data, weights
 

@@ -20,7 +20,7 @@ from lhotse import CutSet
 
 from splitformer.checkpoint import load_checkpoint
 from splitformer.data.datamodule import DataError
-from splitformer.results import read_training_log
+from splitformer.report.records import read_training_log
 from splitformer.training import loop
 from splitformer.training.loop import Trainer, TrainingError
 from splitformer.training.saving import newest_first, save_epoch, save_step

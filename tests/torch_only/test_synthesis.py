@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from splitformer.data.manifests import Skipped, recipe_pairs
+from splitformer.corpora.manifests import Skipped
+from splitformer.corpora.recipes import recipe_pairs
 from splitformer.data.synthesis import CorpusSpec, Engine, SpecError, digest, load_spec, plan, resample, synthesise
 
 ROOT = Path(__file__).resolve().parents[2]

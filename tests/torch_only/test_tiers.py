@@ -27,7 +27,7 @@ BASE = ("splitformer.config", "splitformer.results")
 MODEL = (*BASE, "splitformer.model.*")
 INFERENCE = (*MODEL, "splitformer.exit_policy", "splitformer.greedy", "splitformer.checkpoint")
 LOSSES = (*INFERENCE, "splitformer.losses.ctc", "splitformer.losses.multi_exit")
-CALIBRATION = (*INFERENCE, "splitformer.calibration", "splitformer.tradeoff")
+CALIBRATION = (*INFERENCE, "splitformer.calibration", "splitformer.early_exit.tradeoff")
 SCORING = (*BASE, "splitformer.scoring")
 DATA = (*MODEL, "splitformer.data.*")
 TRAINING = (*LOSSES, *SCORING, *DATA, "splitformer.training.*")
@@ -245,7 +245,7 @@ def test_traces_of_a_corpus_are_seen(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["from splitformer.data.ngram import x", "a mini-batch", "minimum", "splitformer/data/x.py"]
+    "line", ["from splitformer.corpora.ngram import x", "a mini-batch", "minimum", "splitformer/data/x.py"]
 )
 def test_other_words_are_no_traces(line: str) -> None:
     assert not corpus_traces(line, {"an4", "mini", "librispeech"})

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.data.tokenizer import Tokenizer, train_tokenizer
+from splitformer.corpora.tokens import train_tokenizer
+from splitformer.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """ERASE THE LAST LINE

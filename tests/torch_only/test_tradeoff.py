@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from splitformer.calibration import Outcome, Target, calibrate, fixed, make_family, oracle, outcome, without_policy
-from splitformer.tradeoff import ALLOWED, Curve, Sample, Tradeoff, check_disjoint, tradeoff
+from splitformer.early_exit.calibration import Target, calibrate, make_family
+from splitformer.early_exit.exit_table import Outcome, fixed, oracle, outcome, without_policy
+from splitformer.early_exit.tradeoff import ALLOWED, Curve, Sample, Tradeoff, check_disjoint, tradeoff
 from tests.tables import LAYERS, make_table
 
 DEV = make_table(40, speakers=5, seed=1)

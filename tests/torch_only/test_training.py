@@ -13,12 +13,13 @@ import torch
 from lhotse import CutSet
 
 from splitformer.bin.average import average
-from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, load_model
+from splitformer.checkpoint import CheckpointError, load_checkpoint, load_model
 from splitformer.config import ConfigError, LossConfig
-from splitformer.data.datamodule import evaluation_batches, load_cuts
+from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.losses.multi_exit import MultiExitLoss
-from splitformer.results import read_training_log
+from splitformer.report.records import read_training_log
+from splitformer.training.averaging import epoch_checkpoints
 from splitformer.training.evaluate import evaluate
 from splitformer.training.loop import Trainer
 from tests.training_runs import (

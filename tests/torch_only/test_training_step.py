@@ -15,9 +15,10 @@ from torch import nn
 from benchmarks import train
 from splitformer.config import LossConfig, OptimConfig
 from splitformer.losses.multi_exit import MultiExitLoss
-from splitformer.model import conformer, linear
+from splitformer.model import conformer
 from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import Dropout, MaskedBatchNorm, SelfAttention
+from splitformer.training import fast_cpu as linear
 from splitformer.training.optimizer import adamw
 from tests.torch_only.test_encoder import SMALL
 

@@ -12,8 +12,9 @@ import torch
 from lhotse import CutSet, RecordingSet
 
 from splitformer.checkpoint import CheckpointError, load_checkpoint
-from splitformer.data.datamodule import load_cuts
-from splitformer.data.features import FbankOptions, compute_fbank
+from splitformer.corpora.fbank import compute_fbank
+from splitformer.data.batches import load_cuts
+from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import read_recordings
 from splitformer.data.trust import UnsafeManifest
 from tests.training_runs import train, training_data
