@@ -15,14 +15,14 @@ source local/corpus.sh
 
 config='' seed=42 exp_dir='' policy=learned_nbest max_relative_wer=0.05 stage=0 stop_stage=report
 # shellcheck disable=SC2034  # train_system names them
-num_processes='' num_workers='' accumulation='' precision=''
+num_processes='' num_workers='' accum_grad='' precision=''
 checkpoint='' word_list='' init_from='' freeze_encoder_layers=''
 known_methods=(greedy_search greedy_search+lexicon prefix_beam_search ctc-decoding 1best nbest nbest-rescoring
     whole-lattice-rescoring nbest-oracle transducer-greedy_search modified_beam_search fast_beam_search
     fast_beam_search_nbest fast_beam_search_nbest_LG)
 known_policies=(entropy entropy_non_blank posterior nbest_posterior patience learned learned_nbest budget deadline fixed)
 methods=() set=() hlg_scales=() ngram_lm_scales=() blank_penalties=()
-value_options=(config seed num_processes num_workers accumulation precision exp_dir policy max_relative_wer stage
+value_options=(config seed num_processes num_workers accum_grad precision exp_dir policy max_relative_wer stage
     stop_stage checkpoint word_list init_from freeze_encoder_layers "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
 list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
@@ -38,7 +38,7 @@ usage: ./run.sh [options]
   --seed N                 (default: 42)
   --num-processes N        training processes (default: one per GPU; without GPU, 2 where there are 2 cores)
   --num-workers N          processes that load training data, for each training process (default: 1)
-  --accumulation N         parts in which a training process takes its share of a batch, one after the other: less memory
+  --accum-grad N         parts in which a training process takes its share of a batch, one after the other: less memory
   --precision auto|bf16|fp16|fp32
                            of products in training (default: auto, by the device)
   --exp-dir DIR            for checkpoints and decoding (default: WORK_DIR/exp/CONFIG-seedN)
@@ -105,7 +105,7 @@ train_system() {
         flags+=(--noise-cuts "$(noise_cuts_of)")
     fi
     [[ $on_the_fly == false ]] || flags+=(--on-the-fly)
-    for name in num_workers accumulation precision; do
+    for name in num_workers accum_grad precision; do
         [[ -z ${!name} ]] || flags+=("--${name//_/-}" "${!name}")
     done
     if [[ ! -f $started_from ]]; then

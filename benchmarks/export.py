@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[str]:
     sizes: dict[tuple[int, str], int] = {}
     wers = []
     for layer in layers:
-        model = load_model(args.checkpoint, max_layer=layer)[0]
+        model = load_model(args.checkpoint, exit_layer=layer)[0]
         (part,) = head_parts(model, "ctc")
         paths = files(folder, layer)
         write_torchscript(part, paths["TorchScript"], {})
@@ -174,7 +174,7 @@ def runner(name: str, checkpoint: Path, folder: Path, layer: int, threads: int) 
         from splitformer.checkpoint import load_model
         from splitformer.export.wrappers import CtcExport
 
-        module = CtcExport(load_model(checkpoint, max_layer=layer)[0]).eval()
+        module = CtcExport(load_model(checkpoint, exit_layer=layer)[0]).eval()
 
     def run(features: np.ndarray) -> Any:
         torch.set_num_threads(threads)

@@ -4,7 +4,7 @@
 
 Weights and features are random: time does not depend on them, and the stop rules here look at neither. Of each exit
 
-    stop       the full model, let go at this exit by `AsrModel.leave_early`
+    stop       the full model, let go at this exit by `exit_early`
     truncated  the same weights loaded up to this exit, to the end of that model
     all        every layer and every exit's head, whatever exit is used: what the authors' released code does
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from splitformer.checkpoint import load_model, save_checkpoint
 from splitformer.config import Config, load_config
+from splitformer.early_exit.running import exit_early
 from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import ConformerLayer
@@ -82,7 +83,7 @@ def build_models(config: Config) -> dict[int, AsrModel]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         save_checkpoint(path, {"model": AsrModel(config.model).state_dict(), "config": config.to_dict()})
-        return {layer: load_model(path, max_layer=layer)[0] for layer in config.model.exit_layers}
+        return {layer: load_model(path, exit_layer=layer)[0] for layer in config.model.exit_layers}
 
 
 def random_batch(size: int, num_mel_bins: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def random_batch(size: int, num_mel_bins: int, seed: int = 1) -> tuple[Tensor, T
 
 def leave_at(model: AsrModel, x: Tensor, x_lens: Tensor, layers: Tensor) -> None:
     """Run each utterance up to the exit after its own of `layers` (N,)."""
-    for _ in model.leave_early(x, x_lens, lambda rows, exit_output, _: layers[rows] <= exit_output.layer):
+    for _ in exit_early(model, x, x_lens, lambda rows, exit_output, _: layers[rows] <= exit_output.layer):
         pass
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from splitformer.config import Config
+from splitformer.errors import UserError
 from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or made by something else."""
 
 
@@ -76,7 +77,15 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     contents = load_contents(path, device)
     if missing := {"model", "config"} - contents.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
+    for name in ("model", "average"):
+        if name in contents:
+            contents[name] = {_present_name(key): tensor for key, tensor in contents[name].items()}
     return contents
+
+
+def _present_name(tensor: str) -> str:
+    """The name of a tensor whose name in older checkpoints is `tensor`."""
+    return tensor.replace("encoder.feature_norm.", "encoder.cmvn.")
 
 
 def load_contents(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -98,24 +107,24 @@ def load_contents(path: str | Path, device: str | torch.device = "cpu") -> dict[
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", max_layer: int | None = None
+    path: str | Path, device: str | torch.device = "cpu", exit_layer: int | None = None
 ) -> tuple[AsrModel, Config, dict[str, Any]]:
     """The model in `path` in evaluation mode, its configuration, and the checkpoint.
 
     Args:
-      max_layer: an exit; the model ends there, and the weights of layers and exits above are not kept. The
+      exit_layer: an exit; the model ends there, and the weights of layers and exits above are not kept. The
         configuration returned is that of this smaller model, and the checkpoint's `model` lacks those weights too.
     Raises:
-      CheckpointError: the file cannot be read, is of another version, or max_layer is none of the model's exits.
+      CheckpointError: the file cannot be read, is of another version, or exit_layer is none of the model's exits.
     """
     contents = load_checkpoint(path, device)
     config = Config.from_dict(contents["config"], source=str(path))
-    if max_layer is not None:
-        if max_layer not in config.model.exit_layers:
+    if exit_layer is not None:
+        if exit_layer not in config.model.exit_layers:
             exits = ", ".join(map(str, config.model.exit_layers))
-            raise CheckpointError(f"{path} has no exit after layer {max_layer}; choose among {exits}")
-        config = _truncated(config, max_layer)
-    model, contents["model"] = _with_weights(config, contents["model"], str(path), truncated=max_layer is not None)
+            raise CheckpointError(f"{path} has no exit after layer {exit_layer}; choose among {exits}")
+        config = _truncated(config, exit_layer)
+    model, contents["model"] = _with_weights(config, contents["model"], str(path), truncated=exit_layer is not None)
     return model.to(device).eval(), config, contents
 
 
@@ -178,17 +187,17 @@ def adopt_checkpoint(source: str | Path, config: Config, output: str | Path) -> 
         file.write(Path(source).read_bytes())
 
 
-def _truncated(config: Config, max_layer: int) -> Config:
-    """The same up to encoder layer `max_layer`."""
+def _truncated(config: Config, exit_layer: int) -> Config:
+    """The same up to encoder layer `exit_layer`."""
     exits, branches = (
-        [x for x in xs if x <= max_layer] for xs in (config.model.exit_layers, config.model.parallel_exits)
+        [x for x in xs if x <= exit_layer] for xs in (config.model.exit_layers, config.model.parallel_exits)
     )
     weights = config.loss.exit_weights[: len(exits)]
     if not any(weights):  # the exits above had all the weight
         weights = ()
     return replace(
         config,
-        model=replace(config.model, num_layers=max_layer, exit_layers=tuple(exits), parallel_exits=tuple(branches)),
+        model=replace(config.model, num_layers=exit_layer, exit_layers=tuple(exits), parallel_exits=tuple(branches)),
         loss=replace(config.loss, exit_weights=weights),
     )
 

@@ -15,13 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from splitformer.errors import UserError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 
-class ConfigError(ValueError):
+_RENAMED = {("model", "feature_norm"): "cmvn", ("augment", "ramp_epochs"): "specaug_warmup_epochs"}
+"""Keys of configurations in older checkpoints, and their present names."""
+
+
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key, the value and the remedy."""
 
 
@@ -31,7 +37,7 @@ class ModelConfig:
 
     num_mel_bins: int = 80
     vocab_size: int = 256  # replaced by the lang_dir's own when training starts
-    feature_norm: Literal["none", "utterance"] = "none"
+    cmvn: Literal["none", "utterance"] = "none"
     """`utterance`: subtract the utterance's mean per bin, divide by the training set's deviation."""
     subsampling: Literal["conv1d", "conv2d"] = "conv1d"
     """`conv1d`: the published pair of linear Conv1d; `conv2d`: two Conv2d with ReLU, then a projection."""
@@ -172,7 +178,7 @@ class AugmentConfig:
     frames_mask_size: int = 100
     max_frames_mask_fraction: float = 0.15
     p: float = 0.9
-    ramp_epochs: int = 0
+    specaug_warmup_epochs: int = 0
     """The probability `p` rises linearly over this many epochs: strong masks delay the moment when CTC takes off."""
     noise_p: float = 0.0
     """Probability that an utterance is mixed with noise; the noise is that of --noise-cuts (ours, not published)."""
@@ -238,6 +244,7 @@ class Config:
         Raises:
           ConfigError: an unknown section or key, a value of the wrong type, or values that contradict each other.
         """
+        tables = {name: _renamed(name, table) for name, table in tables.items()}
         sections = {f.name: typing.cast(type, typing.get_type_hints(cls)[f.name]) for f in dataclasses.fields(cls)}
         built = {}
         for name, table in tables.items():
@@ -247,6 +254,13 @@ class Config:
                 raise ConfigError(f"{source}: unknown section [{name}]; sections are {', '.join(sections)}")
             built[name] = _build(sections[name], name, table, source)
         return cls(**built)
+
+
+def _renamed(section: str, table: Any) -> Any:
+    """`table` with present names for the keys of older checkpoints."""
+    if not isinstance(table, Mapping):
+        return table
+    return {_RENAMED.get((section, key), key): value for key, value in table.items()}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from splitformer.data.synthesis import SAMPLING_RATE, Engine, Speaker, Utterance, render
+from egs.mini.local.synthesise import SAMPLING_RATE, Engine, Speaker, Utterance, render
 
 ENGLISH = (
     "open the door",

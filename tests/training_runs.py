@@ -22,7 +22,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 SYSTEM = """
 [model]
-feature_norm = "utterance"
+cmvn = "utterance"
 subsampling = "conv2d"
 subsampling_channels = 8
 d_model = 32

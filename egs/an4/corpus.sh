@@ -15,7 +15,7 @@ dev_speakers=(fclc fkai fplp mcen mewl mjgk mmtm msct)
 token_type=char
 lm_order=4 # perplexity of held-out training speakers: 20.8, 17.2, 16.4, 16.2 for orders 2 to 5
 speed_perturb=true
-default_config=splitformer-ungated # better on dev than with gates, over two seeds; see README.md
+default_config=splitformer
 
 download_corpus() {
     run_python local/fetch_archive.py --url "$archive_url" --md5 "$archive_md5" --member an4 \
@@ -30,12 +30,12 @@ prepare_manifests() {
         test) half="test" ;;
         *) die "AN4 has no split '$1'; it has train, dev and test" ;;
     esac
-    run_python local/manifests_from_sphinx.py --fileids "$corpus_dir/etc/an4_$half.fileids" \
+    run_python egs/an4/local/manifests.py --fileids "$corpus_dir/etc/an4_$half.fileids" \
         --transcription "$corpus_dir/etc/an4_$half.transcription" --audio-dir "$corpus_dir/wav" \
         --recordings "$2" --supervisions "$3" "${speakers[@]}" "${common_flags[@]}"
 }
 
 # The corpus has a closed dictionary: all words that its test may ask for, some of which are not in the training text.
 extra_words() {
-    run_python local/words_from_sphinx.py --dictionary "$corpus_dir/etc/an4.dic"
+    run_python egs/an4/local/words.py --dictionary "$corpus_dir/etc/an4.dic"
 }

@@ -18,6 +18,6 @@ default_config=splitformer
 download_corpus() {
     local limit=()
     [[ -z $limit_utterances ]] || limit=(--limit-utterances "$limit_utterances")
-    run_python local/synthesise.py --spec egs/mini/corpus.toml --output-dir "$corpus_dir" --seed "$corpus_seed" \
+    run_python egs/mini/local/synthesise.py --spec egs/mini/corpus.toml --output-dir "$corpus_dir" --seed "$corpus_seed" \
         --num-jobs "$num_jobs" "${limit[@]}"
 }

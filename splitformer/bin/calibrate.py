@@ -86,7 +86,7 @@ def main() -> int:
     target.add_argument(
         "--deadline-ms", type=float, metavar="MS", help="with --policy deadline: milliseconds for each utterance"
     )
-    parser.add_argument("--max-layer", type=int, metavar="L", help="of a model that ends at this exit")
+    parser.add_argument("--exit", type=int, metavar="L", help="of a model that ends at this exit")
     parser.add_argument("--repeats", type=int, default=2, help="timings of each utterance, the shortest counts")
     parser.add_argument("--output", type=Path, help="(default: policy.json beside the checkpoint)")
     args = parser.parse_args()
@@ -104,7 +104,7 @@ def fit_policy(args: argparse.Namespace) -> None:
     [(name, path)] = named_sets("--cuts", [args.cuts]).items()
     check_calibration_set(name, path, named_sets("--test-cuts", args.test_cuts))
     target = _target(args)
-    model, config, _, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    model, config, _, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.exit_layer)
     check_model(config.model, [args.policy])
     check_features(path, config)
     layers = config.model.exit_layers
@@ -291,7 +291,7 @@ def _all_exits(
         row.setdefault(key, []).append(value)
 
     def doubt(_: Tensor, exit_output: ExitOutput, log_probs: Tensor | None) -> Tensor:
-        return method.run_with_doubt(exit_view(model, exit_output, log_probs), chosen)[2]
+        return method.run_with_uncertainty(exit_view(model, exit_output, log_probs), chosen)[2]
 
     meters = {name: Meter(1, (name,), doubt) for name in names}
     first = torch.zeros(1, dtype=torch.long, device=batch.x.device)
@@ -332,7 +332,7 @@ def _check_sound(exit_output: ExitOutput, log_probs: Tensor | None, utterance: s
     if has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths).any():
         raise ValueError(
             f"the exit after layer {exit_output.layer} gives NaN for {utterance}, and nothing can be fitted to that: "
-            "has the training diverged? Take another checkpoint, or end the model below (bin/calibrate --max-layer)"
+            "has the training diverged? Take another checkpoint, or end the model below (bin/calibrate --exit)"
         )
 
 

@@ -72,7 +72,7 @@ def main() -> int:
         help="(default: greedy_search, ctc-decoding and 1best for CTC alone; with a transducer all)",
     )
     parser.add_argument("--exit-policy", type=Path, metavar="FILE", help="policy.json: one exit for each utterance")
-    parser.add_argument("--max-layer", type=int, metavar="L", help="load and run the model up to this exit alone")
+    parser.add_argument("--exit", type=int, metavar="L", help="load and run the model up to this exit alone")
     parser.add_argument("--tune-set", metavar="NAME", help="the set on which options are chosen, of --cuts")
     parser.add_argument(
         "--hlg-scales", type=float, nargs="+", help="LM weights to choose from for CTC (1: as the LM was estimated)"
@@ -112,7 +112,7 @@ def main() -> int:
 def decode(args: argparse.Namespace) -> None:
     """Decode every set of `args.cuts`, the tune set first, and write what was found."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.exit_layer)
     sets = named_sets("--cuts", args.cuts)
     for path in sets.values():
         check_features(path, config)
@@ -209,7 +209,7 @@ def decode_early(args: argparse.Namespace) -> None:
     sets = named_sets("--cuts", args.cuts)
     for test_set, path in sets.items():
         _check_unseen(fitted, args.exit_policy, test_set, path)
-    model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.max_layer)
+    model, config, checkpoint, tokenizer = load_for_decoding(args.checkpoint, args.lang_dir, device, args.exit_layer)
     fitted.check(config.model.exit_layers, checkpoint_id(args.checkpoint), str(args.exit_policy))
     for path in sets.values():
         check_features(path, config)
@@ -367,12 +367,12 @@ def _lost(fallbacks: int) -> str:
 
 
 def _tell_size(args: argparse.Namespace, model: AsrModel) -> None:
-    """What --max-layer leaves in memory."""
-    if args.max_layer is not None:
+    """What --exit leaves in memory."""
+    if args.exit_layer is not None:
         parameters = list(model.parameters())
         count = sum(p.numel() for p in parameters)
         size = sum(p.numel() * p.element_size() for p in [*parameters, *model.buffers()])
-        log.info("up to layer %d: %.2f M parameters, %.1f MB in memory", args.max_layer, count / 1e6, size / 1e6)
+        log.info("up to layer %d: %.2f M parameters, %.1f MB in memory", args.exit_layer, count / 1e6, size / 1e6)
 
 
 @dataclass

@@ -118,7 +118,7 @@ def export(args: argparse.Namespace) -> None:
     strangers = [head for head in heads if head not in config.model.heads]
     if strangers:
         raise ExportError(f"--head {strangers[0]}: the model has {', '.join(config.model.heads)}")
-    models = {layer: load_model(args.checkpoint, max_layer=layer)[:2] for layer in layers}
+    models = {layer: load_model(args.checkpoint, exit_layer=layer)[:2] for layer in layers}
     extractor = "lhotse" if config.data.features == "fbank" else config.data.features
     speech = _speech(args.check, FbankOptions(extractor, config.model.num_mel_bins))
     common = _metadata(config, args.checkpoint)
@@ -169,7 +169,7 @@ def _metadata(config: Config, checkpoint: Path) -> dict[str, str]:
         "commit": git_commit(ROOT),
         "feature_type": "fbank",
         "num_mel_bins": str(model.num_mel_bins),
-        "feature_norm": f"{model.feature_norm}, in the graph",
+        "cmvn": f"{model.cmvn}, in the graph",
         "sample_rate": str(SAMPLING_RATE),
         "frame_length_ms": "25",
         "frame_shift_ms": "10",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import Config, ConfigError, load_config
-from splitformer.data.datamodule import DataError
+from splitformer.data.cut_index import DataError
 from splitformer.report.tables import markdown_table
 from splitformer.training.distributed import process_group
 from splitformer.training.lock import LockError, locked
@@ -51,7 +51,7 @@ def main() -> int:
         "--freeze-encoder-layers", type=int, default=0, metavar="N", help="the front end and N layers are not trained"
     )
     parser.add_argument(
-        "--accumulation", type=int, default=1, help="parts in which a rank takes its share of a batch: less memory"
+        "--accum-grad", type=int, default=1, help="parts in which a rank takes its share of a batch: less memory"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of products; auto: by the device")
     parser.add_argument(
@@ -81,7 +81,7 @@ def main() -> int:
             seed=args.seed,
             num_workers=args.num_workers,
             resume=args.resume,
-            accumulation=args.accumulation,
+            accum_grad=args.accum_grad,
             precision=args.precision,
             save_minutes=args.save_minutes,
             max_skipped=args.max_skipped,

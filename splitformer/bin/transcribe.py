@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--max-segment", type=float, default=MAX_SEGMENT, help="seconds; see the guide (%(default)s)")
     parser.add_argument("--overlap", type=float, default=OVERLAP, help="seconds, where no silence is (%(default)s)")
     parser.add_argument("--fbank", choices=EXTRACTORS, help="(default: as in training)")
-    parser.add_argument("--batch-duration", type=float, default=60.0, help="seconds of audio in a batch (%(default)s)")
+    parser.add_argument("--max-duration", type=float, default=60.0, help="seconds of audio in a batch (%(default)s)")
     parser.add_argument("--device", help="such as cuda:1 (default: a GPU where there is one)")
     args = parser.parse_args()
     try:
@@ -165,7 +165,7 @@ class Recognizer:
     options: Mapping[int, Options]
     policy: Policy
     fbank: FbankOptions
-    batch_duration: float
+    max_duration: float
     device: torch.device
     extractor: Any = field(init=False)
 
@@ -249,7 +249,7 @@ def make_recognizer(args: argparse.Namespace) -> Recognizer:
         else dict.fromkeys(layers, chosen),
         policy=fitted.policy if fitted else Fixed(layers[-1]),
         fbank=FbankOptions(args.fbank or trained_on, config.model.num_mel_bins),
-        batch_duration=args.batch_duration,
+        max_duration=args.max_duration,
         device=device,
     )
 
@@ -320,7 +320,7 @@ def transcripts(
             try:
                 for piece, samples in _pieces(source, job, max_segment, overlap, channel, bar):
                     longest = max(len(samples), *(len(each) for _, _, each in batch), 0)
-                    if batch and (len(batch) + 1) * longest > recognizer.batch_duration * SAMPLING_RATE:
+                    if batch and (len(batch) + 1) * longest > recognizer.max_duration * SAMPLING_RATE:
                         run()
                     job.left += 1
                     batch.append((job, piece, samples))

@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 from lhotse.utils import resumable_download
 from tqdm import tqdm
 
+from splitformer.errors import UserError
 from splitformer.files import atomic_write
 
 CHUNK = 1 << 20
 
 
-class ArchiveError(ValueError):
+class ArchiveError(UserError):
     """An archive that is missing, damaged or unsafe; the message says what to do."""
 
 

@@ -75,21 +75,20 @@ def description(
         "default_config=splitformer",
     ]
     head = [f"# ./run.sh --corpus {name}", "# Expected time: not measured. Result: none yet."]
-    conf = {
-        "small": 'base = "../../../local/conf/small.toml"',
-        "medium": 'base = "../../../local/conf/medium.toml"',
-        "large": "# The defaults: the published Splitformer, 36.7 M parameters.",
-    }[proposal.size]
-    epochs = []
-    if proposal.size != "large":
-        average = max(1, proposal.epochs // 6)
-        epochs = ["[training]", f"num_epochs = {proposal.epochs}", f"average_epochs = {average}"]
     baseline = [f"# ./run.sh --corpus {name} --config ee-baseline", "# The same without parallel layers."]
-    baseline.append('base = "splitformer.toml"')
+    if proposal.size == "large":
+        head.append("# The defaults: the published Splitformer, 36.7 M parameters.")
+        baseline += ["[model]", "parallel_exits = []"]
+    else:
+        average = max(1, proposal.epochs // 6)
+        baseline.append(f'base = "../../../local/conf/{proposal.size}.toml"')
+        baseline += ["[training]", f"num_epochs = {proposal.epochs}", f"average_epochs = {average}"]
+        exits = {"small": "[1, 6]", "medium": "[2, 12]"}[proposal.size]
+        head += ['base = "ee-baseline.toml"', "[model]", f"parallel_exits = {exits}"]
     return {
         "corpus.sh": "\n".join(corpus) + "\n",
-        "conf/splitformer.toml": "\n".join([*head, conf, *epochs]) + "\n",
-        "conf/ee-baseline.toml": "\n".join([*baseline, "[model]", "parallel_exits = []"]) + "\n",
+        "conf/splitformer.toml": "\n".join(head) + "\n",
+        "conf/ee-baseline.toml": "\n".join(baseline) + "\n",
     }
 
 

@@ -31,6 +31,7 @@ from splitformer.config import DataConfig
 from splitformer.data.features import FRAME_SHIFT
 from splitformer.data.seen import Seen
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.errors import UserError
 from splitformer.model.subsampling import subsampled_lengths
 
 ENTRY = np.dtype([("offset", "<i8"), ("duration", "<f4"), ("tokens", "<i4")])
@@ -38,7 +39,7 @@ VERSION = 2
 """Of what is written; another version is made anew."""
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """Training data cannot be read; the message says what to do."""
 
 

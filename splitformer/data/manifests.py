@@ -17,12 +17,13 @@ from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
 from lhotse.cut import MonoCut
 
 from splitformer.data.trust import Checked
+from splitformer.errors import UserError
 
 Pair = tuple[Recording, list[SupervisionSegment]]
 """A recording and its supervisions."""
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A corpus or a manifest that cannot be used as it is; the message says what to do."""
 
 

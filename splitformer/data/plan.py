@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from splitformer.errors import UserError
 
-class PlanError(ValueError):
+
+class PlanError(UserError):
     """The utterances cannot be cut into batches as the configuration says."""
 
 

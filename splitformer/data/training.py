@@ -143,7 +143,7 @@ class TrainingData:
           DataError: nothing can be read any more, or the processes that load die again and again.
         """
         a = self.augment
-        ramp = min(1.0, epoch / a.ramp_epochs) if a.ramp_epochs else 1.0
+        ramp = min(1.0, epoch / a.specaug_warmup_epochs) if a.specaug_warmup_epochs else 1.0
         spec_augment = SpecAugment(
             time_warp_factor=a.time_warp_factor,
             num_feature_masks=a.num_feature_masks,

@@ -14,6 +14,8 @@ from lhotse import Features, Recording, SupervisionSegment
 from lhotse.array import Array, TemporalArray
 from lhotse.cut import Cut, MixedCut
 
+from splitformer.errors import UserError
+
 AUDIO_SOURCES = ("file", "memory", "shar")
 STORAGE_TYPES = (
     "lilcom_chunky", "lilcom_files", "lilcom_hdf5", "chunked_lilcom_hdf5", "memory_lilcom",
@@ -22,7 +24,7 @@ STORAGE_TYPES = (
 Item = TypeVar("Item", Recording, SupervisionSegment, Cut)
 
 
-class UnsafeManifest(ValueError):
+class UnsafeManifest(UserError):
     """A manifest that would run or fetch something; the message names the item and the remedy."""
 
 

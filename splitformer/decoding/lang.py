@@ -19,12 +19,13 @@ import k2
 import torch
 
 from splitformer.checkpoint import CheckpointError, load_contents, save_checkpoint
+from splitformer.errors import UserError
 
 EPSILON, UNKNOWN_WORD, UNKNOWN_TOKEN, BACKOFF = "<eps>", "<UNK>", "<unk>", "#0"
 RESERVED_WORDS = (EPSILON, BACKOFF, "<s>", "</s>")
 
 
-class GraphError(ValueError):
+class GraphError(UserError):
     """A graph that cannot be read; the message says what to do."""
 
 

@@ -36,7 +36,7 @@ def named_sets(option: str, items: Iterable[str]) -> dict[str, Path]:
 
 
 def load_for_decoding(
-    checkpoint: Path, lang_dir: Path, device: torch.device, max_layer: int | None = None
+    checkpoint: Path, lang_dir: Path, device: torch.device, exit_layer: int | None = None
 ) -> tuple[AsrModel, Config, dict[str, Any], Tokenizer]:
     """Model, configuration and contents of a checkpoint, and the tokenizer of its training.
 
@@ -44,7 +44,7 @@ def load_for_decoding(
       CheckpointError: see load_model.
       ValueError: the lang_dir is not that of the training.
     """
-    model, config, contents = load_model(checkpoint, device, max_layer)
+    model, config, contents = load_model(checkpoint, device, exit_layer)
     tokenizer = Tokenizer(lang_dir)
     if tokenizer.tokens != contents["tokens"]:
         raise ValueError(

@@ -31,10 +31,10 @@ from splitformer.scoring import word_errors
 # HLG_BEAM, but for an output beam that leaves competitors of the best path in the lattice.
 LATTICE_BEAM = Beam(search_beam=15.0, output_beam=8.0, min_active_states=30, max_active_states=3000)
 
-NO_PATH_DOUBT = 100.0
+NO_PATH_UNCERTAINTY = 100.0
 """nats, of an utterance without a path: as good as no chance"""
 
-Found = tuple[list[Hypothesis], list[int]]
+SearchResult = tuple[list[Hypothesis], list[int]]
 """N hypotheses in the order of the batch; the indices of those that no path was left for and that are greedy
 search's (without words)."""
 
@@ -49,7 +49,7 @@ def nbest(
     hlg_scale: float = 1.0,
     blank_penalty: float = 0.0,
     beam: Beam = LATTICE_BEAM,
-) -> Found:
+) -> SearchResult:
     """Of the word sequences drawn from the lattice the one with the best alignment.
 
     That is the one of `one_best` wherever it is drawn: a check of the drawing, and a base for rescoring.
@@ -71,7 +71,7 @@ def nbest(
     return lattice.hypotheses(candidates.best(aligned, _total_scores(aligned)), words)
 
 
-def one_best_with_doubt(
+def one_best_with_uncertainty(
     log_probs: Tensor,
     lengths: Tensor,
     hlg: k2.Fsa,
@@ -92,7 +92,7 @@ def one_best_with_doubt(
     Args:
       as nbest.
     Returns:
-      one_best's two, and (N,) minus the log of the posterior: 0 where nothing competes, `NO_PATH_DOUBT` where the
+      one_best's two, and (N,) minus the log of the posterior: 0 where nothing competes, `NO_PATH_UNCERTAINTY` where the
       lattice was empty.
     """
     lattice = make_hlg_lattice(log_probs, lengths, hlg, hlg_scale, blank_penalty, beam)
@@ -112,7 +112,7 @@ def one_best_with_doubt(
                 of_words[said] = max(total, of_words.get(said, -math.inf))
             totals = totals[len(drawn) :]
             if path is None:
-                doubts[utterance] = NO_PATH_DOUBT
+                doubts[utterance] = NO_PATH_UNCERTAINTY
                 continue
             of_words[tuple(hypotheses[utterance].words)] = path.score  # the best path need not be among those drawn
             every = torch.tensor(list(of_words.values()), dtype=torch.float64)
@@ -132,7 +132,7 @@ def nbest_rescoring(
     hlg_scale: float = 1.0,
     blank_penalty: float = 0.0,
     beam: Beam = LATTICE_BEAM,
-) -> dict[float, Found]:
+) -> dict[float, SearchResult]:
     """The drawn word sequences with G's score in the place of HLG's; see nbest.
 
     Args:
@@ -170,7 +170,7 @@ def whole_lattice_rescoring(
     hlg_scale: float = 1.0,
     blank_penalty: float = 0.0,
     beam: Beam = LATTICE_BEAM,
-) -> dict[float, Found]:
+) -> dict[float, SearchResult]:
     """The best path of the lattice when G's scores stand in the place of HLG's.
 
     Args, returns, raises: as nbest_rescoring; every word sequence of the lattice is a candidate.
@@ -201,7 +201,7 @@ def nbest_oracle(
     hlg_scale: float = 1.0,
     blank_penalty: float = 0.0,
     beam: Beam = LATTICE_BEAM,
-) -> Found:
+) -> SearchResult:
     """Of the drawn word sequences the one with the fewest errors; of equals the one with the best alignment.
 
     Not a search, because it is told the answer: a lower bound for every choice among the same sequences.

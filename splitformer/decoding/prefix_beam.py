@@ -51,7 +51,7 @@ def prefix_beam_search(
 
 
 @torch.no_grad()
-def prefix_beam_doubt(log_probs: Tensor, lengths: Tensor, beam_size: int = 8) -> Tensor:
+def prefix_beam_uncertainty(log_probs: Tensor, lengths: Tensor, beam_size: int = 8) -> Tensor:
     """How doubtful the most probable token sequence is beside the others of the beam.
 
     The n-best posterior (arXiv 2309.09546, section 3): the share of the best prefix in the probability of all that

@@ -31,10 +31,10 @@ from splitformer.decoding.nbest import (
     nbest,
     nbest_oracle,
     nbest_rescoring,
-    one_best_with_doubt,
+    one_best_with_uncertainty,
     whole_lattice_rescoring,
 )
-from splitformer.decoding.prefix_beam import prefix_beam_doubt, prefix_beam_search
+from splitformer.decoding.prefix_beam import prefix_beam_search, prefix_beam_uncertainty
 from splitformer.decoding.word_list import NearestWords, read_words
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
@@ -103,7 +103,7 @@ class ExitView(NamedTuple):
     """for nbest-oracle alone"""
 
 
-Found = tuple[list[Hypothesis], list[int]]
+SearchResult = tuple[list[Hypothesis], list[int]]
 """N hypotheses, and the indices of those whose lattice was empty: they are greedy search's. Where a hypothesis has no
 words, its tokens are to be spelled."""
 
@@ -116,7 +116,7 @@ class Method:
     """`run(view, options)`, for `options` among `variants`."""
 
     name: str
-    run: Callable[[ExitView, Options], Found]
+    run: Callable[[ExitView, Options], SearchResult]
     variants: tuple[Options, ...] = ((),)
     """to choose from, where the method follows no other"""
     default: Options = ()
@@ -127,24 +127,24 @@ class Method:
     """what else the record says of the method"""
     correct: Callable[[list[str]], list[str]] | None = None
     """what is done in the end to an utterance's words"""
-    lattice_doubt: Callable[[ExitView, Options], tuple[list[Hypothesis], list[int], Tensor]] | None = None
+    lattice_uncertainty: Callable[[ExitView, Options], tuple[list[Hypothesis], list[int], Tensor]] | None = None
     """of methods that read HLG's lattice: 1best's hypotheses, and their doubt beside the lattice's other words"""
 
     @property
     def head(self) -> str:
         return METHODS[self.name]
 
-    def run_with_doubt(self, view: ExitView, options: Options) -> tuple[list[Hypothesis], list[int], Tensor]:
+    def run_with_uncertainty(self, view: ExitView, options: Options) -> tuple[list[Hypothesis], list[int], Tensor]:
         """What `run` finds, and (N,) minus the log of its n-best posterior (arXiv 2309.09546).
 
         The n-best list is that of HLG's lattice where the method reads it, else the beam of CTC's prefix search.
         """
-        if self.lattice_doubt is not None:
-            *found, doubts = self.lattice_doubt(view, options)
+        if self.lattice_uncertainty is not None:
+            *found, doubts = self.lattice_uncertainty(view, options)
             return *(found if self.name == "1best" else self.run(view, options)), doubts
         if view.log_probs is None:
             raise ValueError(f"{self.name}: n-best posteriors are of the CTC head, which this model lacks")
-        return *self.run(view, options), prefix_beam_doubt(view.log_probs, view.lengths)
+        return *self.run(view, options), prefix_beam_uncertainty(view.log_probs, view.lengths)
 
 
 class Weights(NamedTuple):
@@ -282,7 +282,7 @@ def _greedy_search_and_lexicon(needs: _Needs, weights: Weights) -> Method:
 
 
 def _prefix_beam_search(needs: _Needs, weights: Weights) -> Method:
-    def run(view: ExitView, options: Options) -> Found:
+    def run(view: ExitView, options: Options) -> SearchResult:
         return prefix_beam_search(view.log_probs, view.lengths, context=needs.context, **dict(options)), []
 
     return _penalised("prefix_beam_search", run, weights, needs.context_options)
@@ -315,11 +315,11 @@ def _whole_lattice_rescoring(needs: _Needs, weights: Weights) -> Method:
     return _rescoring("whole-lattice-rescoring", whole_lattice_rescoring, needs, weights)
 
 
-def _rescoring(name: str, search: Callable[..., dict[float, Found]], needs: _Needs, weights: Weights) -> Method:
+def _rescoring(name: str, search: Callable[..., dict[float, SearchResult]], needs: _Needs, weights: Weights) -> Method:
     """G gets the weight with which HLG made the lattice: the candidates are then those that matter."""
     hlg, words, g = needs.hlg, needs.words, needs.g
 
-    def run(view: ExitView, options: Options) -> Found:
+    def run(view: ExitView, options: Options) -> SearchResult:
         scale = dict(options)["hlg_scale"]
         return search(view.log_probs, view.lengths, hlg, words, g, [scale], **dict(options))[scale]
 
@@ -329,7 +329,7 @@ def _rescoring(name: str, search: Callable[..., dict[float, Found]], needs: _Nee
 def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
     hlg, words = needs.hlg, needs.words
 
-    def run(view: ExitView, options: Options) -> Found:
+    def run(view: ExitView, options: Options) -> SearchResult:
         return nbest_oracle(view.log_probs, view.lengths, hlg, words, view.references, **dict(options))
 
     # alone it takes no choice, because it would choose by the references
@@ -339,14 +339,14 @@ def _nbest_oracle(needs: _Needs, weights: Weights) -> Method:
 
 
 def _transducer_greedy_search(needs: _Needs, weights: Weights) -> Method:
-    def run(view: ExitView, options: Options) -> Found:
+    def run(view: ExitView, options: Options) -> SearchResult:
         return transducer_greedy_search(view.decoder, view.joiner, view.encoder_out, view.lengths, **dict(options)), []
 
     return _penalised("transducer-greedy_search", run, weights)
 
 
 def _modified_beam_search(needs: _Needs, weights: Weights) -> Method:
-    def run(view: ExitView, options: Options) -> Found:
+    def run(view: ExitView, options: Options) -> SearchResult:
         transducer = (view.decoder, view.joiner, view.encoder_out, view.lengths)
         return modified_beam_search(*transducer, context=needs.context, **dict(options)), []
 
@@ -374,24 +374,24 @@ def _fast_beam_search_nbest_lg(needs: _Needs, weights: Weights) -> Method:
 
 def _fast(
     name: str,
-    search: Callable[..., Found],
+    search: Callable[..., SearchResult],
     graph: k2.Fsa,
     variants: tuple[Options, ...],
     fixed: dict[str, Any] | None = None,
 ) -> Method:
-    def run(view: ExitView, options: Options) -> Found:
+    def run(view: ExitView, options: Options) -> SearchResult:
         return search(view.decoder, view.joiner, view.encoder_out, view.lengths, graph=graph, **dict(options))
 
     return Method(name, run, variants, variants[0], fixed=fixed or {})
 
 
 def _penalised(
-    name: str, run: Callable[[ExitView, Options], Found], weights: Weights, fixed: dict[str, Any] | None = None
+    name: str, run: Callable[[ExitView, Options], SearchResult], weights: Weights, fixed: dict[str, Any] | None = None
 ) -> Method:
     return Method(name, run, _penalties(weights), (("blank_penalty", 0.0),), fixed=fixed or {})
 
 
-def _weighted(name: str, run: Callable[[ExitView, Options], Found], needs: _Needs, weights: Weights) -> Method:
+def _weighted(name: str, run: Callable[[ExitView, Options], SearchResult], needs: _Needs, weights: Weights) -> Method:
     hlg, words = needs.hlg, needs.words
     variants = _grid(hlg_scale=weights.hlg_scales, blank_penalty=weights.blank_penalties)
     return Method(
@@ -399,7 +399,9 @@ def _weighted(name: str, run: Callable[[ExitView, Options], Found], needs: _Need
         run,
         variants,
         (("hlg_scale", 1.0), ("blank_penalty", 0.0)),
-        lattice_doubt=lambda v, options: one_best_with_doubt(v.log_probs, v.lengths, hlg, words, **dict(options)),
+        lattice_uncertainty=lambda v, options: one_best_with_uncertainty(
+            v.log_probs, v.lengths, hlg, words, **dict(options)
+        ),
     )
 
 

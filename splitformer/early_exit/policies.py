@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from splitformer.early_exit.statistics import Statistics
+from splitformer.errors import UserError
 from splitformer.files import atomic_write, read_json
 
 # ---- policies
@@ -176,7 +177,7 @@ POLICIES: tuple[type[Policy], ...] = (Fixed, Threshold, Patience, Learned, Deadl
 # ---- policy.json
 
 
-class PolicyError(ValueError):
+class PolicyError(UserError):
     """A policy that cannot be read, or that was fitted for something else."""
 
 

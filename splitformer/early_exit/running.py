@@ -1,17 +1,22 @@
-"""The encoder with its heads: what a checkpoint holds and a device runs."""
+"""Running a batch through the encoder while its utterances exit one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import valid_frames
 from splitformer.model.encoder import ExitOutput
 
+Stops = Callable[[Tensor, ExitOutput, "Tensor | None"], Tensor]
+"""(rows (n,), their exit output, CTC log-probabilities or None) to (n,), true where an utterance exits."""
 
-class Leaving(NamedTuple):
+
+class Exited(NamedTuple):
     """Utterances that leave the encoder together, at one exit."""
 
     rows: Tensor
@@ -19,29 +24,80 @@ class Leaving(NamedTuple):
     exit_output: ExitOutput
     """of these n utterances"""
     log_probs: Tensor | None
-    """(n, T', V) of the CTC head, where there is one"""
+    """(n, T', V) of the CTC head, None for a model without one"""
     nan_exits: Tensor
-    """(n,) exits that each passed or left behind because their output held a NaN"""
+    """(n,) number of exits of each that were passed over because their output held a NaN"""
 
 
-def _some(leaving: Leaving, which: Tensor) -> Iterator[Leaving]:
-    """Those of `which` (n,), a mask; nothing where there is none."""
-    if which.all():
-        yield leaving
-    elif which.any():
-        yield _select(leaving, which)
+def exit_early(model: AsrModel, x: Tensor, x_lens: Tensor, stops: Stops) -> Iterator[Exited]:
+    """Run each utterance up to the exit at which `stops` says so; the batch shrinks as utterances leave it.
+
+    An utterance without an output frame leaves at the first exit, and all that remain leave at the last one. Where an
+    exit's output holds a NaN, the utterance continues to the next exit. If no deeper exit is free of NaN either, the
+    utterance leaves with its last exit that was; if there is none, with the NaN of the last exit.
+
+    Args:
+      x, x_lens: features (N, T, C) and their lengths (N,).
+      stops: decides which utterances exit. It is not called at the last exit, nor for utterances that are empty or
+        whose output holds a NaN.
+    Yields:
+      the utterances that leave, exit by exit; each utterance once.
+    """
+    rows = torch.arange(x.size(0), device=x.device)
+    nan_exits = torch.zeros_like(rows)
+    last_good: dict[int, Exited] = {}  # {row: its last exit without NaN}, for rows that have met only NaN since
+    exits = model.encoder(x, x_lens)
+    before: Exited | None = None
+    active: Tensor | None = None
+    was_broken = torch.ones_like(rows, dtype=torch.bool)  # the first exit has none before it to go back to
+    while len(rows):
+        exit_output = exits.send(active)
+        log_probs = model.ctc_log_probs(exit_output) if "ctc" in model.heads else None
+        broken = has_nan(exit_output.encoder_out if log_probs is None else log_probs, exit_output.lengths)
+        now = Exited(rows, exit_output, log_probs, nan_exits + broken)
+        still_broken = rows[broken & was_broken].tolist()
+        last_good = {row: exited for row, exited in last_good.items() if row in still_broken}
+        for row in rows[broken & ~was_broken].tolist():
+            assert before is not None
+            last_good[row] = _select(before, before.rows == row)
+        if exit_output.layer == model.encoder.exit_layers[-1]:
+            for place, row in enumerate(rows.tolist()):
+                if row in last_good:
+                    yield last_good[row]._replace(nan_exits=now.nan_exits[place : place + 1])
+            yield from _some(now, torch.tensor([row not in last_good for row in rows.tolist()], device=x.device))
+            return
+
+        exiting = exit_output.lengths == 0
+        for asked in _some(now, ~broken & ~exiting):
+            stop = stops(asked.rows, asked.exit_output, asked.log_probs)
+            exiting |= torch.isin(rows, asked.rows[stop])
+        yield from _some(now, exiting)
+        if exiting.any():
+            active = (~exiting).nonzero().flatten()
+            before, was_broken = _select(now, ~exiting), broken[~exiting]
+        else:
+            before, active, was_broken = now, None, broken
+        rows, nan_exits = before.rows, before.nan_exits
 
 
-def _select(leaving: Leaving, which: Tensor) -> Leaving:
-    """Those of `which` (n,), a mask, without the padding that only others needed."""
-    lengths = leaving.exit_output.lengths[which]
+def _some(exited: Exited, mask: Tensor) -> Iterator[Exited]:
+    """Yield the utterances of `mask` (n,), if there is any."""
+    if mask.all():
+        yield exited
+    elif mask.any():
+        yield _select(exited, mask)
+
+
+def _select(exited: Exited, mask: Tensor) -> Exited:
+    """The utterances of `mask` (n,), without the padding that only the others needed."""
+    lengths = exited.exit_output.lengths[mask]
     frames = max(1, int(lengths.max())) if len(lengths) else 0
-    encoder_out = leaving.exit_output.encoder_out[which, :frames]
-    return Leaving(
-        leaving.rows[which],
-        ExitOutput(leaving.exit_output.layer, encoder_out, lengths),
-        None if leaving.log_probs is None else leaving.log_probs[which, :frames],
-        leaving.nan_exits[which],
+    encoder_out = exited.exit_output.encoder_out[mask, :frames]
+    return Exited(
+        exited.rows[mask],
+        ExitOutput(exited.exit_output.layer, encoder_out, lengths),
+        None if exited.log_probs is None else exited.log_probs[mask, :frames],
+        exited.nan_exits[mask],
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.decoding.searches import ExitView, Method, Options
 from splitformer.early_exit.policies import Deadline, Policy
+from splitformer.early_exit.running import exit_early
 from splitformer.early_exit.statistics import Meter
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
@@ -79,21 +80,21 @@ def search_early(
     exit_layers = model.encoder.exit_layers
 
     def search(
-        rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None, with_doubt: bool = False
+        rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None, with_uncertainty: bool = False
     ) -> Tensor | None:
-        run = method.run_with_doubt if with_doubt else method.run
+        run = method.run_with_uncertainty if with_uncertainty else method.run
         chosen = options.get(exit_output.layer, method.default)
         hypotheses, fallbacks, *doubts = run(exit_view(model, exit_output, log_probs), chosen)
         for place, (row, hypothesis) in enumerate(zip(rows.tolist(), hypotheses, strict=True)):
             found[row] = (exit_output.layer, hypothesis, place in fallbacks)
-        return doubts[0] if with_doubt else None
+        return doubts[0] if with_uncertainty else None
 
     def stops(rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None) -> Tensor:
         return policy.stops(exit_output.layer, meter.measure(rows, exit_output, log_probs)).to(rows.device)
 
-    meter = Meter(len(x), policy.needs, lambda *exit: search(*exit, with_doubt=True), clock, exit_layers)
+    meter = Meter(len(x), policy.needs, lambda *exit: search(*exit, with_uncertainty=True), clock, exit_layers)
     results: list[EarlyResult | None] = [None] * len(x)
-    for leaving in model.leave_early(x, x_lens, stops):
+    for leaving in exit_early(model, x, x_lens, stops):
         if (leaving.nan_exits == len(exit_layers)).any():  # not every method looks at what it is given
             raise ValueError("all exits of an utterance hold NaN: has the training diverged?")
         layer = leaving.exit_output.layer

@@ -44,7 +44,7 @@ def mean_entropy_non_blank(log_probs: Tensor, lengths: Tensor) -> Tensor:
     return _mean(_entropy(log_probs), frames)
 
 
-def mean_posterior_doubt(log_probs: Tensor, lengths: Tensor) -> Tensor:
+def mean_posterior_uncertainty(log_probs: Tensor, lengths: Tensor) -> Tensor:
     """(n,) one less the mean over frames of the best symbol's posterior (arXiv 2309.09546, section 3)."""
     return _mean(1.0 - log_probs.max(dim=2).values.exp(), valid_frames(lengths, log_probs.size(1)))
 
@@ -162,7 +162,7 @@ class Meter:
             elif name == "entropy_non_blank":
                 now = mean_entropy_non_blank(log_probs, lengths)
             elif name == "posterior":
-                now = mean_posterior_doubt(log_probs, lengths)
+                now = mean_posterior_uncertainty(log_probs, lengths)
             elif name == "nbest_posterior":
                 now = self.nbest(rows, exit_output, log_probs)
             elif name == "disagreement":

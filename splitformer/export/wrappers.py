@@ -1,6 +1,6 @@
 """Modules that trace: what an exported file computes, as functions of tensors alone.
 
-Each wraps parts of a model that `load_model(path, max_layer=exit)` has cut off at an exit, so that nothing above it is
+Each wraps parts of a model that `load_model(path, exit_layer=exit)` has cut off at an exit, so that nothing above it is
 there to be written. Inputs and outputs are in the order that sherpa-onnx expects; it knows them by place.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from splitformer.errors import UserError
 from splitformer.model.asr import AsrModel
 from splitformer.model.decoder import Decoder
 from splitformer.model.encoder import Encoder
@@ -21,7 +22,7 @@ from splitformer.model.joiner import Joiner
 from splitformer.model.subsampling import MIN_FRAMES
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A model that cannot be exported as asked, or whose file computes something else."""
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from splitformer.config import LossConfig
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
-from splitformer.training.fast_cpu import Linear
 
 
 class PrunedTransducerLoss(nn.Module):
@@ -37,9 +36,9 @@ class PrunedTransducerLoss(nn.Module):
         self.prune_range, self.lm_scale, self.am_scale = config.prune_range, config.lm_scale, config.am_scale
         decoder_dim = model.decoder.embedding.embedding_dim
         vocab_size = model.decoder.vocab_size
-        self.simple_lm_proj = Linear(decoder_dim, vocab_size)
+        self.simple_lm_proj = nn.Linear(decoder_dim, vocab_size)
         self.simple_am_proj = nn.ModuleDict(
-            {layer: Linear(joiner.encoder_proj.in_features, vocab_size) for layer, joiner in model.joiners.items()}
+            {layer: nn.Linear(joiner.encoder_proj.in_features, vocab_size) for layer, joiner in model.joiners.items()}
         )
 
     def forward(

@@ -9,11 +9,11 @@ from splitformer.config import ModelConfig
 from splitformer.model.conformer import valid_frames
 
 
-def make_feature_norm(config: ModelConfig) -> nn.Module:
-    return UtteranceNorm(config.num_mel_bins) if config.feature_norm == "utterance" else NoNorm()
+def make_cmvn(config: ModelConfig) -> nn.Module:
+    return UtteranceCmvn(config.num_mel_bins) if config.cmvn == "utterance" else NoCmvn()
 
 
-class UtteranceNorm(nn.Module):
+class UtteranceCmvn(nn.Module):
     """Subtract the utterance's own mean per bin, divide by the deviation that the training set has around such means.
 
     The deviation is a buffer, set once from training features (`set_deviation`) and kept in the checkpoint.
@@ -33,7 +33,7 @@ class UtteranceNorm(nn.Module):
         return (x - mean) / self.deviation
 
 
-class NoNorm(nn.Module):
+class NoCmvn(nn.Module):
     """Features as they come."""
 
     def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:

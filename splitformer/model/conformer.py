@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from splitformer.training.fast_cpu import Linear
-
 MASK_BIAS = -1.0e4
 """Added to the scores of padded keys: exp() of it is zero in float32 and it is finite in float16."""
 
@@ -29,58 +27,15 @@ def valid_frames(lengths: Tensor, num_frames: int | Tensor) -> Tensor:
     return torch.arange(num_frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout` that on a CPU draws one random byte per element, in eights: torch draws each element's number one
-    after the other there, which took a fifth of a training step. The probability is rounded to a 256th. What
-    torch.compile makes has torch's own.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or x.device.type != "cpu" or _is_compiling():
-            return super().forward(x)
-        return _DropoutByBytes.apply(x, round(self.p * 256))
-
-
-def _is_compiling() -> bool:
-    """Whether torch.compile (torch 2) is at work: it cannot look at numbers as bytes."""
-    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
-
-
-class _DropoutByBytes(torch.autograd.Function):
-    """Keeps the bytes for the backward pass, a quarter of what the factors would take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        """x (*), of whose elements `dropped` in 256 become 0."""
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        ctx.save_for_backward(drawn)
-        ctx.dropped = dropped
-        return _factors(drawn, dropped, x.dtype).mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (drawn,) = ctx.saved_tensors
-        return _factors(drawn, ctx.dropped, grad.dtype).mul_(grad), None
-
-
-def _factors(drawn: Tensor, dropped: int, dtype: torch.dtype) -> Tensor:
-    """0 where a byte of `drawn` is less than `dropped`, elsewhere what keeps the mean.
-
-    They are compared as float32: torch has vector instructions for that, and for bytes it has none.
-    """
-    return drawn.to(torch.float32).ge_(dropped).mul_(256.0 / (256 - dropped)).to(dtype)
-
-
 class FeedForward(nn.Module):
     """LayerNorm, Linear, SiLU, Linear."""
 
     def __init__(self, d_model: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.up = Linear(d_model, hidden_dim)
-        self.down = Linear(hidden_dim, d_model)
-        self.dropout = Dropout(dropout)
+        self.up = nn.Linear(d_model, hidden_dim)
+        self.down = nn.Linear(hidden_dim, d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(nn.functional.silu(self.up(self.norm(x))))
@@ -94,9 +49,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = 1.0 / math.sqrt(d_model // num_heads)
-        self.in_proj = Linear(d_model, 3 * d_model)
-        self.out_proj = Linear(d_model, d_model)
-        self.dropout = Dropout(dropout)
+        self.in_proj = nn.Linear(d_model, 3 * d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.in_proj.weight)
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
@@ -115,25 +70,24 @@ class SelfAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(n, t, d))
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, which are of one shape; differentiable. x itself outside distributed training."""
-    if _over_ranks and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return _SumOverRanks.apply(x)
-    return x
-
-
-_over_ranks = True
-
-
 @contextmanager
-def statistics_of_one_rank() -> Iterator[None]:
-    """Batch statistics are this rank's own meanwhile, which then waits for no other."""
-    global _over_ranks
-    _over_ranks = False
+def statistics_of_one_rank(module: nn.Module) -> Iterator[None]:
+    """Inside, the batch statistics of `module` are this rank's own: no rank waits for another."""
+    norms = [each for each in module.modules() if isinstance(each, MaskedBatchNorm)]
+    for norm in norms:
+        norm.over_ranks = False
     try:
         yield
     finally:
-        _over_ranks = True
+        for norm in norms:
+            norm.over_ranks = True
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum x over ranks, which all pass the same shape; differentiable. Returns x outside distributed training."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return _SumOverRanks.apply(x)
+    return x
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -155,15 +109,19 @@ class _SumOverRanks(torch.autograd.Function):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the valid frames of a padded batch; same parameters and buffers as `BatchNorm1d`.
 
-    In distributed training the statistics are those of all ranks, so that a model does not depend on their number.
+    In distributed training the statistics are those of all ranks, so that a model does not depend on their number;
+    `statistics_of_one_rank` switches that off.
     """
+
+    over_ranks = True
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, T, D); mask (N, T, 1), 1 on valid frames and 0 on padded ones."""
         if self.training:
-            sums = sum_over_ranks(torch.cat([(x * mask).sum(dim=(0, 1)), mask.sum().view(1)]))
+            total = sum_over_ranks if self.over_ranks else nn.Identity()
+            sums = total(torch.cat([(x * mask).sum(dim=(0, 1)), mask.sum().view(1)]))
             mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-            var = sum_over_ranks(((x - mean).square() * mask).sum(dim=(0, 1))) / count
+            var = total(((x - mean).square() * mask).sum(dim=(0, 1))) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -181,11 +139,11 @@ class ConvolutionModule(nn.Module):
     def __init__(self, d_model: int, kernel: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.pointwise1 = Linear(d_model, 2 * d_model)
+        self.pointwise1 = nn.Linear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(d_model, d_model, kernel, padding=(kernel - 1) // 2, groups=d_model)
         self.batch_norm = MaskedBatchNorm(d_model)
-        self.pointwise2 = Linear(d_model, d_model)
-        self.dropout = Dropout(dropout)
+        self.pointwise2 = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (N, T, D); mask (N, T, 1) as in `MaskedBatchNorm`."""
@@ -203,7 +161,7 @@ class ConformerLayer(nn.Module):
         self.feed_forward1 = FeedForward(d_model, feedforward_dim, dropout)
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, num_heads, dropout)
-        self.attention_dropout = Dropout(dropout)
+        self.attention_dropout = nn.Dropout(dropout)
         self.convolution = ConvolutionModule(d_model, kernel, dropout)
         self.feed_forward2 = FeedForward(d_model, feedforward_dim, dropout)
         self.final_norm = nn.LayerNorm(d_model)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from splitformer.config import ModelConfig
-from splitformer.model.cmvn import make_feature_norm
-from splitformer.model.conformer import ConformerLayer, Dropout, frame_masks
+from splitformer.model.cmvn import make_cmvn
+from splitformer.model.conformer import ConformerLayer, frame_masks
 from splitformer.model.subsampling import Conv1dSubsampling, Conv2dSubsampling, subsampled_lengths
 
 
@@ -36,14 +36,14 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.exit_layers, self.num_mel_bins = config.exit_layers, config.num_mel_bins
-        self.feature_norm = make_feature_norm(config)
+        self.cmvn = make_cmvn(config)
         if config.subsampling == "conv2d":
             self.subsampling: nn.Module = Conv2dSubsampling(
                 config.num_mel_bins, config.d_model, config.subsampling_channels
             )
         else:
             self.subsampling = Conv1dSubsampling(config.num_mel_bins, config.d_model)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
         self.layers = nn.ModuleList([make_layer(config) for _ in range(config.num_layers)])
         self.parallel = nn.ModuleDict(
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
     def front_end(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Features x (N, T, C) with `x_lens` (N,) to the first layer's input (N, T', D) and its lengths (N,)."""
-        x = self.subsampling(self.feature_norm(x, x_lens))
+        x = self.subsampling(self.cmvn(x, x_lens))
         # the residual stream stays float32 under autocast
         return self.dropout(x.float() + sinusoidal_positions(x)), subsampled_lengths(x_lens)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from splitformer.training.fast_cpu import Linear
-
 
 class Joiner(nn.Module):
     """output_linear(tanh(encoder_proj(encoder_out) + decoder_proj(decoder_out))), as in icefall's recipes.
@@ -16,9 +14,9 @@ class Joiner(nn.Module):
 
     def __init__(self, d_model: int, decoder_dim: int, joiner_dim: int, vocab_size: int) -> None:
         super().__init__()
-        self.encoder_proj = Linear(d_model, joiner_dim)
-        self.decoder_proj = Linear(decoder_dim, joiner_dim)
-        self.output_linear = Linear(joiner_dim, vocab_size)
+        self.encoder_proj = nn.Linear(d_model, joiner_dim)
+        self.decoder_proj = nn.Linear(decoder_dim, joiner_dim)
+        self.output_linear = nn.Linear(joiner_dim, vocab_size)
 
     def forward(self, encoder_projected: Tensor, decoder_projected: Tensor) -> Tensor:
         """(..., joiner_dim) each, of shapes that broadcast, to logits (..., vocab_size)."""

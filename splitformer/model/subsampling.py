@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from splitformer.training.fast_cpu import Linear
-
 
 def subsampled_lengths(lengths: Tensor) -> Tensor:
     """Output frames for `lengths` input frames, elementwise: two convolutions of kernel 3 and stride 2, unpadded.
@@ -44,7 +42,7 @@ class Conv2dSubsampling(nn.Module):
         self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
         bins = ((num_mel_bins - 1) // 2 - 1) // 2
-        self.out = Linear(channels * bins, d_model)
+        self.out = nn.Linear(channels * bins, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, C) features to (N, T', D)."""

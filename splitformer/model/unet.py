@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from splitformer.config import ModelConfig
-from splitformer.model.cmvn import make_feature_norm
-from splitformer.model.conformer import Dropout, frame_masks
+from splitformer.model.cmvn import make_cmvn
+from splitformer.model.conformer import frame_masks
 from splitformer.model.encoder import ExitOutput, every_nth, make_layer, repeat_frames, sinusoidal_positions
 
 
@@ -27,9 +27,9 @@ class UNetEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.exit_layers = config.exit_layers
-        self.feature_norm = make_feature_norm(config)
+        self.cmvn = make_cmvn(config)
         self.subsampling = nn.Conv1d(config.num_mel_bins, config.d_model, kernel_size=3, stride=2)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([make_layer(config) for _ in range(config.num_layers)])
         first = config.num_layers - sum(config.unet_stacks)
         self.stacks = [(1, range(first))]
@@ -41,7 +41,7 @@ class UNetEncoder(nn.Module):
     def forward(self, x: Tensor, x_lens: Tensor) -> Generator[ExitOutput, Tensor | None, None]:
         """As `Encoder.forward`; there is nothing to go on to behind the one exit."""
         lengths = torch.div(x_lens - 1, 2, rounding_mode="floor").clamp(min=0)
-        x = self.subsampling(self.feature_norm(x, x_lens).transpose(1, 2)).transpose(1, 2)
+        x = self.subsampling(self.cmvn(x, x_lens).transpose(1, 2)).transpose(1, 2)
         x = self.dropout(x.float() + sinusoidal_positions(x))  # the residual stream stays float32 under autocast
         for factor, places in self.stacks:
             y = x[:, ::factor]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from splitformer.errors import UserError
 from splitformer.files import atomic_write, read_json
 from splitformer.report.records import (
     BudgetPoint,
@@ -25,7 +26,7 @@ from splitformer.report.records import (
 )
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """Records or published figures that no table can be made of; the message names them and the remedy."""
 
 

@@ -22,6 +22,7 @@ import torch
 from lhotse.augmentation import get_or_create_resampler
 
 from splitformer.data.features import SAMPLING_RATE
+from splitformer.errors import UserError
 
 BLOCK_SECONDS = 10
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
@@ -35,7 +36,7 @@ _LENGTH_UNKNOWN = 0x7FFF_0000
 """What writes a WAV file into a pipe cannot know its length: it states this many bytes, or more, or none."""
 
 
-class AudioError(ValueError):
+class AudioError(UserError):
     """A recording that cannot be used; the message says why."""
 
 

@@ -156,7 +156,7 @@ def _freeze(model: AsrModel, count: int) -> None:
         raise ConfigError(f"--freeze-encoder-layers {count}: this encoder's layers are in stacks; leave it out")
     if not 0 < count <= len(encoder.layers):
         raise ConfigError(f"--freeze-encoder-layers {count}: the encoder has 1 to {len(encoder.layers)} layers")
-    frozen: list[nn.Module] = [encoder.feature_norm, encoder.subsampling, *encoder.layers[:count]]
+    frozen: list[nn.Module] = [encoder.cmvn, encoder.subsampling, *encoder.layers[:count]]
     frozen += [branch for layer, branch in encoder.parallel.items() if int(layer) <= count]
     for module in frozen:
         module.requires_grad_(False)

@@ -60,7 +60,7 @@ def inspect(
         for name, module in _parts(loss.model):
             handle = module.register_forward_hook(_note(name, activations))
             stack.callback(handle.remove)
-        stack.enter_context(statistics_of_one_rank())
+        stack.enter_context(statistics_of_one_rank(loss))
         with precision.autocast():
             losses = loss(batch.x, batch.x_lens, batch.y, batch.y_lens, step)
         losses.total.backward()

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from splitformer.errors import UserError
 
-class LockError(RuntimeError):
+
+class LockError(UserError):
     """The exp_dir cannot be had; the message says who has it, or why nothing can be written there."""
 
 

@@ -31,14 +31,16 @@ from splitformer.data.on_the_fly import options_on_the_fly
 from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.data.training import TrainingData
+from splitformer.errors import UserError
 from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
 from splitformer.model.asr import AsrModel
-from splitformer.model.cmvn import UtteranceNorm
+from splitformer.model.cmvn import UtteranceCmvn
 from splitformer.report.records import EpochRecord, append_epoch
 from splitformer.training.averaging import RunningAverage
 from splitformer.training.bad_data import BadData
 from splitformer.training.distributed import Ranks
 from splitformer.training.evaluate import DevResult, evaluate
+from splitformer.training.fast_cpu import speed_up
 from splitformer.training.initial import start_from
 from splitformer.training.inspection import Activation, ExitStatistics, inspect
 from splitformer.training.memory import DoesNotFit, DryRun, check_memory
@@ -56,7 +58,7 @@ MUCH_WAITING = 0.1
 """share of the time waiting for data above which the log says what helps"""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot start or go on; the message says why and what to do."""
 
 
@@ -71,7 +73,7 @@ class RunOptions:
     seed: int
     num_workers: int
     resume: bool
-    accumulation: int = 1
+    accum_grad: int = 1
     """parts in which a rank takes its share of a global batch, one after the other"""
     precision: str = "auto"
     save_minutes: float = 15.0
@@ -112,15 +114,15 @@ class Trainer:
         self.progress = Progress(**checkpoint.get("progress", {}))
         if self.is_finished and not options.inspect:
             return
-        self.parts = ranks.world_size * options.accumulation
-        self.mine = range(ranks.rank * options.accumulation, (ranks.rank + 1) * options.accumulation)
+        self.parts = ranks.world_size * options.accum_grad
+        self.mine = range(ranks.rank * options.accum_grad, (ranks.rank + 1) * options.accum_grad)
         self.data = self._training_data()
         self.total_steps = self.data.steps_per_epoch * self.config.training.num_epochs
         _seed_everything(options.seed)
         model = AsrModel(self.config.model)
-        if not checkpoint and isinstance(model.encoder.feature_norm, UtteranceNorm):
+        if not checkpoint and isinstance(model.encoder.cmvn, UtteranceCmvn):
             deviation = self.data.feature_deviation() if ranks.is_main else None
-            model.encoder.feature_norm.set_deviation(ranks.from_main(deviation))
+            model.encoder.cmvn.set_deviation(ranks.from_main(deviation))
         start_from(
             model,
             self.config,
@@ -138,6 +140,8 @@ class Trainer:
             transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch,
         )
         self.loss.to(ranks.device).train()
+        if ranks.device.type == "cpu":
+            speed_up(self.loss)
         self.optimizer = adamw(self.loss.parameters(), self.config.optim)
         self.average = RunningAverage(model.state_dict(), self.config.training.average_period)
         if checkpoint:
@@ -190,7 +194,7 @@ class Trainer:
         dry_run = DryRun(self.loss, self.optimizer, self.config.model, self.precision, self.ranks)
         problem = ""
         try:
-            peak = check_memory(dry_run, self.data, self.ranks.world_size, self.options.accumulation)
+            peak = check_memory(dry_run, self.data, self.ranks.world_size, self.options.accum_grad)
         except DoesNotFit as error:
             problem = str(error)
         else:
@@ -259,11 +263,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.inside_step = False
         for part in self.mine:
-            self.watch.come_to("loading", epoch, number)
+            self.watch.report("loading", epoch, number)
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            self.watch.come_to("computing")
+            self.watch.report("computing")
             parts.append(batch)
             self.bad_data.name_faults(batch)
             self.inside_step = True
@@ -353,15 +357,15 @@ class Trainer:
 
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self.watch.come_to("validating")
+            self.watch.report("validating")
             yield batch
-        self.watch.come_to("waiting")
+        self.watch.report("waiting")
 
     def _end_epoch(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
         p = self.progress
         self.progress = Progress(p.epoch + 1, 0, p.step, p.seconds + seconds, p.skipped_in_a_row)
         if self.ranks.is_main:
-            self.watch.come_to("saving")
+            self.watch.report("saving")
             # the log first: a run that goes on replaces its lines, but would not write a missing one
             self._record(totals, dev, seconds)
             keep_epochs = self.config.training.average_epochs
@@ -379,7 +383,7 @@ class Trainer:
     def _save_step(self) -> None:
         """Save the state inside the epoch; between steps alone."""
         if self.ranks.is_main:
-            self.watch.come_to("saving")
+            self.watch.report("saving")
             save_step(self.options.exp_dir, self.progress.epoch + 1, self.progress.step, self._contents())
         self.saved_at = time.monotonic()
 
@@ -398,7 +402,7 @@ class Trainer:
             "progress": vars(self.progress),
             "seed": self.options.seed,
             "world_size": self.ranks.world_size,
-            "accumulation": self.options.accumulation,
+            "accum_grad": self.options.accum_grad,
             "precision": self.precision.name,
             "device": device_name(self.ranks.device),
         }
@@ -537,7 +541,7 @@ class Trainer:
             self.data.steps_per_epoch,
             self.config.data.max_duration,
             self.ranks.world_size,
-            self.options.accumulation,
+            self.options.accum_grad,
             self.precision.name,
             device_name(self.ranks.device),
             f"; going on after epoch {self.progress.epoch}, step {self.progress.step}" if self.progress.step else "",

@@ -24,6 +24,7 @@ import torch
 from splitformer.config import ModelConfig
 from splitformer.data.plan import EpochPlan, filled, plan_epoch
 from splitformer.data.training import TrainingData
+from splitformer.errors import UserError
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.conformer import statistics_of_one_rank
 from splitformer.training.distributed import Ranks
@@ -41,7 +42,7 @@ LAST_STEP = 2**31
 GIB = 2**30
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(UserError):
     """The largest batches take more memory than there is; the message says what would fit."""
 
 
@@ -72,7 +73,7 @@ class Peak:
         return f"dry run on the largest batches ({tried}): peak memory {memory}"
 
 
-def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accumulation: int) -> Peak:
+def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accum_grad: int) -> Peak:
     """Try the largest batches of the first epoch.
 
     Raises:
@@ -82,22 +83,22 @@ def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accumulat
     durations, tokens, longest = data.index.durations, data.index.tokens, float(data.index.durations.max())
     configured = data.data.max_duration
 
-    def try_out(max_duration: float, accumulation: int, spare: float = 0.0) -> Peak:
+    def try_out(max_duration: float, accum_grad: int, spare: float = 0.0) -> Peak:
         plan = plan_epoch(durations, max_duration, data.num_buckets, data.seed, epoch=1)
-        return dry_run.peak(pessimistic_shapes(plan, durations, tokens, world_size * accumulation), spare)
+        return dry_run.peak(pessimistic_shapes(plan, durations, tokens, world_size * accum_grad), spare)
 
-    def fits(max_duration: float, accumulation: int) -> bool:
+    def fits(max_duration: float, accum_grad: int) -> bool:
         try:
-            try_out(max_duration, accumulation, SPARE)
+            try_out(max_duration, accum_grad, SPARE)
         except DoesNotFit:
             return False
         return True
 
     try:
-        return try_out(configured, accumulation)
+        return try_out(configured, accum_grad)
     except DoesNotFit as error:
         reason = str(error)
-    if not fits(longest, accumulation):
+    if not fits(longest, accum_grad):
         raise DoesNotFit(
             f"{reason}; nor does a batch of the longest utterance alone, {longest:.1f} s: lower "
             "data.max_utterance_seconds, or take a smaller model"
@@ -105,12 +106,12 @@ def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accumulat
     low, high = longest, min(configured, longest * len(durations))
     for _ in range(TRIALS):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if fits(middle, accumulation) else (low, middle)
-    more = 2 * accumulation
+        low, high = (middle, high) if fits(middle, accum_grad) else (low, middle)
+    more = 2 * accum_grad
     while more < MOST_PARTS and not fits(configured, more):
         more *= 2
     raise DoesNotFit(
-        f"{reason}. --accumulation {more} makes it fit with the same batches; without, the largest "
+        f"{reason}. --accum-grad {more} makes it fit with the same batches; without, the largest "
         f"data.max_duration that fits is {math.floor(low)}"
     )
 
@@ -187,7 +188,7 @@ class DryRun:
         _reset_peak(device)
         to_come = torch.empty(self.still_to_come if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         try:
-            with statistics_of_one_rank(), self.precision.autocast():
+            with statistics_of_one_rank(self.loss), self.precision.autocast():
                 loss = self.loss(
                     torch.randn(n, shape.frames, self.config.num_mel_bins, device=device),
                     torch.full((n,), shape.frames, device=device),

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitformer.errors import UserError
+
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SMALLEST_SCALE = 2.0**-8
 """A loss scale below this means that gradients overflow whatever the scale: the model diverges."""
 
 
-class PrecisionError(ValueError):
+class PrecisionError(UserError):
     """A number format that the device lacks, or in which training has failed."""
 
 

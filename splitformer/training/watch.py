@@ -65,7 +65,7 @@ class Watch:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
 
-    def come_to(self, doing: str, epoch: int | None = None, batch: int | None = None) -> None:
+    def report(self, doing: str, epoch: int | None = None, batch: int | None = None) -> None:
         """The main thread has come further."""
         if epoch is not None and batch is not None:
             self.state.place = [epoch, batch]

@@ -14,8 +14,8 @@ from splitformer.decoding.ctc import Beam, one_best
 from splitformer.decoding.graphs import compile_hlg
 from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.lang import read_symbols
-from splitformer.decoding.nbest import NO_PATH_DOUBT, one_best_with_doubt
-from splitformer.decoding.prefix_beam import prefix_beam_doubt, prefix_beam_search
+from splitformer.decoding.nbest import NO_PATH_UNCERTAINTY, one_best_with_uncertainty
+from splitformer.decoding.prefix_beam import prefix_beam_search, prefix_beam_uncertainty
 from tests.k2.enumeration import (
     SPELLINGS,
     TEXT,
@@ -84,7 +84,7 @@ def test_lattice_doubt_equals_enumeration(hlg, words, model, hlg_scale, blank_pe
         # enumeration leaves out two symbols; the lexicon has no words with them
         log_probs[..., 1:3] -= 30.0
         batch = (log_probs, torch.tensor([FRAMES]), hlg, words)
-        [found], fallbacks, doubt = one_best_with_doubt(*batch, num_paths=20000, nbest_scale=0.1, **weights)
+        [found], fallbacks, doubt = one_best_with_uncertainty(*batch, num_paths=20000, nbest_scale=0.1, **weights)
         expected = enumerated_doubt(log_probs[0], model, hlg_scale, blank_penalty)
         assert doubt.tolist() == pytest.approx([expected], abs=2e-3)
         doubts.append(expected)
@@ -93,7 +93,7 @@ def test_lattice_doubt_equals_enumeration(hlg, words, model, hlg_scale, blank_pe
         assert (found.words, found.tokens, found.timestamps) == (best.words, best.tokens, best.timestamps)
         assert found.score == pytest.approx(best.score, abs=1e-3)
         # a short list, as is used, sees fewer competitors and the best ones among them
-        *_, short = one_best_with_doubt(*batch, **weights)
+        *_, short = one_best_with_uncertainty(*batch, **weights)
         assert 0.0 <= short.item() <= expected + 1e-3
     assert max(doubts) > 1.5 * min(doubts) > 0.0
 
@@ -102,7 +102,7 @@ def test_without_a_competitor_there_is_no_doubt(hlg, words):
     log_probs = torch.full((1, FRAMES, len(TOKENS)), -math.inf)
     for frame, symbol in enumerate((0, 4, 4, 0, 0)):
         log_probs[0, frame, symbol] = 0.0
-    [found], fallbacks, doubt = one_best_with_doubt(log_probs, torch.tensor([FRAMES]), hlg, words)
+    [found], fallbacks, doubt = one_best_with_uncertainty(log_probs, torch.tensor([FRAMES]), hlg, words)
     assert found.words == ["B"] and fallbacks == [] and doubt.tolist() == [0.0]
 
 
@@ -112,7 +112,7 @@ def test_the_best_words_count_where_none_of_the_paths_drawn_has_them(hlg, words)
     for seed in range(20):
         log_probs, lengths = random_log_probs(7, len(TOKENS), seed, 1.0), torch.tensor([7])
         options = {"beam": ALL, "num_paths": 1, "nbest_scale": 0.1}
-        [found], _, doubt = one_best_with_doubt(log_probs, lengths, hlg, words, **options)
+        [found], _, doubt = one_best_with_uncertainty(log_probs, lengths, hlg, words, **options)
         [best], _ = one_best(log_probs, lengths, hlg, words, beam=ALL)
         assert found.words == best.words
         assert 0.0 <= doubt.item() < math.log(2)  # of two, the better
@@ -127,12 +127,12 @@ def test_a_batch_of_lattices_equals_single_ones(hlg, words):
         log_probs[utterance, length:] = math.nan  # ignored, whatever stands there
     before = hlg.scores.clone()
     options = {"num_paths": 30, "hlg_scale": 0.7, "blank_penalty": 0.3}
-    together, fallbacks, doubts = one_best_with_doubt(log_probs, lengths, hlg, words, **options)
+    together, fallbacks, doubts = one_best_with_uncertainty(log_probs, lengths, hlg, words, **options)
     best, _ = one_best(log_probs, lengths, hlg, words, hlg_scale=0.7, blank_penalty=0.3)
     assert fallbacks == [] and doubts.shape == (5,)
     for i, length in enumerate(lengths.tolist()):
         one = slice(i, i + 1)
-        [alone], _, doubt = one_best_with_doubt(log_probs[one, :length], lengths[one], hlg, words, **options)
+        [alone], _, doubt = one_best_with_uncertainty(log_probs[one, :length], lengths[one], hlg, words, **options)
         assert doubts[i].item() == pytest.approx(doubt.item(), abs=1e-4)
         for other in (together[i], best[i]):
             assert (alone.words, alone.tokens, alone.timestamps) == (other.words, other.tokens, other.timestamps)
@@ -140,9 +140,9 @@ def test_a_batch_of_lattices_equals_single_ones(hlg, words):
     assert doubts[2] == 0.0 and together[2].words is None and (doubts[:2] > 0.1).all()
     assert torch.equal(hlg.scores, before) and not hasattr(hlg, "lm_scores")
     with pytest.raises(ValueError, match="log_probs hold NaN"):
-        one_best_with_doubt(log_probs, lengths + torch.tensor([0, 0, 0, 1, 0]), hlg, words)
+        one_best_with_uncertainty(log_probs, lengths + torch.tensor([0, 0, 0, 1, 0]), hlg, words)
     # none has a frame
-    *_, doubts = one_best_with_doubt(log_probs, torch.zeros_like(lengths), hlg, words)
+    *_, doubts = one_best_with_uncertainty(log_probs, torch.zeros_like(lengths), hlg, words)
     assert doubts.tolist() == [0.0] * 5
 
 
@@ -156,11 +156,11 @@ def test_an_empty_lattice_is_as_doubtful_as_can_be(lang_dir, words, tmp_path):
     log_probs[..., 0] -= 30  # rather no blank
     lengths = torch.tensor([2, 6, 0, 1])
     tight = Beam(search_beam=1.0, output_beam=1.0, min_active_states=0, max_active_states=2)
-    found, fallbacks, doubts = one_best_with_doubt(log_probs, lengths, hlg, words, beam=tight)
+    found, fallbacks, doubts = one_best_with_uncertainty(log_probs, lengths, hlg, words, beam=tight)
     greedy = ctc_greedy_search(log_probs, lengths)
     assert {0, 3} <= set(fallbacks) and 2 not in fallbacks
     for i in range(4):
-        assert (doubts[i] == NO_PATH_DOUBT) == (i in fallbacks)
+        assert (doubts[i] == NO_PATH_UNCERTAINTY) == (i in fallbacks)
         if i in {*fallbacks, 2}:
             assert found[i] == greedy[i]
     assert doubts[2] == 0.0
@@ -173,13 +173,13 @@ def test_a_wide_beam_s_doubt_equals_enumeration(sharpness):
     log_probs += sharpness * torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1))
     log_probs = log_probs.log_softmax(dim=2)
     lengths = torch.tensor([5, 5, 4, 3, 1, 0])
-    doubts = prefix_beam_doubt(log_probs, lengths, beam_size=400)
+    doubts = prefix_beam_uncertainty(log_probs, lengths, beam_size=400)
     for utterance, length in enumerate(lengths.tolist()):
         totals = [entry[0] for entry in enumerated(log_probs[utterance, :length]).values()]
         assert doubts[utterance].item() == pytest.approx(-max(totals), abs=1e-5)  # all of them sum to 1
     assert doubts[5] == 0.0 < doubts[0]
     # of the beam that is searched the doubt is less, and the more prefixes it holds, the more is known to compete
-    narrow = [prefix_beam_doubt(log_probs, lengths, size) for size in (1, 2, 8)]
+    narrow = [prefix_beam_uncertainty(log_probs, lengths, size) for size in (1, 2, 8)]
     assert narrow[0].abs().max() == 0.0 and (narrow[2] <= doubts + 1e-6).all()
     assert narrow[1].sum() < narrow[2].sum() < doubts.sum()
 
@@ -189,12 +189,12 @@ def test_a_batch_of_beams_equals_single_ones():
     lengths = torch.tensor([16, 1, 0, 9, 17, 5])
     for utterance, length in enumerate(lengths.tolist()):
         log_probs[utterance, length:] = math.nan  # ignored, whatever stands there
-    doubts = prefix_beam_doubt(log_probs, lengths, 4)
+    doubts = prefix_beam_uncertainty(log_probs, lengths, 4)
     for utterance, length in enumerate(lengths.tolist()):
-        alone = prefix_beam_doubt(log_probs[utterance : utterance + 1, :length], torch.tensor([length]), 4)
+        alone = prefix_beam_uncertainty(log_probs[utterance : utterance + 1, :length], torch.tensor([length]), 4)
         assert doubts[utterance].item() == pytest.approx(alone.item(), abs=1e-6)
     assert doubts[2] == 0.0 and (doubts[torch.tensor([0, 3, 4])] > 0.1).all()
-    assert prefix_beam_doubt(log_probs[:0], lengths[:0]).tolist() == []
+    assert prefix_beam_uncertainty(log_probs[:0], lengths[:0]).tolist() == []
 
 
 def test_certain_log_probs_leave_a_beam_no_doubt():
@@ -203,7 +203,7 @@ def test_certain_log_probs_leave_a_beam_no_doubt():
     log_probs[0, range(len(path)), path] = 0.0
     log_probs[1] = log_probs[0].clamp(min=-200.0)
     lengths = torch.tensor([6, 6])
-    assert prefix_beam_doubt(log_probs, lengths).tolist() == [0.0, 0.0]
+    assert prefix_beam_uncertainty(log_probs, lengths).tolist() == [0.0, 0.0]
     assert [found.tokens for found in prefix_beam_search(log_probs, lengths)] == [[3, 3, 1]] * 2
     with pytest.raises(ValueError, match="log_probs hold NaN"):
-        prefix_beam_doubt(log_probs * math.nan, lengths)
+        prefix_beam_uncertainty(log_probs * math.nan, lengths)

@@ -324,8 +324,8 @@ def test_sets_that_overlap_are_refused(folder, experiment, calibrate, run, tmp_p
         (["--method", "modified_beam_search"], ["--method modified_beam_search", "choose among"]),
         (["--method", "nbest"], ["no record of nbest on dev at layers 1, 2, 3, 4", "--methods nbest --tune-set dev"]),
         (["--decode-dir", "none"], ["none has no record of dev", "bin/decode --tune-set dev"]),
-        (["--max-layer", "7"], ["no exit after layer 7", "choose among 1, 2, 3, 4"]),
-        (["--max-layer", "1", "--method", "1best"], ["one exit", "nothing to choose"]),
+        (["--exit", "7"], ["no exit after layer 7", "choose among 1, 2, 3, 4"]),
+        (["--exit", "1", "--method", "1best"], ["one exit", "nothing to choose"]),
     ],
 )
 def test_calibration_names_what_is_wrong(experiment, calibrate, tmp_path, flags, messages):
@@ -368,8 +368,8 @@ def test_decoding_refuses_a_policy_of_something_else(folder, experiment, decode,
     CutSet.from_cuts([cuts[0].with_id("another")]).to_file(folder / "same_speaker_cuts.jsonl.gz")
     for arguments, options, messages in (
         ([], {"checkpoint": f"exp/small-seed7/epoch-{EPOCHS}.pt"}, ["was fitted for checkpoint", "bin/calibrate"]),
-        (["--max-layer", 3], {}, ["exits after layers 1, 2, 3, 4", "has exits after 1, 2, 3", "bin/calibrate"]),
-        (["--max-layer", 5], {}, ["no exit after layer 5", "choose among 1, 2, 3, 4"]),
+        (["--exit", 3], {}, ["exits after layers 1, 2, 3, 4", "has exits after 1, 2, 3", "bin/calibrate"]),
+        (["--exit", 5], {}, ["no exit after layer 5", "choose among 1, 2, 3, 4"]),
         (["--methods", "1best"], {}, ["--methods 1best", "was fitted with greedy_search", "leave --methods out"]),
         (["--tune-set", "test"], {}, ["--tune-set", "leave the options out"]),
         (["--hlg-scales", 1, "--hot-words", tmp_path / "hot"], {}, ["--hot-words, --hlg-scales", "leave the options"]),
@@ -378,7 +378,7 @@ def test_decoding_refuses_a_policy_of_something_else(folder, experiment, decode,
     ):
         status, told = decode("--exit-policy", policy, *arguments, out=out, **options)
         assert status == 1 and all(message in told for message in messages), told
-        assert "some.json" in told or "--max-layer" in str(arguments)
+        assert "some.json" in told or "--exit" in str(arguments)
     whole = policy.read_text()
     for damaged in (whole[:100], "", "[]", whole.replace('"threshold"', '"guess"'), whole.replace('"method"', '"m"')):
         policy.write_text(damaged)
@@ -395,7 +395,7 @@ def test_decoding_refuses_a_policy_of_something_else(folder, experiment, decode,
 def test_a_model_up_to_a_layer_gives_the_records_of_that_layer(experiment, decode, tmp_path, caplog):
     caplog.set_level("INFO")
     weights = ("--hlg-scales", 0.5, 1.0, "--blank-penalties", 0, 1, "--tune-set", "dev", "--methods", *METHODS)
-    status, told = decode("--max-layer", 2, *weights, sets=("dev", "test"), out=tmp_path)
+    status, told = decode("--exit", 2, *weights, sets=("dev", "test"), out=tmp_path)
     assert status == 0, told
     whole = {path.name: DecodeRecord.load(path) for path in (experiment / "decode").glob("*.json")}
     small = {path.name: DecodeRecord.load(path) for path in tmp_path.glob("*.json")}
@@ -406,7 +406,7 @@ def test_a_model_up_to_a_layer_gives_the_records_of_that_layer(experiment, decod
         assert record.num_layers == 2
         recogs = f"recogs-{name[: -len('.json')]}.txt"
         assert (tmp_path / recogs).read_text() == (experiment / "decode" / recogs).read_text()
-    model, *_ = load_for_decoding(experiment / "averaged.pt", experiment.parents[1] / "lang_char", CPU, max_layer=2)
+    model, *_ = load_for_decoding(experiment / "averaged.pt", experiment.parents[1] / "lang_char", CPU, exit_layer=2)
     held = [*model.parameters(), *model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in held) / 1e6
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -415,12 +415,12 @@ def test_a_model_up_to_a_layer_gives_the_records_of_that_layer(experiment, decod
 
 def test_a_policy_of_a_model_up_to_a_layer(experiment, calibrate, decode, tmp_path):
     policy = tmp_path / "policy.json"
-    status, told = calibrate("--max-layer", 3, "--target-layers", 2, "--policy", "budget", "--output", policy)
+    status, told = calibrate("--exit", 3, "--target-layers", 2, "--policy", "budget", "--output", policy)
     assert status == 0, told
     assert FittedPolicy.load(policy).exit_layers == (1, 2, 3)
     status, told = decode("--exit-policy", policy, out=tmp_path / "out")
     assert status == 1 and "has exits after 1, 2, 3, 4" in told
-    status, told = decode("--exit-policy", policy, "--max-layer", 3, out=tmp_path)
+    status, told = decode("--exit-policy", policy, "--exit", 3, out=tmp_path)
     assert status == 0, told
     assert set(EarlyExitRecord.load(tmp_path / "test-budget.json").exits) == {1, 2, 3}
 
@@ -489,7 +489,7 @@ def test_an_exit_that_gives_nan_is_passed(experiment, broken, decode, tmp_path):
 def test_an_exit_that_gives_nan_cannot_be_calibrated(broken, calibrate, tmp_path):
     flags = ("--method", "greedy_search", "--output", tmp_path / "policy.json")
     status, told = calibrate(*flags, checkpoint="exp/broken-seed7/averaged.pt")
-    assert status == 1 and "the exit after layer 2 gives NaN for dev-000" in told and "--max-layer" in told, told
+    assert status == 1 and "the exit after layer 2 gives NaN for dev-000" in told and "--exit" in told, told
     assert not list(tmp_path.iterdir())
 
 

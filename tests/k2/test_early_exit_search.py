@@ -131,7 +131,7 @@ def measured(model, batch, method):
 
     def nbest(rows, exit_output, log_probs):
         options = OPTIONS.get(method.name, {}).get(exit_output.layer, method.default)
-        return method.run_with_doubt(exit_view(model, exit_output, log_probs), options)[-1]
+        return method.run_with_uncertainty(exit_view(model, exit_output, log_probs), options)[-1]
 
     meter = Meter(len(LENGTHS), set(STATISTICS) - {"elapsed"}, nbest)
     with torch.no_grad():
@@ -247,11 +247,11 @@ def counting(method):
         runs.append(len(view.lengths))
         return method.run(view, options)
 
-    def lattice_doubt(view, options):
+    def lattice_uncertainty(view, options):
         doubts.append(len(view.lengths))
-        return method.lattice_doubt(view, options)
+        return method.lattice_uncertainty(view, options)
 
-    return replace(method, run=run, lattice_doubt=lattice_doubt), runs, doubts
+    return replace(method, run=run, lattice_uncertainty=lattice_uncertainty), runs, doubts
 
 
 @pytest.mark.parametrize("name", [*SPLITTING, "fixed", "deadline"])

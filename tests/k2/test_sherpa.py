@@ -71,7 +71,7 @@ def exported(tmp_path_factory):
     tokenizer = Tokenizer(make_lang_dir(folder, texts))
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
-        feature_norm="utterance",
+        cmvn="utterance",
         d_model=48,
         num_heads=4,
         feedforward_dim=96,

@@ -31,7 +31,7 @@ def model() -> AsrModel:
     torch.manual_seed(3)
     config = ModelConfig(
         vocab_size=len(TOKENS), d_model=32, num_heads=2, feedforward_dim=64, conv_kernel=7, num_layers=3,
-        exit_layers=(1, 2, 3), parallel_exits=(), feature_norm="utterance",
+        exit_layers=(1, 2, 3), parallel_exits=(), cmvn="utterance",
     )  # fmt: skip
     model = AsrModel(config).eval()
     for head in model.ctc_heads.values():
@@ -43,7 +43,7 @@ def model() -> AsrModel:
 def checkpoint(model, tmp_path_factory) -> Path:
     shape = {
         "vocab_size": len(TOKENS), "d_model": 32, "num_heads": 2, "feedforward_dim": 64, "conv_kernel": 7,
-        "num_layers": 3, "exit_layers": (1, 2, 3), "parallel_exits": (), "feature_norm": "utterance",
+        "num_layers": 3, "exit_layers": (1, 2, 3), "parallel_exits": (), "cmvn": "utterance",
     }  # fmt: skip
     path = tmp_path_factory.mktemp("exp") / "averaged.pt"
     contents = {"model": model.state_dict(), "config": Config(model=ModelConfig(**shape)).to_dict(), "tokens": TOKENS}

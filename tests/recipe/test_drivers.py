@@ -205,7 +205,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
     assert [cut.duration for cut in read_cuts(data / "fbank/musan_cuts.jsonl.gz")] == [10.0]  # 2 s are too short
 
     # run.sh hands them to training
-    circumstances = ["--num-workers", 2, "--accumulation", 2, "--precision", "fp32"]
+    circumstances = ["--num-workers", 2, "--accum-grad", 2, "--precision", "fp32"]
     for flags in (["--on-the-fly", "--speed-perturb", "true", *circumstances], ["--shar", "numpy"]):
         exp_dir = tmp_path / flags[0].strip("-")
         options = [*flags, *SMALL, "--set", "augment.noise_p=0.5", "--exp-dir", exp_dir]
@@ -215,7 +215,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         assert record.unreadable_cuts == 0 and record.train_loss > 0
         assert f"training data: {36 if 'on-the-fly' in exp_dir.name else 12} utterances" in result.stderr
         assert (exp_dir / "train-cuts-noise/cuts.jsonl").is_file()
-        assert (" x 2 part(s), fp32" in result.stderr) == ("--accumulation" in flags)
+        assert (" x 2 part(s), fp32" in result.stderr) == ("--accum-grad" in flags)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         (["--musan-dir", "nowhere"], "--musan-dir: there is no folder"),
         (["--shar", "zip"], "--shar is 'zip'; choose one of: numpy lilcom"),
         (["--precision", "fp8"], "--precision is 'fp8'; choose one of: auto bf16 fp16 fp32"),
-        (["--accumulation", "0"], "--accumulation is '0'; it takes a whole number from 1 up"),
+        (["--accum-grad", "0"], "--accum-grad is '0'; it takes a whole number from 1 up"),
         (["--shar", "numpy", "--on-the-fly"], "leave one of them out"),
     ],
 )

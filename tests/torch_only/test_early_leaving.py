@@ -14,6 +14,7 @@ import torch
 
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_model, save_checkpoint
 from splitformer.config import Config, LossConfig, ModelConfig
+from splitformer.early_exit.running import exit_early
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.conformer import ConformerLayer
 from splitformer.model.subsampling import subsampled_lengths
@@ -42,7 +43,7 @@ VARIANTS = {
         parallel_gate=True,
         subsampling="conv2d",
         subsampling_channels=4,
-        feature_norm="utterance",
+        cmvn="utterance",
     ),
     "transducer": dataclasses.replace(CTC, heads=("transducer",)),
 }
@@ -161,7 +162,7 @@ def run(model, x, x_lens, wishes):
         asked[exit_output.layer] = rows.tolist()
         return torch.tensor([(row, exit_output.layer) in wishes for row in rows.tolist()])
 
-    for leaving in model.leave_early(x, x_lens, stops):
+    for leaving in exit_early(model, x, x_lens, stops):
         for place, row in enumerate(leaving.rows.tolist()):
             assert row not in found, f"utterance {row} leaves twice"
             lengths = leaving.exit_output.lengths
@@ -243,7 +244,7 @@ def test_without_a_single_frame_nobody_is_asked_and_one_block_runs(config):
         range(3), (first, 0)
     )
     assert calls == expected_calls(config, [0, 6, 5], [first] * 3)
-    assert list(model.leave_early(x[:0], x_lens[:0], None)) == []
+    assert list(exit_early(model, x[:0], x_lens[:0], None)) == []
 
 
 def test_an_empty_utterance_leaves_a_model_of_one_exit():
@@ -377,7 +378,7 @@ def test_a_model_loaded_up_to_an_exit_is_the_full_one_there(tmp_path, config):
     x, x_lens = make_batch(FRAMES)
     outputs = list(full.encoder(x, x_lens))
     for kept, layer in enumerate(config.exit_layers, 1):
-        model, loaded, contents = load_model(path, max_layer=layer)
+        model, loaded, contents = load_model(path, exit_layer=layer)
         assert not model.training
         assert loaded.model.exit_layers == model.encoder.exit_layers == config.exit_layers[:kept]
         ended = list(model.encoder(x, x_lens))
@@ -409,7 +410,7 @@ def test_where_there_is_no_exit_none_can_be_last(tmp_path):
     _, path = save(tmp_path / "model.pt", CTC)
     for layer in (0, 3, 7):
         with pytest.raises(CheckpointError, match=rf"no exit after layer {layer}; choose among 1, 2, 4, 6"):
-            load_model(path, max_layer=layer)
+            load_model(path, exit_layer=layer)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_where_there_is_no_exit_none_can_be_last(tmp_path):
 )
 def test_exit_weights_of_the_exits_that_are_left(tmp_path, weights, kept):
     _, path = save(tmp_path / "model.pt", CTC, LossConfig(exit_weights=weights))
-    model, config, _ = load_model(path, max_layer=2)
+    model, config, _ = load_model(path, exit_layer=2)
     loss = MultiExitLoss(model, config.loss)
     assert loss.exit_weights.tolist() == pytest.approx(list(kept))
     x, x_lens = make_batch([40, 60])

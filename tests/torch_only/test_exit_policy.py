@@ -29,12 +29,12 @@ from splitformer.early_exit.statistics import (
     edit_distance,
     mean_entropy,
     mean_entropy_non_blank,
-    mean_posterior_doubt,
+    mean_posterior_uncertainty,
 )
 from splitformer.model.encoder import ExitOutput
 
 NAN = math.nan
-MEANS = (mean_entropy, mean_entropy_non_blank, mean_posterior_doubt)
+MEANS = (mean_entropy, mean_entropy_non_blank, mean_posterior_uncertainty)
 
 
 def random_log_probs(batch: int, frames: int, vocab_size: int = 6, seed: int = 0) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_disagreement_of_the_same_and_of_all_else():
 
 def plain(statistic, frames: list[list[float]]) -> float:
     """The statistic of one utterance's frames of log-probabilities, by a loop."""
-    if statistic is mean_posterior_doubt:
+    if statistic is mean_posterior_uncertainty:
         values = [1.0 - math.exp(max(frame)) for frame in frames]
     else:
         values = [-sum(math.exp(p) * p for p in frame if p > -math.inf) for frame in frames]
@@ -137,7 +137,7 @@ def test_a_surer_distribution_has_less_doubt_up_to_even_ones(statistic):
     lengths = torch.tensor([6])
     doubts = [statistic((x * random_log_probs(1, 6)).log_softmax(dim=2), lengths).item() for x in (8, 4, 2, 1, 0)]
     assert doubts == sorted(doubts) and doubts[0] < doubts[-1]
-    assert doubts[-1] == pytest.approx(1 - 1 / 6 if statistic is mean_posterior_doubt else math.log(6), abs=1e-5)
+    assert doubts[-1] == pytest.approx(1 - 1 / 6 if statistic is mean_posterior_uncertainty else math.log(6), abs=1e-5)
 
 
 # ---- the meter
@@ -182,7 +182,7 @@ def test_history_follows_its_utterances():
         now = {
             "entropy": mean_entropy(log_probs, here),
             "entropy_non_blank": mean_entropy_non_blank(log_probs, here),
-            "posterior": mean_posterior_doubt(log_probs, here),
+            "posterior": mean_posterior_uncertainty(log_probs, here),
             "nbest_posterior": 1000.0 * (number + 1) + index,
             "disagreement": disagreed,
             "frames": here,

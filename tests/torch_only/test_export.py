@@ -21,6 +21,7 @@ from splitformer.config import Config, ModelConfig
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
 from splitformer.early_exit.policies import FittedPolicy, Fixed, Learned, Patience, Threshold
+from splitformer.early_exit.running import exit_early
 from splitformer.early_exit.statistics import Meter
 from splitformer.export.check import (
     TOLERANCE,
@@ -63,7 +64,7 @@ BOTH = dataclasses.replace(
     parallel_gate=True,
     subsampling="conv2d",
     subsampling_channels=4,
-    feature_norm="utterance",
+    cmvn="utterance",
 )
 VARIANTS = {"ctc": CTC, "baseline": dataclasses.replace(CTC, parallel_exits=()), "both": BOTH}
 FEATURES = random_features(20)
@@ -99,7 +100,7 @@ def test_onnx_of_every_exit_computes_what_the_whole_model_does(name, tmp_path):
     checkpoint = save(tmp_path / "averaged.pt", whole, VARIANTS[name])
     sizes = []
     for layer in CTC.exit_layers:
-        model = load_model(checkpoint, max_layer=layer)[0]
+        model = load_model(checkpoint, exit_layer=layer)[0]
         for head in model.heads:
             paths = write(tmp_path, head_parts(model, head))
             assert [path.name.partition("-exit-")[2] for path in paths] == [f"{layer:02d}.onnx"] * len(paths)
@@ -113,7 +114,7 @@ def test_onnx_of_every_exit_computes_what_the_whole_model_does(name, tmp_path):
             if layer == 4:
                 assert any((node.op_type == "Softmax") for node in onnx.load(paths[0]).graph.node)
     # what is above is not there: as many bytes as the layers between have, to a tenth (names and constants)
-    layers = {layer: sum(p.numel() for p in load_model(checkpoint, max_layer=layer)[0].encoder.parameters())
+    layers = {layer: sum(p.numel() for p in load_model(checkpoint, exit_layer=layer)[0].encoder.parameters())
               for layer in CTC.exit_layers}  # fmt: skip
     for (low, high), (small, large) in zip([(1, 2), (2, 4), (4, 6)], itertools.pairwise(sizes)):
         assert large - small > 0.9 * 4 * (layers[high] - layers[low])
@@ -223,7 +224,7 @@ def test_torchscript_runs_without_this_code(tmp_path):
 
 def test_safetensors_bring_back_the_model(tmp_path):
     checkpoint = save(tmp_path / "averaged.pt", build(BOTH), BOTH)
-    model, config, contents = load_model(checkpoint, max_layer=2)
+    model, config, contents = load_model(checkpoint, exit_layer=2)
     path = tmp_path / "model.safetensors"
     write_safetensors(model, config, contents["tokens"], path, {"exit_layer": "2"})
     again, its_config, metadata = load_safetensors(path)
@@ -238,8 +239,8 @@ def test_safetensors_bring_back_the_model(tmp_path):
         load_safetensors(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("max_layer", [None, 2])
-def test_a_checkpoint_of_another_version_is_named(max_layer, tmp_path):
+@pytest.mark.parametrize("exit_layer", [None, 2])
+def test_a_checkpoint_of_another_version_is_named(exit_layer, tmp_path):
     state = build(CTC).state_dict()
     lacking = {("renamed." + name if "layers.0." in name else name): tensor for name, tensor in state.items()}
     smaller = {name: tensor[:-1] if name == "ctc_heads.2.bias" else tensor for name, tensor in state.items()}
@@ -247,7 +248,7 @@ def test_a_checkpoint_of_another_version_is_named(max_layer, tmp_path):
         path = tmp_path / "old.pt"
         save_checkpoint(path, {"model": wrong, "config": Config(model=CTC).to_dict()})
         with pytest.raises(CheckpointError, match=f"old.pt is a checkpoint of another version .*{what}"):
-            load_model(path, max_layer=max_layer)
+            load_model(path, exit_layer=exit_layer)
 
 
 def test_differences_are_seen():
@@ -415,7 +416,7 @@ def test_stages_stop_where_the_policy_stops_torch(policy, leaves_at, system, run
         features = Fbank().extract(tone_speech(text, rng).astype(np.float32), RATE)
         meter = Meter(1, policy.needs, exit_layers=config.model.exit_layers)
         with torch.no_grad():
-            (leaving,) = model.leave_early(
+            (leaving,) = exit_early(model,
                 torch.from_numpy(features)[None],
                 torch.tensor([len(features)]),
                 lambda rows, exit_output, log_probs, meter=meter: policy.stops(

@@ -28,7 +28,7 @@ def make_checkpoint(path: Path, tokens: list[str] = TOKENS, **model: object) -> 
     torch.manual_seed(1)
     config = config_of(tokens, **model)
     state = AsrModel(config.model).state_dict()
-    state["encoder.feature_norm.deviation"] = torch.full((80,), 3.0)
+    state["encoder.cmvn.deviation"] = torch.full((80,), 3.0)
     save_checkpoint(path, {"model": state, "config": config.to_dict(), "tokens": tokens})
     return state
 
@@ -51,7 +51,7 @@ def test_another_vocabulary_keeps_the_encoder_and_makes_new_heads(tmp_path: Path
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("encoder."))
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("heads.1.weight"))
     assert "encoder.layers 1, 2" in told and "new: ctc_heads 1, 2" in told and "vocabulary is another" in told
-    assert float(network.encoder.feature_norm.deviation[0]) == 3.0, "the encoder hears features on its own scale"
+    assert float(network.encoder.cmvn.deviation[0]) == 3.0, "the encoder hears features on its own scale"
 
 
 def test_the_same_vocabulary_takes_all(tmp_path: Path, caplog) -> None:
@@ -94,7 +94,7 @@ def test_frozen_layers_stay_and_a_resumed_run_ends_as_one_without_a_break(corpus
     assert done.returncode == 0, done.stderr
     assert "new: ctc_heads 1, 2" in done.stderr and "frozen: the front end and encoder layers 1 to 1" in done.stderr
     before, after = weights(tmp_path / "a.pt"), weights(tmp_path / "one/epoch-2.pt")
-    frozen = ("encoder.feature_norm", "encoder.subsampling", "encoder.layers.0.", "encoder.parallel.1.")
+    frozen = ("encoder.cmvn", "encoder.subsampling", "encoder.layers.0.", "encoder.parallel.1.")
     for name in before:
         if not name.startswith("ctc_heads"):
             # batch statistics are there, too

@@ -10,9 +10,10 @@ import pytest
 import soundfile
 from lhotse import Recording, SupervisionSegment
 
+from egs.an4.local.manifests import sphinx_pairs
+from egs.an4.local.words import sphinx_words
 from splitformer.corpora.manifests import Skipped, write_split
 from splitformer.corpora.recipes import files_below, recipe_pairs
-from splitformer.corpora.sphinx import sphinx_pairs, sphinx_words
 from splitformer.corpora.validation import validate_split
 from splitformer.data.manifests import ManifestError, Pair, count_items, cuts_from_manifests, read_pairs
 from tests.corpora import write_tedlium

@@ -12,7 +12,7 @@ import torch
 from splitformer.data.plan import plan_epoch
 from splitformer.training import memory
 from splitformer.training.loop import Trainer, TrainingError
-from splitformer.training.memory import GIB, DoesNotFit, DryRun, Shape, check_memory, pessimistic_shapes
+from splitformer.training.memory import DoesNotFit, DryRun, Shape, check_memory, pessimistic_shapes
 from tests.training_runs import ALONE, options, same, small_config, weights
 
 MIB = 2**20
@@ -84,10 +84,10 @@ def test_what_does_not_fit_is_told_with_what_does(trainer, dry_run, monkeypatch)
 
     monkeypatch.setattr(memory, "_available", available)
     monkeypatch.setattr(memory, "TRIALS", 3)
-    with pytest.raises(DoesNotFit, match=r"--accumulation (\d+) makes it fit with the same batches; without, the "
+    with pytest.raises(DoesNotFit, match=r"--accum-grad (\d+) makes it fit with the same batches; without, the "
                                          r"largest data\.max_duration that fits is \d+$") as caught:  # fmt: skip
         check_memory(dry_run, data, 1, 1)
-    told = re.search(r"--accumulation (\d+) .* is (\d+)$", str(caught.value))
+    told = re.search(r"--accum-grad (\d+) .* is (\d+)$", str(caught.value))
     # half the memory would do for two parts; of so small a model, what libraries keep is no small part
     assert 1 < int(told[1]) <= 16 and 4 < int(told[2]) < 145, "of 1.8 s to 80 times as much"
     check_memory(dry_run, data, 1, int(told[1]))
@@ -109,7 +109,7 @@ def test_an_allocation_that_fails_is_told_and_nothing_is_left(corpus, tmp_path, 
     monkeypatch.setattr(trainer.loss, "forward", allocate)
     trainer.data.data = replace(trainer.data.data, max_duration=200.0)
     before = {name: tensor.clone() for name, tensor in trainer.loss.state_dict().items()}
-    with pytest.raises(TrainingError, match=r"batch of 80 x 1.8 s does not fit into.*allocate.*--accumulation 2"):
+    with pytest.raises(TrainingError, match=r"batch of 80 x 1.8 s does not fit into.*allocate.*--accum-grad 2"):
         trainer.train()
     assert same(before, trainer.loss.state_dict())
     assert not list(trainer.options.exp_dir.glob("*.pt")) and not (trainer.options.exp_dir / "training.jsonl").exists()
@@ -119,4 +119,3 @@ def test_another_error_than_memory_is_not_taken_for_it(trainer, dry_run, monkeyp
     monkeypatch.setattr(trainer.loss, "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dry_run.peak([Shape(1, 100, 1)])
-    assert issubclass(TrainingError, RuntimeError) and GIB == 2**30

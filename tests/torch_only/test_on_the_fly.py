@@ -13,7 +13,7 @@ from lhotse import CutSet, Recording, SupervisionSegment
 
 from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
 from splitformer.corpora.manifests import write_split
-from splitformer.data.datamodule import DataError
+from splitformer.data.cut_index import DataError
 from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import ManifestError, read_cuts
 from splitformer.report.records import read_training_log

@@ -163,7 +163,7 @@ def state(rank, place, doing):
 def test_who_is_behind(states, told):
     states = [each.split() for each in states.split(", ")]
     watch = Watch(0, len(states), 1.0)
-    watch.come_to(states[0][0], 2, 7)
+    watch.report(states[0][0], 2, 7)
     now = time.monotonic()
     heard = {rank: (state(rank, [2, int(batch)], doing), now) for rank, (doing, batch) in enumerate(states)}
     verdict = watch._verdict(heard, 61.0)

@@ -119,7 +119,7 @@ def test_no_room_on_the_disk_keeps_the_old_file(tmp_path: Path, repo_root: Path,
     path.write_text("old")
     code = f"""
 import resource, signal
-from splitformer.results import atomic_write
+from splitformer.files import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -164,7 +164,7 @@ def test_command_line_is_what_was_typed(repo_root: Path, tmp_path: Path) -> None
     package = tmp_path / "package"
     package.mkdir()
     (package / "command.py").write_text(
-        "from splitformer.results import command_line\nfrom pathlib import Path\n"
+        "from splitformer.provenance import command_line\nfrom pathlib import Path\n"
         "print(command_line(Path(__file__).parents[1]))\n"
     )
     words = ["--output", str(tmp_path / "egs" / "x"), "a b"]

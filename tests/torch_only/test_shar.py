@@ -9,11 +9,11 @@ import pytest
 import torch
 from lhotse import CutSet
 
+from splitformer.corpora import shar
 from splitformer.corpora.fbank import compute_fbank
 from splitformer.corpora.shar import export_shar
-from splitformer.data import shar
 from splitformer.data.batches import load_cuts
-from splitformer.data.datamodule import DataError
+from splitformer.data.cut_index import DataError
 from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import ManifestError, read_cuts
 from splitformer.data.shar import SharCuts

@@ -19,7 +19,7 @@ import torch
 from lhotse import CutSet
 
 from splitformer.checkpoint import load_checkpoint
-from splitformer.data.datamodule import DataError
+from splitformer.data.cut_index import DataError
 from splitformer.report.records import read_training_log
 from splitformer.training import loop
 from splitformer.training.loop import Trainer, TrainingError
@@ -176,8 +176,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
     config = small_config()
     config = replace(config, model=replace(config.model, dropout=0.0), augment=replace(config.augment, p=0.0))
     gradients = []
-    for accumulation in (1, 3):
-        opts = replace(options(corpus, tmp_path / str(accumulation)), accumulation=accumulation, precision="fp32")
+    for accum_grad in (1, 3):
+        opts = replace(options(corpus, tmp_path / str(accum_grad)), accum_grad=accum_grad, precision="fp32")
         trainer = Trainer(config, opts, ALONE)
         for module in trainer.loss.modules():  # batch statistics are those of the part
             if isinstance(module, torch.nn.BatchNorm1d):
@@ -189,7 +189,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
             step(*a),
         )
         plan = trainer.data.plan(1)
-        trainer._step(1, plan, trainer.data.batches(plan, 1, 0, accumulation, trainer.mine))
+        trainer._step(1, plan, trainer.data.batches(plan, 1, 0, accum_grad, trainer.mine))
         gradients.append(taken[0])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-4)

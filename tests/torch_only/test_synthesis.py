@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from egs.mini.local.synthesise import CorpusSpec, Engine, SpecError, digest, load_spec, plan, resample, synthesise
 from splitformer.corpora.manifests import Skipped
 from splitformer.corpora.recipes import recipe_pairs
-from splitformer.data.synthesis import CorpusSpec, Engine, SpecError, digest, load_spec, plan, resample, synthesise
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = sorted((ROOT / "egs").glob("*/corpus.toml"))

@@ -17,8 +17,9 @@ from splitformer.config import LossConfig, OptimConfig
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model import conformer
 from splitformer.model.asr import AsrModel
-from splitformer.model.conformer import Dropout, MaskedBatchNorm, SelfAttention
-from splitformer.training import fast_cpu as linear
+from splitformer.model.conformer import MaskedBatchNorm, SelfAttention
+from splitformer.training import fast_cpu
+from splitformer.training.fast_cpu import ByteDropout, ConvolutionLinear, speed_up
 from splitformer.training.optimizer import adamw
 from tests.torch_only.test_encoder import SMALL
 
@@ -26,13 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def convolutions(monkeypatch):
-    """Layers of any size train as convolutions; the list has an entry for each one that did."""
-    monkeypatch.setattr(linear, "AS_CONVOLUTION", True)
-    monkeypatch.setattr(linear, "MIN_WEIGHTS", 1)
-    calls, conv2d = [], nn.functional.conv2d
-    monkeypatch.setattr(nn.functional, "conv2d", lambda *args, **kwargs: (calls.append(1), conv2d(*args, **kwargs))[1])
-    return calls
+def slow_mkl(monkeypatch):
+    """Linear layers of any size are taken for ones that MKL computes slowly."""
+    monkeypatch.setattr(fast_cpu, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(fast_cpu, "MIN_WEIGHTS", 1)
 
 
 def gradients(call, *inputs, parameters=None):
@@ -56,10 +54,9 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 170, 48), (700, 48), (1, 1, 48), (2, 3, 5, 48)])
-def test_a_linear_layer_as_a_convolution_equals_it(convolutions, shape, threads):
+def test_a_linear_layer_as_a_convolution_equals_it(shape, threads):
     torch.manual_seed(1)
-    fast = linear.Linear(48, 80).train()
-    plain = nn.Linear(48, 80)
+    fast, plain = ConvolutionLinear(48, 80).train(), nn.Linear(48, 80)
     plain.load_state_dict(fast.state_dict())
     x = torch.randn(shape)
     before = torch.get_num_threads()
@@ -68,23 +65,38 @@ def test_a_linear_layer_as_a_convolution_equals_it(convolutions, shape, threads)
         assert_close(gradients(fast, x), gradients(plain, x))
     finally:
         torch.set_num_threads(before)
-    assert len(convolutions) == 1
     # as in the encoder, where it comes from a transposition
     if x.dim() > 2:
         assert_close([fast(x.transpose(0, 1))], [plain(x.transpose(0, 1))])
 
 
-def test_only_training_in_float32_takes_convolutions(convolutions, monkeypatch):
-    layer, x = linear.Linear(8, 8), torch.randn(4, 8)
-    layer.eval()(x)
+def test_layers_are_replaced_in_place_and_keep_everything_but_their_class(slow_mkl):
+    model = AsrModel(SMALL)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    speed_up(model)
+    kinds = {type(module) for module in model.modules()}
+    assert {ConvolutionLinear, ByteDropout} <= kinds and not {nn.Linear, nn.Dropout} & kinds
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_small_layers_stay(monkeypatch, slow_mkl):
+    monkeypatch.setattr(fast_cpu, "MIN_WEIGHTS", 65)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 9))
+    speed_up(layers)
+    assert [type(layer) for layer in layers] == [nn.Linear, ConvolutionLinear]
+
+
+def test_in_evaluation_and_under_autocast_a_layer_is_torchs_own(slow_mkl):
+    torch.manual_seed(7)
+    fast, x = ConvolutionLinear(64, 96), torch.randn(5, 64)
+    plain = nn.Linear(64, 96)
+    plain.load_state_dict(fast.state_dict())
+    assert torch.equal(fast.eval()(x), plain(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer.train()(x)
-    monkeypatch.setattr(linear, "MIN_WEIGHTS", 65)
-    layer.train()(x)
-    assert convolutions == []
-    monkeypatch.setattr(linear, "MIN_WEIGHTS", 64)
-    layer.train()(x)
-    assert convolutions == [1]
+        assert torch.equal(fast.train()(x), plain(x))
+    dropped = ByteDropout(0.5).eval()
+    assert torch.equal(dropped(x), x)
 
 
 @pytest.mark.parametrize(
@@ -100,34 +112,33 @@ def test_where_mkl_is_slow(monkeypatch, tmp_path, text, slow):
     cpuinfo = tmp_path / "cpuinfo"
     if text is not None:
         cpuinfo.write_text(text)
-    monkeypatch.setattr(linear, "CPUINFO", cpuinfo)
-    assert linear.mkl_is_slow() == (slow and torch.backends.mkl.is_available())
+    monkeypatch.setattr(fast_cpu, "CPUINFO", cpuinfo)
+    assert fast_cpu.mkl_is_slow() == (slow and torch.backends.mkl.is_available())
 
 
-def test_a_steps_loss_and_gradients_are_those_of_plain_layers(convolutions, monkeypatch):
+def test_a_steps_loss_and_gradients_are_those_of_plain_layers(slow_mkl):
     x, x_lens = torch.randn(3, 200, 20), torch.tensor([200, 161, 90])
     y, y_lens = torch.randint(1, 11, (3, 6)), torch.tensor([6, 4, 3])
+    torch.manual_seed(2)
+    loss = MultiExitLoss(AsrModel(dataclasses.replace(SMALL, dropout=0.0)), LossConfig()).train()
 
-    def step(fast):
-        monkeypatch.setattr(linear, "AS_CONVOLUTION", fast)
-        torch.manual_seed(2)  # the same weights, and the same dropout
-        loss = MultiExitLoss(AsrModel(SMALL), LossConfig()).train()
+    def step():
         result = loss(x, x_lens, y, y_lens)
         result.total.backward()
-        return [result.total.detach(), result.per_exit, *(p.grad for p in loss.parameters())], set(loss.state_dict())
+        found = [result.total.detach(), result.per_exit, *(p.grad.clone() for p in loss.parameters())]
+        loss.zero_grad(set_to_none=True)
+        return found
 
-    plain, plain_names = step(False)
-    assert convolutions == []
-    fast, fast_names = step(True)
-    assert len(convolutions) == 6 * 8 + 3
-    assert plain_names == fast_names
-    for a, b in zip(fast, plain, strict=True):
+    plain = step()
+    speed_up(loss)
+    for a, b in zip(step(), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-6)
 
 
-def test_padding_changes_nothing_in_training_either(convolutions):
+def test_padding_changes_nothing_in_training_either(slow_mkl):
     torch.manual_seed(3)
     model = AsrModel(dataclasses.replace(SMALL, dropout=0.0)).train()
+    speed_up(model)
     for module in model.modules():
         if isinstance(module, MaskedBatchNorm):  # its statistics are the batch's, and meant to be
             module.eval()
@@ -140,7 +151,6 @@ def test_padding_changes_nothing_in_training_either(convolutions):
         alone = model(utterance.unsqueeze(0), torch.tensor([len(utterance)]))
         for (_, log_probs), (_, expected) in zip(together, alone, strict=True):
             torch.testing.assert_close(log_probs[i, : expected.size(1)], expected[0], atol=1e-4, rtol=0)
-    assert convolutions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,7 +159,7 @@ def test_dropout_is_a_product_with_the_drawn_factors(p, dtype):
     x = torch.randn(7, 33, 5).to(dtype).requires_grad_()
     grad = torch.randn(7, 33, 5).to(dtype)
     torch.manual_seed(4)
-    out = Dropout(p).train()(x)
+    out = ByteDropout(p).train()(x)
     out.backward(grad)
     torch.manual_seed(4)
     drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
@@ -159,6 +169,22 @@ def test_dropout_is_a_product_with_the_drawn_factors(p, dtype):
     assert out.dtype == x.grad.dtype == dtype
     assert torch.equal(out, x * factors)
     assert torch.equal(x.grad, grad * factors)
+
+
+def test_dropout_by_bytes_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(6)
+    x = torch.ones(401, 1003)
+    for p, share in ((0.1, 26 / 256), (0.5, 0.5)):
+        dropped = ByteDropout(p).train()(x)
+        assert float((dropped == 0).float().mean()) == pytest.approx(share, abs=0.003)
+        assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+        assert dropped.unique().numel() == 2
+    assert torch.equal(ByteDropout(0.5).eval()(x), x)
+    layer = ByteDropout(0.3).train()
+    first, second = (torch.manual_seed(7), layer(x))[1], layer(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)
+    assert torch.equal(first, layer(x))
 
 
 @pytest.mark.skipif(not conformer.HAS_FUSED_ATTENTION, reason="torch 1 has no fused attention: nothing to compare")
@@ -194,15 +220,17 @@ def test_attention_is_traced_and_dropped_out_the_plain_way(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(nn.Module, "compile"), reason="torch 1 has no torch.compile")
-def test_a_compiled_layer_trains(convolutions):
+def test_a_compiled_layer_trains(slow_mkl):
     x = torch.randn(2, 31, 24)
     key_bias, mask = conformer.frame_masks(torch.tensor([31, 12]), x)
     layer = conformer.ConformerLayer(24, 4, 48, 7, dropout=0.0).train()
+    speed_up(layer)
     expected = gradients(lambda x: layer(x, key_bias, mask), x, parameters=layer)
     layer.compile(backend="aot_eager")  # all but the code for the processor, which takes a minute to make
     found = gradients(lambda x: layer(x, key_bias, mask), x, parameters=layer)
     assert_close(found, expected)
     dropped = conformer.ConformerLayer(24, 4, 48, 7, dropout=0.5).train()
+    speed_up(dropped)
     dropped.compile(backend="aot_eager")
     first, second = (gradients(lambda x: dropped(x, key_bias, mask), x, parameters=dropped)[0] for _ in range(2))
     assert not torch.equal(first, second)

@@ -1,22 +1,65 @@
-"""Lhotse manifests: read and written as streams, made by a Lhotse recipe or from a corpus in sphinx layout.
-
-A split is a pair of files, recordings and supervisions (`.jsonl` or `.jsonl.gz`), in the same order: the
-supervisions of a recording stand together, in the order of the recordings. So both are read side by side, one
-recording at a time, and memory does not grow with the corpus.
-"""
+#!/usr/bin/env python3
+"""Write the manifests of a split from the layout of CMU Sphinx's trainers: a list of files and a transcription."""
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lhotse import Recording, SupervisionSegment
 
-from splitformer.corpora.manifests import Skipped, audio_fault, spread
+from splitformer.cli import command
+from splitformer.corpora.manifests import Skipped, audio_fault, spread, write_split
 from splitformer.data.manifests import ManifestError, Pair, use_soundfile
 
-# ------------------------------------------------------------------------------ corpora in sphinx layout
+
+@dataclass(frozen=True)
+class Options:
+    """Write the manifests of a split from the layout of CMU Sphinx's trainers."""
+
+    fileids: Path
+    """list of files: one path a line, without suffix"""
+    transcription: Path
+    """lines `<s> TEXT </s> (utterance)`"""
+    audio_dir: Path
+    """folder that the paths are relative to"""
+    recordings: Path
+    """manifest to write"""
+    supervisions: Path
+    """manifest to write"""
+    suffix: str = ".sph"
+    """suffix of the audio files"""
+    speakers: tuple[str, ...] = ()
+    """take these speakers only, named by their folders"""
+    exclude_speakers: tuple[str, ...] = ()
+    """take all speakers but these"""
+    limit_utterances: int | None = None
+    """take at most so many utterances, evenly over the list"""
+    strict: bool = False
+    """unreadable audio is an error"""
+
+
+def run(options: Options) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    skipped = Skipped()
+    pairs = sphinx_pairs(
+        options.fileids,
+        options.transcription,
+        options.audio_dir,
+        skipped,
+        suffix=options.suffix,
+        speakers=options.speakers,
+        exclude_speakers=options.exclude_speakers,
+        limit=options.limit_utterances,
+        strict=options.strict,
+    )
+    count = write_split(pairs, options.recordings, options.supervisions)
+    print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
+
 
 _MARKS = re.compile(r"^\s*(?:<s>)?\s*(?P<text>.*?)\s*(?:</s>)?\s*\((?P<id>[^()\s]+)\)\s*$")
 
@@ -83,23 +126,6 @@ def sphinx_pairs(
         yield recording, [segment]
 
 
-def sphinx_words(dictionary: str | Path) -> list[str]:
-    """The words of a sphinx dictionary, sorted; `WORD(2)` is another pronunciation of WORD.
-
-    Raises:
-      ValueError: a line without a pronunciation.
-    """
-    words = set()
-    with open(dictionary, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.split()
-            if len(fields) == 1:
-                raise ValueError(f"{dictionary}:{number}: {fields[0]!r} has no pronunciation")
-            if fields:
-                words.add(re.sub(r"\(\d+\)$", "", fields[0]))
-    return sorted(words)
-
-
 def _sphinx_texts(transcription: Path) -> dict[str, str]:
     """Utterance -> text."""
     texts: dict[str, str] = {}
@@ -113,3 +139,7 @@ def _sphinx_texts(transcription: Path) -> dict[str, str]:
             raise ManifestError(f"{transcription}:{number}: utterance {match['id']!r} is there twice")
         texts[match["id"]] = " ".join(match["text"].split())
     return texts
+
+
+if __name__ == "__main__":
+    sys.exit(command(run))

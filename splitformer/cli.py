@@ -1,0 +1,79 @@
+"""Commands: options parsed into a dataclass, and one line for every error that a user can mend."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from splitformer.errors import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+INTERRUPTED = 130
+"""exit status after Ctrl-C, as a shell has it"""
+
+
+def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse the command line into the dataclass that `run` takes as `options`, call it, and return the exit status.
+
+    The docstring of the dataclass is the description in `--help`, and the string under each field is its help. Options
+    are named after the fields: `exp_dir` is `--exp-dir`. An option that takes several values may be repeated.
+
+    A `UserError`, and an `OSError` about a file or a full disk, is printed in one line: the status is 1. Any other
+    exception keeps its traceback.
+
+    Args:
+      run: its parameter `options` is annotated with a dataclass; it returns the exit status, None for 0.
+      arguments: of the command line (default: those of this process).
+      prog: the command's name in messages (default: the module's or the script's).
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    prog = prog or _program()
+    kind = typing.get_type_hints(run, include_extras=True)["options"]
+    options = tyro.cli(kind, prog=prog, args=_gathered(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        return run(options) or 0
+    except BrokenPipeError:  # the reader of standard output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        where = "" if error.filename is None else f": {error.filename}"
+        print(f"{prog}: {error.strerror or error}{where}", file=sys.stderr)
+    return 1
+
+
+def _program() -> str:
+    """`train` for `python -m splitformer.bin.train`, `local/train_bpe.py` for a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return sys.argv[0] if spec is None else spec.name.rpartition(".")[2]
+
+
+def _gathered(arguments: Sequence[str]) -> list[str]:
+    """`--set a --set b` as `--set a b`: argparse would keep the last alone."""
+    groups: list[list[str]] = [[]]
+    for place, argument in enumerate(arguments):
+        if argument == "--":
+            groups.append(list(arguments[place:]))
+            break
+        if argument.startswith("--"):
+            same = next((group for group in groups[1:] if group[0] == argument), None)
+            if same is not None:
+                groups.remove(same)
+            groups.append(same or [argument])
+        else:
+            groups[-1].append(argument)
+    return [argument for group in groups for argument in group]
