@@ -9,17 +9,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-suites=(tests/torch_only tests/k2 tests/recipe)
+suites=(tests/without_k2 tests/with_k2 tests/recipe)
 venv=.venv
 setup_options=()
 lint=true
 case "${1:-}" in
     --fast)
-        suites=(tests/torch_only tests/k2)
+        suites=(tests/without_k2 tests/with_k2)
         shift
         ;;
     --torch2)
-        suites=(tests/torch_only)
+        suites=(tests/without_k2)
         venv=.venv-torch2 setup_options=(--torch2) lint=false      # the files are the same, one lint is enough
         shift
         ;;

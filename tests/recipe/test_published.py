@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.torch_only.test_import_reference import foreign_tokens
+from tests.tokens import foreign_tokens
 
 TINY = "[model]\nd_model = 32\nnum_heads = 4\nfeedforward_dim = 64\nconv_kernel = 7\n"
 CONF = TINY + 'num_layers = 6\nexit_layers = [2, 4, 6]\nparallel_exits = [2, 6]\n[data]\nfeatures = "linear-mel"\n'

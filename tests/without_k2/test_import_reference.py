@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file
 
@@ -16,21 +14,7 @@ from splitformer.checkpoint import CheckpointError, adopt_checkpoint, load_model
 from splitformer.config import DataConfig
 from splitformer.corpora.tokens import import_tokenizer, take_tokenizer
 from splitformer.data.tokenizer import Tokenizer
-
-SENTENCES = ["the cat sat on the mat", "a dog ate the hat", "hello there cat dog"]
-RELEASED = {"bos_id": 1, "eos_id": 2, "pad_id": 11, "unk_id": 12, "user_defined_symbols": ["@"]}
-"""How the released code's units are laid out: the blank `@`, `<s>`, `</s>`, and `<pad>`, `<unk>` in the middle."""
-
-
-def foreign_tokens(path, options=RELEASED, sentences=SENTENCES, vocab_size=24):
-    """A sentencepiece model of someone else's."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-        minloglevel=2, **options,
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+from tests.tokens import SENTENCES, foreign_tokens
 
 
 def test_units_of_the_released_layout(tmp_path):

@@ -17,7 +17,7 @@ from splitformer.decoding.lang import read_symbols, save_graph
 from splitformer.decoding.nbest import nbest, nbest_oracle, nbest_rescoring, whole_lattice_rescoring
 from splitformer.decoding.searches import load_lang_graph
 from splitformer.scoring import word_errors
-from tests.k2.enumeration import (
+from tests.with_k2.enumeration import (
     SPELLINGS,
     TOKENS,
     acoustic_scores,

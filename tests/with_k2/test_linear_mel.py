@@ -19,7 +19,7 @@ from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.features import FbankOptions, LinearMel, LinearMelConfig
 from splitformer.data.tokenizer import Tokenizer
 from tests.factories import make_lang_dir
-from tests.torch_only.test_reference import KINDS, load_reference
+from tests.golden import KINDS, load_reference
 
 
 def store(folder: Path, waves: list[np.ndarray]) -> Path:

@@ -23,7 +23,7 @@ from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.decoding.lang import load_graph, read_symbols, save_graph
 from splitformer.decoding.searches import load_lang_graph
-from tests.k2.enumeration import (
+from tests.with_k2.enumeration import (
     SPELLINGS,
     TEXT,
     TOKENS,

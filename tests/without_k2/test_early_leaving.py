@@ -18,7 +18,7 @@ from splitformer.early_exit.running import exit_early
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.conformer import ConformerLayer
 from splitformer.model.subsampling import subsampled_lengths
-from tests.torch_only.test_encoder import build
+from tests.models import build
 
 BINS = 20
 CTC = ModelConfig(

@@ -1,5 +1,7 @@
 """Modified Kneser-Ney: worked by hand, against the definition, sums to one; the ARPA file holds it all."""
 
+from __future__ import annotations
+
 import random
 import subprocess
 import sys
@@ -18,13 +20,7 @@ from splitformer.corpora.ngram import (
     read_sentences,
     write_arpa,
 )
-
-
-def random_sentences(seed: int, number: int = 60) -> list[list[str]]:
-    """Sentences over a few words of very different frequency, in which repetitions are common."""
-    rng = random.Random(seed)
-    words, weights = ["a", "b", "c", "d", "e", "f", "g"], [40, 20, 10, 5, 4, 2, 1]
-    return [rng.choices(words, weights, k=rng.randint(1, 7)) for _ in range(number)]
+from tests.texts import random_sentences
 
 
 def test_bigram_worked_by_hand():

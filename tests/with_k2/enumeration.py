@@ -97,3 +97,24 @@ def graph_score(model: NgramModel, words: tuple[str, ...]) -> float:
                 total += model.log10_backoffs.get(history[start:], 0.0)
         reached = after
     return max(reached.values()) * math.log(10)
+
+
+def collapsed(alignment: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(symbol for symbol, _ in itertools.groupby(alignment) if symbol)
+
+
+def enumerated(log_probs: torch.Tensor, blank_penalty: float = 0.0) -> dict[tuple[int, ...], list]:
+    """For all token sequences: [summed log-probability, best alignment's, that alignment]; log_probs (T', V)."""
+    log_probs = log_probs.double().clone()
+    log_probs[:, 0] -= blank_penalty
+    rows = log_probs.tolist()
+    found: dict[tuple[int, ...], list] = {}
+    for alignment in itertools.product(range(log_probs.shape[1]), repeat=len(rows)):
+        score = sum(row[symbol] for row, symbol in zip(rows, alignment))
+        entry = found.setdefault(collapsed(alignment), [0.0, -math.inf, None])
+        entry[0] += math.exp(score)
+        if score > entry[1]:
+            entry[1:] = [score, alignment]
+    for entry in found.values():
+        entry[0] = math.log(entry[0])
+    return found

@@ -11,18 +11,8 @@ from splitformer.config import ModelConfig
 from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import ConformerLayer, MaskedBatchNorm
 from splitformer.model.subsampling import MIN_FRAMES, subsampled_lengths
+from tests.models import SMALL, build
 
-SMALL = ModelConfig(
-    num_mel_bins=20,
-    vocab_size=11,
-    d_model=24,
-    num_heads=4,
-    feedforward_dim=48,
-    conv_kernel=7,
-    num_layers=4,
-    exit_layers=(2, 3, 4),
-    parallel_exits=(2, 4),
-)
 VARIANTS = {
     "splitformer": SMALL,
     "baseline": dataclasses.replace(SMALL, parallel_exits=()),
@@ -30,19 +20,6 @@ VARIANTS = {
         SMALL, parallel_gate=True, subsampling="conv2d", cmvn="utterance"
     ),
 }
-
-
-def build(config):
-    """A model with random weights everywhere, also in what starts at zero or one."""
-    torch.manual_seed(1)
-    model = AsrModel(config).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "running_mean" in name or name.endswith("gate"):
-                tensor.normal_()
-            elif "running_var" in name or name.endswith("deviation"):
-                tensor.uniform_(0.5, 2.0)
-    return model
 
 
 @pytest.mark.parametrize(("parallel_exits", "parameters"), [((2, 12), 36_683_264), ((), 31_536_128)])

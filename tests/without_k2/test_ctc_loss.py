@@ -12,7 +12,7 @@ import torch
 from splitformer.config import LossConfig
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
-from tests.torch_only.test_encoder import SMALL
+from tests.models import SMALL
 
 
 def brute_force(log_probs, labels):

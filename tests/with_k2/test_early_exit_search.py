@@ -19,7 +19,7 @@ from splitformer.early_exit.policies import Deadline, Fixed, Learned, Patience, 
 from splitformer.early_exit.search import exit_view, search_early
 from splitformer.early_exit.statistics import STATISTICS, Meter, disagreement
 from splitformer.model.asr import AsrModel
-from tests.k2.enumeration import TOKENS, make_small_lang
+from tests.with_k2.enumeration import TOKENS, make_small_lang
 
 LAYERS = (1, 2, 3, 4, 5)
 LENGTHS = (60, 91, 33, 6, 75, 21, 7, 48)

@@ -11,7 +11,7 @@ import pytest
 
 from splitformer.corpora.ngram import BOS, EOS, NgramModel, estimate_arpa, estimate_ngrams, perplexity, read_arpa
 from splitformer.corpora.ngram_pruning import _with_backoffs, prune_ngrams
-from tests.torch_only.test_ngram import random_sentences
+from tests.texts import random_sentences
 
 
 def history_prob(model: NgramModel, history: tuple[str, ...]) -> float:

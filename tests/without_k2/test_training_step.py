@@ -21,7 +21,7 @@ from splitformer.model.conformer import MaskedBatchNorm, SelfAttention
 from splitformer.training import fast_cpu
 from splitformer.training.fast_cpu import ByteDropout, ConvolutionLinear, speed_up
 from splitformer.training.optimizer import adamw
-from tests.torch_only.test_encoder import SMALL
+from tests.models import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 

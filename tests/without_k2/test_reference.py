@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from splitformer.checkpoint import CheckpointError
 from splitformer.config import ModelConfig
@@ -20,23 +18,7 @@ from splitformer.export.reference import (
 )
 from splitformer.model.asr import AsrModel
 from splitformer.model.unet import UNetEncoder
-
-KINDS = ("splitformer", "early_conformer", "early_zipformer")
-
-
-def load_reference(shared, kind):
-    golden = shared / "data" / "golden"
-    sizes = json.loads((golden / "reference_tiny.json").read_text())[kind]
-    tensors = load_file(golden / f"reference_{kind}_tiny.safetensors")
-    state = _conformers(tensors)
-    config = infer_model_config(state, num_heads=sizes["n_head"])
-    assert (config.num_mel_bins, config.vocab_size) == (sizes["features_length"], sizes["dec_voc_size"])
-    assert (config.d_model, config.feedforward_dim) == (sizes["d_model"], sizes["d_feed_forward"])
-    assert config.conv_kernel == sizes["depthwise_kernel_size"]
-    assert config.num_layers == sizes["n_enc_exits"] * sizes["n_enc_layers"]
-    model = AsrModel(config)
-    model.load_state_dict(convert_reference_state(state, config), strict=True)
-    return model.eval(), tensors, sizes["parameters"]
+from tests.golden import KINDS, _conformers, load_reference
 
 
 def test_the_shape_is_read_from_the_state_dict(shared):
@@ -143,7 +125,3 @@ def test_units_change_their_numbers_and_nothing_else(shared):
             expected = reference[:, :, [row for row in rows if row is not None]]
             torch.testing.assert_close(log_probs[:, :, kept], expected, atol=1e-4, rtol=0)
             assert log_probs[:, :, 1].max() < -5000
-
-
-def _conformers(tensors):
-    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}

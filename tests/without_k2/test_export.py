@@ -43,7 +43,7 @@ from splitformer.export.wrappers import ExportError, Part, head_parts, stage_par
 from splitformer.model.asr import AsrModel
 from splitformer.model.subsampling import MIN_FRAMES
 from tests.factories import RATE, make_cuts, make_lang_dir, make_texts, tone_speech
-from tests.torch_only.test_encoder import build
+from tests.models import build
 
 CTC = ModelConfig(
     num_mel_bins=20,

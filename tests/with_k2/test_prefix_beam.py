@@ -1,6 +1,7 @@
 """CTC prefix beam search and alignment against enumeration of every alignment; small beams against a plain search."""
 
-import itertools
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from splitformer.decoding.alignment import ctc_alignment
 from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.prefix_beam import prefix_beam_search
+from tests.with_k2.enumeration import enumerated
 
 PHRASES = [[1, 2], [2, 1, 3], [3, 3]]
 
@@ -17,27 +19,6 @@ PHRASES = [[1, 2], [2, 1, 3], [3, 3]]
 def random_log_probs(batch: int, frames: int, vocab_size: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (1.5 * torch.randn(batch, frames, vocab_size, generator=generator)).log_softmax(dim=2)
-
-
-def collapsed(alignment: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(symbol for symbol, _ in itertools.groupby(alignment) if symbol)
-
-
-def enumerated(log_probs: torch.Tensor, blank_penalty: float = 0.0) -> dict[tuple[int, ...], list]:
-    """For all token sequences: [summed log-probability, best alignment's, that alignment]; log_probs (T', V)."""
-    log_probs = log_probs.double().clone()
-    log_probs[:, 0] -= blank_penalty
-    rows = log_probs.tolist()
-    found: dict[tuple[int, ...], list] = {}
-    for alignment in itertools.product(range(log_probs.shape[1]), repeat=len(rows)):
-        score = sum(row[symbol] for row, symbol in zip(rows, alignment))
-        entry = found.setdefault(collapsed(alignment), [0.0, -math.inf, None])
-        entry[0] += math.exp(score)
-        if score > entry[1]:
-            entry[1:] = [score, alignment]
-    for entry in found.values():
-        entry[0] = math.log(entry[0])
-    return found
 
 
 def phrase_score(tokens: tuple[int, ...], boost: float) -> float:

@@ -16,17 +16,17 @@ from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.lang import read_symbols
 from splitformer.decoding.nbest import NO_PATH_UNCERTAINTY, one_best_with_uncertainty
 from splitformer.decoding.prefix_beam import prefix_beam_search, prefix_beam_uncertainty
-from tests.k2.enumeration import (
+from tests.with_k2.enumeration import (
     SPELLINGS,
     TEXT,
     TOKENS,
     acoustic_scores,
+    enumerated,
     graph_score,
     make_small_lang,
     random_log_probs,
     word_sequences,
 )
-from tests.k2.test_prefix_beam import enumerated
 
 # The output beam is the whole search's, so that no word sequence is lost.
 ALL = Beam(search_beam=200.0, output_beam=200.0, min_active_states=1000, max_active_states=100000)
