@@ -27,11 +27,18 @@ def modules(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"splitformer.{folder}.{name}" for name in names)
 
 
-BASE = ("splitformer.errors", "splitformer.files", "splitformer.provenance", "splitformer.config")
+BASE = (
+    "splitformer.errors",
+    "splitformer.files",
+    "splitformer.provenance",
+    "splitformer.config",
+    "splitformer.decoding.methods",
+    "splitformer.early_exit.names",
+)
 RECORDS = modules("report", "records", "tables")
 MODEL = (*BASE, "splitformer.model.*", "splitformer.checkpoint")
 TENSOR_SEARCHES = modules(
-    "decoding", "hypothesis", "greedy", "methods", "alignment", "context", "word_list", "prefix_beam", "prefixes",
+    "decoding", "hypothesis", "greedy", "alignment", "context", "word_list", "prefix_beam", "prefixes",
     "modified_beam",
 )  # fmt: skip
 SEARCHES = (*MODEL, *TENSOR_SEARCHES)
@@ -47,7 +54,7 @@ SPEECH = (
     "splitformer.decoding.searches",
     "splitformer.speech.*",
 )
-REPORT = (*BASE, "splitformer.decoding.methods", "splitformer.report.*")
+REPORT = (*BASE, "splitformer.report.*")
 EXPORT = modules("export", "wrappers", "check", "reference")
 
 IO = {"numpy", "tqdm"}
