@@ -23,26 +23,26 @@ usage: ./prepare.sh --corpus NAME [options]
 
 $corpus_usage
   --stage A, --stop-stage B
-                           first and last stage, by number or name: 0 download, 1 manifests, 2 fbank, 3 bpe,
-                           4 lang, 5 lm, 6 graphs
+                           first and last stage, by number or name: 0 download, 1 manifests, 2 fbank, 3 bpe, 4 lang, 5 lm,
+                           6 graphs
 END
 }
 
 # 0: the corpus's audio and transcripts
 stage_download() {
-    local stamp=$data_dir/corpus_dir # beside the corpus, which may lie where nothing can be written
+    local stamp=$data_dir/corpus_dir # not in the corpus's folder, which may be read-only
     [[ -d $corpus_dir ]] || rm -f "$stamp"
     make_artefact "$stamp" "corpus $corpus_dir source $corpus_source splits ${splits[*]}" bring_corpus "$stamp"
 }
 
 bring_corpus() {
     download_corpus
-    [[ -d $corpus_dir ]] || die "download_corpus of egs/$corpus/corpus.sh made no $corpus_dir"
+    [[ -d $corpus_dir ]] || die "download_corpus of egs/$corpus/corpus.sh did not make $corpus_dir"
     printf '%s\n' "$corpus_dir" >"$1.tmp"
     mv -f "$1.tmp" "$1"
 }
 
-# 1: Lhotse manifests, checked; those of noise too, where there is some
+# 1: Lhotse manifests of the corpus and of the noise, validated
 stage_manifests() {
     local split
     if [[ -n $musan_dir && $decode_only == false ]]; then
@@ -70,10 +70,10 @@ check_manifests() {
         "${strict_flag[@]}"
 }
 
-# 2: features; those of training data also at 0.9 and 1.1 times the speed, where the corpus asks for it. On the fly,
-# training data have cuts alone.
+# 2: features; with speed_perturb those of training data also at 0.9 and 1.1 times the speed. With --on-the-fly, training
+# data get cuts without features.
 stage_fbank() {
-    local split perturb made_from
+    local split perturb fingerprint
     for split in "${splits[@]}"; do
         perturb=false
         if ! contains "$split" "${dev_list[@]}" "${test_list[@]}"; then
@@ -86,8 +86,8 @@ stage_fbank() {
     for split in "${train_list[@]}"; do
         if [[ $on_the_fly == true ]]; then store_cuts "$split" "$speed_perturb"; fi
         if [[ -n $shar ]]; then
-            made_from=$(made_from "$(cuts_of "$split")")
-            make_artefact "$(train_artefact_of "$split")" "cuts $made_from" make_shar "$split"
+            fingerprint=$(fingerprint_of "$(cuts_of "$split")")
+            make_artefact "$(train_artefact_of "$split")" "cuts $fingerprint" make_shar "$split"
         fi
     done
     if [[ -n $musan_dir ]]; then
@@ -130,9 +130,16 @@ make_fbank() {
         --num-jobs "$num_jobs" --fbank "$fbank" --num-mel-bins "$num_mel_bins" "${flags[@]}"
 }
 
+# needs NAME...: whether one of these graphs (HLG, LG, G, or words for the lexicon) is to be made
+needs() {
+    local each
+    for each in "$@"; do ! contains "$each" "${graph_list[@]}" || return 0; done
+    return 1
+}
+
 # 3: tokens
 stage_bpe() {
-    local split inputs made_from supervisions=()
+    local split inputs fingerprint supervisions=()
     if [[ $no_training_data == true ]]; then
         make_artefact "$train_text" "no training data" touch "$train_text"
     else
@@ -141,7 +148,9 @@ stage_bpe() {
         make_artefact "$train_text" "manifests $inputs" \
             run_python local/export_text.py --supervisions "${supervisions[@]}" --output "$train_text"
     fi
-    make_artefact "$extra_words_file" "corpus $corpus source $corpus_source lm $lm_arpa_url" make_extra_words
+    if needs HLG LG G words; then
+        make_artefact "$extra_words_file" "corpus $corpus source $corpus_source lm $lm_arpa_url" make_extra_words
+    fi
     if [[ -n $bpe_model ]]; then
         inputs=$(checksum "$bpe_model")
         make_artefact "$lang_dir/bpe.model" "given $inputs" \
@@ -149,14 +158,14 @@ stage_bpe() {
         return
     fi
     inputs=$(checksum "$train_text")
-    made_from="text $inputs $token_type"
-    [[ $token_type == char ]] || made_from+=" $vocab_size"
-    make_artefact "$lang_dir/bpe.model" "$made_from" \
+    fingerprint="text $inputs $token_type"
+    [[ $token_type == char ]] || fingerprint+=" $vocab_size"
+    make_artefact "$lang_dir/bpe.model" "$fingerprint" \
         run_python local/train_bpe.py --text "$train_text" --lang-dir "$lang_dir" --model-type "$token_type" \
         "${vocab_flag[@]}"
 }
 
-# A few utterances may lack letters that the corpus's own dictionary has: it serves the whole corpus only.
+# With --limit-utterances, the text may lack letters that the corpus's own dictionary has: it is left out.
 make_extra_words() {
     if [[ -z $limit_utterances || $no_training_data == true ]]; then extra_words; fi >"$extra_words_file.tmp"
     mv -f "$extra_words_file.tmp" "$extra_words_file"
@@ -165,22 +174,23 @@ make_extra_words() {
 # 4: lexicon and lexicon transducers
 stage_lang() {
     local tokens words
-    tokens=$(made_from "$lang_dir/bpe.model")
+    needs HLG LG G words || return 0
+    tokens=$(fingerprint_of "$lang_dir/bpe.model")
     words=$(checksum "$train_text" "$extra_words_file")
     make_artefact "$lang_dir/L_disambig.pt" "tokens $tokens words $words" \
         run_python local/prepare_lang.py --lang-dir "$lang_dir" --text "$train_text" --extra-words "$extra_words_file"
 }
 
-# 5: n-gram language models, downloaded or estimated from the training text: that of HLG and that of G, often one
+# 5: n-gram language models, downloaded or estimated from the training text: of HLG and LG, and of G; often the same
 stage_lm() {
     local lm
-    make_lm "$arpa" "$lm_order" "$lm_arpa_url"
-    if [[ $graph_arpa != "$arpa" ]]; then
-        lm=$(made_from "$arpa")
+    if needs HLG LG || { needs G && [[ $rescore_arpa == "$arpa" ]]; }; then make_lm "$arpa" "$lm_order" "$lm_arpa_url"; fi
+    if needs HLG LG && [[ $graph_arpa != "$arpa" ]]; then
+        lm=$(fingerprint_of "$arpa")
         make_artefact "$graph_arpa" "lm $lm threshold $lm_prune" \
             run_python local/prune_lm.py --arpa "$arpa" --threshold "$lm_prune" --output "$graph_arpa"
     fi
-    if [[ $rescore_arpa != "$arpa" ]]; then make_lm "$rescore_arpa" "$rescore_lm_order" "$rescore_lm_arpa_url"; fi
+    if needs G && [[ $rescore_arpa != "$arpa" ]]; then make_lm "$rescore_arpa" "$rescore_lm_order" "$rescore_lm_arpa_url"; fi
 }
 
 # make_lm ARPA ORDER URL
@@ -199,19 +209,19 @@ make_lm() {
 
 # 6: the decoding graphs: HLG for CTC, G to rescore its lattices, LG for transducers
 stage_graphs() {
-    local lang lm
-    lang=$(made_from "$lang_dir/L_disambig.pt")
-    lm=$(made_from "$graph_arpa")
-    make_artefact "$lang_dir/HLG.pt" "lang $lang lm $lm" \
-        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$graph_arpa"
-    make_artefact "$lang_dir/LG.pt" "lang $lang lm $lm" \
-        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$graph_arpa" --graph LG
-    lm=$(made_from "$rescore_arpa")
-    make_artefact "$lang_dir/G.pt" "lang $lang lm $lm" \
-        run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$rescore_arpa" --graph G
+    local name lang lm lm_of
+    for name in HLG LG G; do
+        needs "$name" || continue
+        lm_of=$graph_arpa
+        [[ $name != G ]] || lm_of=$rescore_arpa
+        lang=$(fingerprint_of "$lang_dir/L_disambig.pt")
+        lm=$(fingerprint_of "$lm_of")
+        make_artefact "$lang_dir/$name.pt" "lang $lang lm $lm" \
+            run_python local/compile_graphs.py --lang-dir "$lang_dir" --arpa "$lm_of" --graph "$name"
+    done
 }
 
-# Read to its end before it runs: bash would go on in the middle of a file that is replaced meanwhile.
+# bash reads main to its end before it runs it, so that editing this file during a run does no harm.
 main() {
     parse_options "$@"
     select_stages download manifests fbank bpe lang lm graphs
@@ -223,7 +233,7 @@ main() {
     [[ $token_type == char ]] || vocab_flag=(--vocab-size "$vocab_size")
 
     for name in "${stage_names[@]}"; do run_stage "$name"; done
-    log "$corpus: stages $first_stage to $last_stage are done; data are in $data_dir"
+    log "$corpus: stages $first_stage to $last_stage are done; the data are in $data_dir"
 }
 
 main "$@"

@@ -1,30 +1,38 @@
 #!/usr/bin/env bash
-# Makes the Python environment; does nothing where it is made already.
-#
-#   ./setup.sh            .venv: Python 3.10, torch 1.13 and k2, everything that the recipe and its tests run on
-#   ./setup.sh --torch2   .venv-torch2: Python 3.11 or newer and torch 2.13, no k2 (for GPUs that need a newer torch)
-#
-# Versions are those of requirements/*.lock. Read from the environment, none of them needed:
-#   PYTHON                                             an interpreter to try before those that are found
-#   CXX                                                the compiler for kaldifeat (c++)
-#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS  where packages come from, as pip reads them; a user who has
-#                                                      these in pip's configuration file exports them
+# Makes the Python environment; does nothing if it exists already. ./setup.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+usage() {
+    cat <<END
+usage: ./setup.sh [--torch2]
+
+  (no option)   .venv: Python 3.10, torch 1.13 and k2; everything that the recipe and its tests run on
+  --torch2      .venv-torch2: Python 3.11 or newer and torch 2.13, without k2, for GPUs that need a newer torch
+
+The versions are those of requirements/*.lock. Optional environment variables:
+
+  PYTHON                                              an interpreter to try first
+  CXX                                                 the compiler for kaldifeat (default: c++)
+  PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS  where packages come from, as pip reads them; export them if they are
+                                                      only in pip's configuration file
+END
+}
+
 case "$*" in
-    "")       name=k2 venv=$PWD/.venv pythons=(3.10) ;;
-    --torch2) name=torch2 venv=$PWD/.venv-torch2 pythons=(3.11 3.12 3.13 3.14) ;;
-    *) echo "setup.sh: unknown arguments '$*'; it takes none, or --torch2" >&2; exit 2 ;;
+    "")        name=k2 venv=$PWD/.venv pythons=(3.10) ;;
+    --torch2)  name=torch2 venv=$PWD/.venv-torch2 pythons=(3.11 3.12 3.13 3.14) ;;
+    --help|-h) usage; exit ;;
+    *) echo "setup.sh: unknown arguments '$*'; it takes none, or --torch2, or --help" >&2; exit 2 ;;
 esac
 lock=requirements/$name.lock
 cache=$PWD/.cache
 
-# What was installed is told by what it was made from. A compiler that appears later brings kaldifeat later.
+# The fingerprint includes the compiler: one that is installed later brings kaldifeat.
 compiler=$(command -v "${CXX:-c++}" || true)
-made_from=$({ cat setup.sh "$lock" requirements/kaldifeat_setup.py; echo "$compiler"; } | sha256sum)
-is_made() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.made-from" 2>/dev/null)" = "$made_from" ]; }
-is_made && exit 0
+fingerprint=$({ cat setup.sh "$lock" requirements/kaldifeat_setup.py; echo "$compiler"; } | sha256sum)
+exists() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.fingerprint" 2>/dev/null)" = "$fingerprint" ]; }
+exists && exit 0
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -33,12 +41,12 @@ command -v flock >/dev/null || die "needs flock, from the package util-linux"
 mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock -n 9 || { say "waiting for another set-up in this folder"; flock 9; }
-is_made && exit 0
+exists && exit 0
 
-tmp=$(mktemp -d "$cache/tmp.XXXXXX")      # on the file system of what is moved out of it
+tmp=$(mktemp -d "$cache/tmp.XXXXXX")      # on the file system that files are moved to
 trap 'rm -rf "$tmp"' EXIT
 
-# uv installs in a tenth of pip's time, and shares what it downloads between all projects of a user.
+# uv takes a tenth of pip's time, and shares its downloads between all projects of a user.
 get_uv() {
     command -v uv && return
     if [ ! -x "$cache/uv/bin/uv" ]; then
@@ -49,7 +57,7 @@ get_uv() {
     echo "$cache/uv/bin/uv"
 }
 
-# Each candidate is run, because the PATH may hold a pyenv shim for a version that pyenv does not have.
+# Run each candidate: PATH may hold a pyenv shim for a version that pyenv does not have.
 probe() {
     "$1" -c 'import os, sys, sysconfig
 has_headers = os.path.exists(sysconfig.get_path("include") + "/Python.h")
@@ -74,9 +82,9 @@ find_python() {
     "$uv" python install "$wanted" >&2 && UV_PYTHON_PREFERENCE=only-managed "$uv" python find "$wanted"
 }
 
-# k2's libraries name libpython3.10.so.1.0, which an interpreter that has it built in (conda's, uv's, some of pyenv's)
-# does not come with; the symbols are the interpreter's own either way. The file is replaced and never written
-# to, because uv hard-links it from its cache.
+# k2's libraries name libpython3.10.so.1.0, which does not exist for interpreters that have it built in (conda's, uv's, some
+# of pyenv's); the symbols are the interpreter's own either way. The file is replaced, not written to: uv hard-links it from
+# its cache.
 free_k2_of_libpython() {
     local file
     for file in "$venv"/lib/python3.10/site-packages/_k2.*.so; do
@@ -84,8 +92,8 @@ free_k2_of_libpython() {
     done
 }
 
-# PyPI has kaldifeat as source only, whose CMake wants a CUDA toolkit and the network. Torch's extension helper wants a
-# compiler. The wheel is kept, under a name that tells what it was made from.
+# PyPI has kaldifeat as source only, whose CMake needs a CUDA toolkit and the network. Torch's extension helper needs only a
+# compiler. The wheel is kept, under a name with its fingerprint.
 build_kaldifeat() {
     echo "kaldifeat==1.24 --hash=sha256:71f0f696d8c3fa7e536fede7e16e4f4fe347e8f424e22449478bd9f10b9ed935" >"$tmp/pin" &&
         "$venv/bin/python" -m pip download --no-deps --no-binary kaldifeat --no-build-isolation -d "$tmp" -r "$tmp/pin" &&
@@ -113,7 +121,7 @@ install_kaldifeat() {
         fi
     fi
     if [ -n "$why" ]; then
-        say "kaldifeat is left out: $why. Only --fbank kaldifeat needs it; to try again: rm .venv/.made-from && ./setup.sh"
+        say "kaldifeat is not installed: $why. Only --fbank kaldifeat needs it; to try again: rm .venv/.fingerprint && ./setup.sh"
     else
         "$uv" pip install -q --no-deps -p "$venv/bin/python" "$wheel"/*.whl
     fi
@@ -121,7 +129,7 @@ install_kaldifeat() {
 
 uv=$(get_uv) || die "no uv, and 'python3 -m pip install uv' failed: install uv, or pip for python3 (Debian: python3-pip)"
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
-# uv reads none of pip's settings. With an extra index pip takes a package from whichever has it; so does uv when told.
+# uv reads none of pip's settings. With an extra index, pip takes a package from either; uv does so if told.
 [ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
 [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}
 [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL} UV_INDEX_STRATEGY=unsafe-best-match
@@ -130,11 +138,11 @@ python=$(find_python) || die "no Python ${pythons[0]} found, and none could be d
     "packages, pyenv, conda or 'uv python install ${pythons[0]}', or name one: PYTHON=/path/to/python${pythons[0]} ./setup.sh $*"
 read -r version _ < <(probe "$python")
 say "making ${venv##*/} with $python ($version) and the packages of $lock; minutes where nothing is cached"
-# Anew each time: an interrupted one may hold half a package, and what was downloaded is cached.
+# From nothing each time: an interrupted set-up may leave half a package; downloads are cached.
 "$uv" venv -q --clear --relocatable --python "$python" "$venv"
 quiet=-q
 [ -t 2 ] && quiet=
-# Not `uv pip sync`: the torch2 lock leaves torch's own CUDA packages to the torch wheel that is chosen.
+# Not `uv pip sync`: the torch2 lock leaves CUDA packages to the torch wheel that is chosen.
 "$uv" pip install ${quiet:+"$quiet"} --compile-bytecode -p "$venv/bin/python" -r "$lock" ||
     die "could not install $lock: see above. Where PyPI is reached through a mirror, set PIP_INDEX_URL"
 if [ "$name" = k2 ]; then
@@ -144,5 +152,5 @@ if [ "$name" = k2 ]; then
 else
     "$venv/bin/python" -c 'import torch, lhotse, sentencepiece, kaldialign'
 fi
-echo "$made_from" >"$venv/.made-from.new" && mv "$venv/.made-from.new" "$venv/.made-from"
+echo "$fingerprint" >"$venv/.fingerprint.new" && mv "$venv/.fingerprint.new" "$venv/.fingerprint"
 say "${venv##*/} is ready"

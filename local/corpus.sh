@@ -1,61 +1,66 @@
 # shellcheck shell=bash
-# What both drivers know about a corpus: its description in egs/NAME/corpus.sh, and where its files lie.
-# Needs parse_options.sh and stages.sh; `called_from`, the folder in which the user stands; `corpus`, the default.
+# What both drivers know of a corpus: its description in egs/NAME/corpus.sh, and where its files lie.
+# Needs parse_options.sh and stages.sh; `called_from`, the user's working directory; `corpus`, the default.
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
     lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model shar
-    musan_dir)
+    musan_dir graphs)
 corpus_flags=(strict estimate_lm decode_only on_the_fly)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
-  --work-dir DIR           where data/, exp/ and results/ go (default: egs/NAME)
-  --download-dir DIR       archives that are there already, or that are downloaded (default: WORK_DIR/download)
-  --subset NAME            part of the corpus, where it has parts
-  --limit-utterances N     at most N utterances of each split, for a quick look
+  --work-dir DIR           folder for data/ and exp/ (default: egs/NAME)
+  --download-dir DIR       folder with the corpus's archives; missing ones are downloaded (default: WORK_DIR/download)
+  --subset NAME            a subset of the corpus, if it has any
+  --limit-utterances N     use at most N utterances of each split, for a quick look
   --train-splits 'A B', --dev-splits, --test-splits, --token-type bpe|char, --vocab-size N, --lm-order N,
   --rescore-lm-order N, --speed-perturb true|false, --num-mel-bins N
-                           instead of what the corpus says
+                           override what the corpus says
   --fbank lhotse|kaldifeat|linear-mel
-                           what computes the features (default: lhotse); linear-mel is the front end of the authors'
-                           released code, without logarithm
-  --on-the-fly             store no features of training data: training computes them from audio
-  --shar numpy|lilcom      write the features of training data as Lhotse Shar too, a few large files, and train from
-                           these; numpy keeps every number, lilcom takes a third of the space and rounds
+                           program that computes the features (default: lhotse); linear-mel is the front end of the
+                           authors' released code, without logarithm
+  --on-the-fly             store no features of training data; training computes them from audio
+  --shar numpy|lilcom      also write the features of training data as Lhotse Shar, and train from that; numpy keeps every
+                           number, lilcom takes a third of the space and rounds
   --musan-dir DIR          noise in the layout of MUSAN, for training with augment.noise_p
   --num-jobs N             processes for data preparation (default: one per core)
-  --lm-prune X             for the graphs HLG and LG leave out n-grams that are worth less than X, such as 1e-7, of the
-                           perplexity; G, which rescores, keeps them
-  --estimate-lm            make the language model from the training text, even where the corpus brings one
-  --bpe-model FILE         take these tokens, a bpe.model of this project, instead of training some
-  --decode-only            no features of training data; with --bpe-model no training data at all, where the corpus
-                           brings a language model and words
-  --strict                 unreadable audio and bad transcripts are fatal, not skipped"
+  --lm-prune X             prune n-grams worth less than X (such as 1e-7) of the perplexity from HLG and LG; G keeps them
+  --estimate-lm            estimate the language model from the training text, even if the corpus provides one
+  --graphs 'HLG LG G'      decoding graphs to make; 'words' makes the lexicon alone, 'none' not even that (default: all)
+  --bpe-model FILE         use the tokens of this bpe.model instead of training a tokenizer
+  --decode-only            compute no features of training data; with --bpe-model no training data are needed, if the corpus
+                           provides a language model and words
+  --strict                 unreadable audio and bad transcripts are errors; by default they are skipped"
 
-# Defaults of the options above.
-work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances=''
+# Defaults of these options.
+work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
 num_jobs=$(cores) strict=false estimate_lm=false bpe_model='' decode_only=false on_the_fly=false shar='' musan_dir=''
 
-# Defaults of the corpus's description.
-train_splits='' dev_splits='' test_splits='' lhotse_recipe='' token_type=bpe vocab_size=256
-lm_order=3 lm_arpa_url='' lm_prune='' rescore_lm_order='' rescore_lm_arpa_url='' speed_perturb=false default_config=''
-# lm_* is the language model of HLG, rescore_lm_* that of G, which rescores lattices: by default the same one. Models
-# without a URL are estimated from the training text.
-subsets=''       # where the corpus has subsets: their names
-subset_tag=''    # added to the names of what depends on the subset
-corpus_from=''   # own data: what local/manifests_from_source.py reads, with the options source_options
+# The variables that an egs/NAME/corpus.sh may set, with their defaults. Variables and functions that serve the corpus alone
+# begin with own_, so that a misspelt name is an error.
+train_splits='' dev_splits='' test_splits='' # names, separated by spaces
+lhotse_recipe=''   # NAME of lhotse.recipes.prepare_NAME, which makes the manifests
+corpus_dir=''      # folder of the corpus (default: DATA_DIR/corpus)
+corpus_source=''   # identifies the audio and transcripts; another source means that manifests are made again
+corpus_from=''     # own data: what local/manifests_from_source.py reads, with the options source_options
 source_options=()
-corpus_source='' # what the audio and transcripts come from; another source means that they are made again
+token_type=bpe vocab_size=256
+lm_order=3 lm_arpa_url='' lm_prune='' # the language model of HLG and LG; without a URL it is estimated from the text
+rescore_lm_order='' rescore_lm_arpa_url='' # the language model of G, which rescores lattices (default: the same)
+speed_perturb=false
+default_config=''
+subsets=''         # names of subsets, if there are any
+subset_tag=''      # appended to names of artefacts that depend on the subset
 
-# Functions that a corpus.sh may define anew. They see all variables of the drivers.
+# Functions that a corpus.sh may redefine. They see all variables of the drivers.
 
-# Brings the corpus to $corpus_dir. By default it is there already.
+# Brings the corpus to $corpus_dir. By default it must be there already.
 download_corpus() {
     [[ -d $corpus_dir ]] || die "there is no $corpus_dir, and egs/$corpus/corpus.sh does not say how to download it"
 }
 
-# prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, by default from own data, where
-# corpus_from names some, or by Lhotse's recipe
+# prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, from own data if corpus_from is set,
+# else by Lhotse's recipe
 prepare_manifests() {
     if [[ -n $corpus_from ]]; then
         run_python local/manifests_from_source.py --from "$corpus_from" "${source_options[@]}" --split "$1" \
@@ -71,24 +76,36 @@ manifests_from_recipe() {
         --num-jobs "$num_jobs" --recordings "$2" --supervisions "$3" "${@:4}" "${common_flags[@]}"
 }
 
-# Prints words, one per line, that the lexicon holds beside those of the training text.
+# Prints words, one per line, that the lexicon holds besides those of the training text.
 extra_words() { :; }
 
-# The Python of .venv, which setup.sh makes; SPLITFORMER_PYTHON names one of another environment.
+# The interpreter of .venv, which setup.sh makes, or the one that SPLITFORMER_PYTHON names.
 python=${SPLITFORMER_PYTHON:-.venv/bin/python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-run_python() {
+check_python() {
     [[ -x $(command -v "$python") ]] || die "there is no $python; run ./setup.sh first"
+}
+
+# Runs a program of a stage.
+run_python() {
+    check_python
+    supervise "$python" "$@"
+}
+
+# Prints what a short program answers.
+ask_python() {
+    check_python
     "$python" "$@"
 }
 
 load_corpus() {
     local description=egs/$corpus/corpus.sh each names=()
     for each in egs/*/corpus.sh; do names+=("$(basename "$(dirname "$each")")"); done
-    contains "$corpus" "${names[@]}" || option_error "unknown corpus '$corpus'; there are: ${names[*]}"
+    contains "$corpus" "${names[@]}" ||
+        option_error "unknown corpus '$corpus'; there are: ${names[*]}.$(did_you_mean "$corpus" "${names[@]}")"
 
-    # paths on the command line are relative to where the user stands, the drivers stand in the repository's root
+    # paths on the command line are relative to the user's working directory; the drivers run in the repository's root
     [[ -z $work_dir ]] || given[work_dir]=$(absolute_path "$work_dir")
     if [[ -n $bpe_model ]]; then
         bpe_model=$(absolute_path "$bpe_model")
@@ -105,34 +122,37 @@ load_corpus() {
     download_dir=${given[download_dir]:-$work_dir/download}
     check_number limit_utterances empty
     data_dir=$work_dir/data${limit_utterances:+/limit-$limit_utterances}
-    corpus_dir=$data_dir/corpus
+    corpus_dir=$data_dir/corpus # the description may name another
 
-    # shellcheck source=/dev/null
-    source "$description"
+    read_description "$description"
     read -ra subset_list <<<"$subsets"
     [[ -z $subset ]] || contains "$subset" "${subset_list[@]}" ||
         option_error "unknown subset '$subset'; egs/$corpus has: ${subsets:-no subsets}"
     reapply_options
+    read -ra graph_list <<<"$graphs"
+    for each in "${graph_list[@]}"; do
+        contains "$each" HLG LG G words none || option_error "--graphs '$graphs': choose among HLG, LG, G, or words, or none"
+    done
     [[ $estimate_lm == false ]] || lm_arpa_url='' rescore_lm_arpa_url=''
     rescore_lm_order=${rescore_lm_order:-$lm_order}
-    # models of one order are one file, and one model
+    # language models of one order are one file
     [[ $rescore_lm_order != "$lm_order" ]] || rescore_lm_arpa_url=$lm_arpa_url
     [[ ! -v "given[train_splits]" ]] || subset_tag+=_${train_splits// /+}
     [[ -z $lm_prune || $lm_prune =~ ^[0-9]*\.?[0-9]+([eE]-?[0-9]+)?$ ]] ||
-        option_error "--lm-prune is '$lm_prune' and must be a number such as 1e-7"
+        option_error "--lm-prune is '$lm_prune'; it takes a number such as 1e-7"
     check_choice token_type bpe char
     check_choice speed_perturb true false
     check_choice fbank lhotse kaldifeat linear-mel
     [[ -z $shar ]] || check_choice shar numpy lilcom
     [[ -z $shar || $on_the_fly == false ]] ||
-        option_error "--shar packs stored features, and --on-the-fly stores none of training data: leave one of them out"
+        option_error "--shar packs stored features, and --on-the-fly stores none of training data; leave one of them out"
     for each in vocab_size lm_order rescore_lm_order num_mel_bins num_jobs; do check_number "$each"; done
     for each in train_splits dev_splits test_splits; do
         [[ -n ${!each} ]] || option_error "$description sets no $each"
     done
 
     read -ra train_list <<<"$train_splits"
-    # To decode, training data are of use as text alone: for tokens, for words, for the language model.
+    # Decoding needs of the training data only the text: for tokens, words and the language model.
     no_training_data=false
     if [[ $decode_only == true && -n $bpe_model && -n $lm_arpa_url && -n $rescore_lm_arpa_url ]]; then
         no_training_data=true
@@ -143,6 +163,8 @@ load_corpus() {
     splits=()
     for each in "${train_list[@]}" "${dev_list[@]}" "${test_list[@]}"; do
         contains "$each" "${splits[@]}" || splits+=("$each") # one split may serve twice
+        [[ -z $corpus_from ]] || contains "$each" train dev test ||
+            option_error "unknown split '$each'; own data have: train dev test"
     done
     manifests_dir=$data_dir/manifests
     place_features
@@ -164,19 +186,32 @@ load_corpus() {
     [[ $strict == false ]] || common_flags+=(--strict)
 }
 
-# Where features lie: run.sh asks again when it knows what its configuration takes.
+# read_description FILE: sources a corpus.sh; a new variable or function that does not begin with own_ is a misspelt one
+read_description() {
+    local _known _new
+    _known=$(compgen -v; compgen -A function)
+    # shellcheck source=/dev/null
+    source "$1"
+    _new=$( (compgen -v; compgen -A function) | grep -vxF "$_known" | grep -vE '^(own_|_|[A-Z_]+$)' | head -n 1 || :)
+    [[ -z $_new ]] || die "$1 sets '$_new', which nothing reads.$(did_you_mean "$_new" "${corpus_options[@]}" \
+        corpus_dir corpus_source corpus_from source_options lhotse_recipe lm_arpa_url rescore_lm_arpa_url default_config \
+        subsets subset_tag download_corpus prepare_manifests extra_words)" \
+        "local/corpus.sh lists the names; those of the corpus's own begin with own_"
+}
+
+# Sets where features lie; run.sh calls it again when it knows what its configuration needs.
 place_features() {
     fbank_dir=$data_dir/fbank
     [[ $fbank == lhotse ]] || fbank_dir+=_$fbank
     [[ $num_mel_bins == 80 ]] || fbank_dir+=_$num_mel_bins
 }
 
-# state_of PATH: changes with a file's contents, or with names, sizes and times of a folder's files
+# state_of PATH: a checksum of a file's contents, or of the names, sizes and times of a folder's files
 state_of() {
     if [[ -d $1 ]]; then
         find -L "$1" -type f -printf '%P %s %T@\n' | LC_ALL=C sort | sha256sum | cut -c 1-16
     else
-        [[ -f $1 ]] || die "there is no $1, which egs/$corpus/corpus.sh names: bring it back, or make the corpus anew"
+        [[ -f $1 ]] || die "there is no $1, which egs/$corpus/corpus.sh names; restore it, or describe the corpus again"
         checksum "$1"
     fi
 }
@@ -189,7 +224,7 @@ recordings_of() { echo "$manifests_dir/${1}_recordings.jsonl.gz"; }
 supervisions_of() { echo "$manifests_dir/${1}_supervisions.jsonl.gz"; }
 cuts_of() { echo "$fbank_dir/${1}_cuts.jsonl.gz"; }
 
-# What is made of a training split for training: cuts with features, in Shar or not, or without any.
+# The artefact that holds a training split for training: cuts with features, Shar or not, or cuts without features.
 train_artefact_of() {
     if [[ $on_the_fly == true ]]; then
         echo "$data_dir/audio_cuts/${1}_cuts.jsonl.gz"
@@ -200,12 +235,12 @@ train_artefact_of() {
     fi
 }
 
-# Of it, what training reads. Lhotse's own reader of Shar takes each file of the folder for a shard, .done too.
+# The path in it that training reads. Lhotse's reader takes every file of a Shar folder for a shard, .done too.
 train_cuts_of() {
     if [[ -n $shar ]]; then echo "$(train_artefact_of "$1")/shards"; else train_artefact_of "$1"; fi
 }
 
-# Noise is a split of that name; it is not packed as Shar.
+# Noise is a split of this name; it is never packed as Shar.
 noise_split=musan
 noise_cuts_of() {
     if [[ $on_the_fly == true ]]; then train_artefact_of "$noise_split"; else cuts_of "$noise_split"; fi

@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2154  # the drivers set the lists of options
-# Reads a driver's command line. The driver sets, before it calls `parse_options "$@"`:
+# Reads a driver's command line. Before it calls `parse_options "$@"`, the driver sets
 #
 #   value_options=(corpus num_jobs)    --num-jobs 4 sets the variable num_jobs
 #   flag_options=(strict)              --strict sets strict=true
 #   list_options=(methods)             --methods a b c sets the array methods; given again, it adds to it
 #   usage() { ... }                    prints what --help shows
 #
-# Variables keep the values they had where their option is absent. What was given is kept in `given`, so that
-# `reapply_options` can put it above values that a corpus.sh, read later, has set.
+# Variables of options that are not given keep their values. The options that are given are kept in `given`, so that
+# `reapply_options` can override values that a corpus.sh sets later.
 
 declare -A given=()
 
@@ -24,10 +24,18 @@ contains() {
     return 1
 }
 
+# did_you_mean WORD LIST...: " Did you mean X?" if a word of the list is similar; needs python3, and is silent without
+did_you_mean() {
+    python3 -c 'import difflib, sys
+near = difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)
+print(f" Did you mean {near[0]}?" if near else "", end="")' "$@" 2>/dev/null || :
+}
+
 # Locals begin with an underscore: an option of the same name would be set here, not in the driver.
 parse_options() {
-    local _argument _name _all _value
+    local _argument _name _all _options _value
     _all=("${value_options[@]}" "${flag_options[@]}" "${list_options[@]}")
+    _options=("${_all[@]//_/-}")
     while (($#)); do
         _argument=$1
         shift
@@ -44,7 +52,8 @@ parse_options() {
         fi
         _name=${_name//-/_}
         contains "$_name" "${_all[@]}" ||
-            option_error "unknown option '$_argument'; options are: $(printf -- '--%s ' "${_all[@]//_/-}")"
+            option_error "unknown option '$_argument'.$(did_you_mean "--${_name//_/-}" "${_options[@]/#/--}")" \
+                "--help lists the options"
         if contains "$_name" "${flag_options[@]}"; then
             given[$_name]=true
             printf -v "$_name" true
@@ -83,8 +92,11 @@ check_choice() {
     contains "${!name}" "$@" || option_error "--${name//_/-} is '${!name}'; choose one of: $*"
 }
 
-# check_number NAME [empty]: the value is a whole number above zero; `empty` allows an empty one
+# check_number NAME [empty] [zero]: the value is a positive integer; `empty` allows no value, `zero` allows 0
 check_number() {
-    [[ -z ${!1} && ${2:-} == empty ]] && return
-    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || option_error "--${1//_/-} is '${!1}'; it takes a whole number from 1 up"
+    local name=$1 pattern='^[1-9][0-9]*$' range="an integer from 1 up"
+    shift
+    [[ -z ${!name} ]] && contains empty "$@" && return
+    if contains zero "$@"; then pattern='^[0-9]+$' range="an integer from 0 up"; fi
+    [[ ${!name} =~ $pattern ]] || option_error "--${name//_/-} is '${!name}'; it takes $range"
 }

@@ -1,14 +1,14 @@
-# shellcheck shell=bash disable=SC2154  # the options are parse_options.sh's
-# Bookkeeping of the drivers: which stages run, what is made already, and how progress is told.
+# shellcheck shell=bash disable=SC2154  # parse_options.sh sets the options
+# Bookkeeping of the drivers: which stages run, what exists already, and how progress is reported.
 #
-# An artefact is made once. Beside it lies a file (`.NAME.done`, in a folder `.done`) that holds what it was made
-# from: options and checksums of inputs. It is written last, after the artefact was moved into place. Where it says
-# the same again, nothing is done; where it says otherwise, the artefact is made again.
+# An artefact is made once. Beside it lies a file (`.NAME.done`, or `.done` inside a folder) with the fingerprint of what it
+# was made from: options and checksums of inputs. The file is written last, after the artefact was moved into place. If the
+# fingerprint is the same in the next run, nothing is done; if it differs, the artefact is made again.
 
-# In a log file, where a progress bar cannot be redrawn, once in a while is enough.
+# A log file cannot redraw a progress bar: print one line every 20 seconds.
 [[ -t 2 ]] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
 
-# nproc counts no more than OMP_NUM_THREADS, which is about threads of one process
+# nproc counts at most OMP_NUM_THREADS, which is the number of threads of one process
 cores() { env -u OMP_NUM_THREADS nproc; }
 
 log() {
@@ -20,7 +20,30 @@ die() {
     exit 1
 }
 
-# select_stages NAME...: the names of all stages, in order; reads stage and stop_stage (numbers or names)
+# supervise COMMAND...: runs a command in a process group of its own and returns its status. SIGTERM and Ctrl-C are passed
+# on to the group, and the driver exits when the command has ended: training saves its state first.
+supervise() {
+    local status=0 group signal=''
+    set -m
+    "$@" &
+    group=$!
+    set +m
+    trap 'signal=TERM; kill -TERM -- "-$group" 2>/dev/null || :' TERM
+    trap 'signal=INT; kill -INT -- "-$group" 2>/dev/null || :' INT
+    while :; do # a signal ends `wait`, not the command
+        status=0
+        wait "$group" || status=$?
+        kill -0 "$group" 2>/dev/null || break
+    done
+    trap - TERM INT
+    case $signal in
+        TERM) log "stopped by SIGTERM; the same command resumes"; exit 143 ;;
+        INT) log "stopped by Ctrl-C; the same command resumes"; exit 130 ;;
+    esac
+    return "$status"
+}
+
+# select_stages NAME...: the names of all stages, in order; reads the options stage and stop_stage (numbers or names)
 select_stages() {
     stage_names=("$@")
     first_stage=$(stage_number --stage "$stage") || exit
@@ -40,8 +63,8 @@ stage_number() {
     option_error "unknown stage '$2' for $1; stages are: ${choices%, }"
 }
 
-# run_stage NAME: calls the function stage_NAME where the stage is among the selected ones.
-# Not `run_stage || ...`: bash would go on after errors inside.
+# run_stage NAME: calls the function stage_NAME if the stage is selected.
+# Not `run_stage || ...`: bash would continue after errors inside.
 run_stage() {
     local number
     number=$(stage_number run_stage "$1")
@@ -51,24 +74,24 @@ run_stage() {
     fi
 }
 
-# make_artefact PATH MADE_FROM COMMAND...: runs the command, which makes PATH, unless PATH is made from just that
+# make_artefact PATH FINGERPRINT COMMAND...: runs the command, which makes PATH, unless PATH has this fingerprint
 make_artefact() {
-    local path=$1 made_from=$2 done_file
+    local path=$1 fingerprint=$2 done_file
     shift 2
     done_file=$(done_file "$path")
     if [[ -e $path && -f $done_file ]]; then
-        if [[ $(<"$done_file") == "$made_from" ]]; then
-            log "$path is made already"
+        if [[ $(<"$done_file") == "$fingerprint" ]]; then
+            log "$path exists already"
             return
         fi
-        log "$path was made from something else; making it again"
+        log "$path was made from other inputs; making it again"
     fi
     rm -f "$done_file"
     mkdir -p "$(dirname "$path")"
     "$@"
-    [[ -e $path ]] || die "$1 ended without an error, but $path is not there"
+    [[ -e $path ]] || die "$1 succeeded, but $path does not exist"
     done_file=$(done_file "$path")
-    printf '%s\n' "$made_from" >"$done_file.tmp"
+    printf '%s\n' "$fingerprint" >"$done_file.tmp"
     mv -f "$done_file.tmp" "$done_file"
 }
 
@@ -80,16 +103,35 @@ done_file() {
 checksum() {
     local file
     for file in "$@"; do
-        [[ -f $file ]] || die "there is no $file; an earlier stage makes it"
+        [[ -f $file ]] || die "there is no $file; $(stage_of "$file") makes it"
     done
     cat -- "$@" | sha256sum | cut -c 1-16
 }
 
-# made_from PATH...: what these artefacts were made from, in short; artefacts that were not made are fatal
-made_from() {
+# fingerprint_of PATH...: a checksum of these artefacts' fingerprints; a missing artefact is fatal
+fingerprint_of() {
     local path files=()
     for path in "$@"; do
         files+=("$(done_file "$path")")
+        [[ -f ${files[-1]} ]] || die "there is no finished $path; $(stage_of "$path") makes it"
     done
     checksum "${files[@]}"
+}
+
+# stage_of PATH: which stage makes this artefact
+stage_of() {
+    local name
+    case ${1##*/} in
+        *_recordings.jsonl.gz | *_supervisions.jsonl.gz) name=manifests ;;
+        *_cuts.jsonl.gz | *_shar_*) name=fbank ;;
+        train.txt | extra_words.txt | bpe.model | tokens.txt) name=bpe ;;
+        L_disambig.pt | words.txt) name=lang ;;
+        *.arpa) name=lm ;;
+        HLG.pt | LG.pt | G.pt) name=graphs ;;
+        training.jsonl) name=train ;;
+        averaged.pt) name=average ;;
+        decode) name=decode ;;
+        *) echo "an earlier stage"; return ;;
+    esac
+    echo "stage '$name'"
 }

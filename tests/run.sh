@@ -1,47 +1,73 @@
 #!/usr/bin/env bash
-# Every check: the environment, lint, and the tests, quick ones first.
-#
-#   ./tests/run.sh [--fast] [pytest options]                 in .venv; --fast leaves out the recipe tests
-#   ./tests/run.sh tests/... [pytest options]                these tests alone, without lint
-#   ./tests/run.sh --torch2 [pytest options or tests/...]    in .venv-torch2: what needs no k2, under today's torch
-#
-# All checks run even where one fails; the exit status tells whether any did.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Runs every check: the environments, lint, types and tests, fast ones first. ./tests/run.sh --help lists the options.
+# shellcheck disable=SC2329  # `check` calls the functions
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-suites=(tests/without_k2 tests/with_k2 tests/recipe)
-venv=.venv
-setup_options=()
-lint=true
-case "${1:-}" in
-    --fast)
-        suites=(tests/without_k2 tests/with_k2)
-        shift
-        ;;
-    --torch2)
-        suites=(tests/without_k2)
-        venv=.venv-torch2 setup_options=(--torch2) lint=false      # the files are the same, one lint is enough
-        shift
-        ;;
-esac
-for argument in "$@"; do
-    case "$argument" in tests/*) suites=() lint=false ;; esac      # the caller says which
-done
+usage() {
+    cat <<END
+usage: ./tests/run.sh [--fast | --torch2] [tests/...] [pytest options]
 
-./setup.sh "${setup_options[@]}"
+  (no option)   every check, in both environments
+  --fast        lint, types and the fast tests in .venv: what one runs while coding
+  --torch2      the tests that need no k2, in .venv-torch2, with a current torch
+  tests/...     these tests alone
 
-# Test models are too small to gain from threads, and distributed tests run a process for each core.
+All checks run even if one fails; the exit status says whether any did.
+END
+}
+
+# Test models are too small to gain from threads; two processes run tests, and distributed tests start two more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
-
 status=0
-if $lint; then
-    echo "== ruff"
-    "$venv/bin/ruff" check . || status=1
-    echo "== shellcheck"
+
+# check NAME COMMAND...
+check() {
+    printf '== %s\n' "$1"
+    "${@:2}" || status=1
+}
+
+lint() {
+    .venv/bin/ruff check . || return
     find . \( -path './.venv*' -o -path ./.cache -o -path ./.git -o -path './egs/*/data' -o -path './egs/*/exp' \) -prune \
         -o -type f \( -name '*.sh' -o -path ./.ci/run \) -print0 |
-        sort -z | xargs -0 "$venv/bin/shellcheck" --external-sources --source-path=SCRIPTDIR || status=1
-fi
-echo "== pytest, $("$venv/bin/python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"
-"$venv/bin/python" -m pytest "${suites[@]}" "$@" || status=1
+        sort -z | xargs -0 .venv/bin/shellcheck --external-sources --source-path=SCRIPTDIR
+}
+
+# run_tests VENV OPTIONS...
+run_tests() {
+    "$1/bin/python" -m pytest -n 2 --dist worksteal "${@:2}"
+}
+
+case "${1:-}" in
+    --help | -h)
+        usage
+        ;;
+    --torch2)
+        shift
+        contains_tests=false
+        for argument in "$@"; do [[ $argument != tests/* ]] || contains_tests=true; done
+        $contains_tests || set -- tests/without_k2 "$@"
+        ./setup.sh --torch2 || exit
+        check "tests with a current torch" run_tests .venv-torch2 "$@"
+        ;;
+    --fast)
+        ./setup.sh || exit
+        check lint lint
+        check types .venv/bin/mypy
+        check "fast tests" run_tests .venv -m "not slow" tests/without_k2 tests/with_k2 "${@:2}"
+        ;;
+    "" | -*)
+        ./setup.sh && ./setup.sh --torch2 || exit
+        check lint lint
+        check types .venv/bin/mypy
+        check "tests in the recipe's environment" run_tests .venv tests/without_k2 tests/with_k2 "$@"
+        check "tests with a current torch" run_tests .venv-torch2 tests/without_k2 "$@"
+        check "tests of the recipes" run_tests .venv tests/recipe "$@"
+        ;;
+    *)
+        ./setup.sh || exit
+        check tests .venv/bin/python -m pytest "$@"
+        ;;
+esac
 exit "$status"

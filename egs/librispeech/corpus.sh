@@ -33,18 +33,18 @@ default_config=splitformer
 
 # Language models of the corpus's authors (OpenSLR 11); the 4-gram, 1.4 GB and too large for
 # a search's graph, is for rescoring: --rescore-lm-order 4.
-openslr=https://www.openslr.org/resources
-lm_arpa_of() {
+own_openslr=https://www.openslr.org/resources
+own_lm_arpa_of() {
     case $1 in
-        3) echo "$openslr/11/3-gram.pruned.1e-7.arpa.gz" ;;
-        4) echo "$openslr/11/4-gram.arpa.gz" ;;
+        3) echo "$own_openslr/11/3-gram.pruned.1e-7.arpa.gz" ;;
+        4) echo "$own_openslr/11/4-gram.arpa.gz" ;;
     esac # other orders are estimated from the training text
 }
 lm_order=3 rescore_lm_order=3
-lm_arpa_url=$(lm_arpa_of "${given[lm_order]:-$lm_order}")
-rescore_lm_arpa_url=$(lm_arpa_of "${given[rescore_lm_order]:-$rescore_lm_order}")
+lm_arpa_url=$(own_lm_arpa_of "${given[lm_order]:-$lm_order}")
+rescore_lm_arpa_url=$(own_lm_arpa_of "${given[rescore_lm_order]:-$rescore_lm_order}")
 
-declare -A archive_md5=(
+declare -gA own_archive_md5=(
     [dev-clean]=42e2234ba48799c1f50f24a7926300a1
     [dev-other]=c8d0bcc9cca99d4f8b62fcc847357931
     [test-clean]=32fa31d27d2e1cad72775fee3f4849a9
@@ -64,11 +64,11 @@ download_corpus() {
             log "$corpus_dir/$split is there"
             continue
         fi
-        [[ -v "archive_md5[$split]" ]] || die "LibriSpeech has no split '$split'; it has: ${!archive_md5[*]}"
+        [[ -v "own_archive_md5[$split]" ]] || die "LibriSpeech has no split '$split'; it has: ${!own_archive_md5[*]}"
         resource=12
         case $split in *-2 | *-5) resource=31 ;; esac
-        run_python local/fetch_archive.py --url "$openslr/$resource/$split.tar.gz" \
-            --archive "$download_dir/$split.tar.gz" --md5 "${archive_md5[$split]}" \
+        run_python local/fetch_archive.py --url "$own_openslr/$resource/$split.tar.gz" \
+            --archive "$download_dir/$split.tar.gz" --md5 "${own_archive_md5[$split]}" \
             --member "LibriSpeech/$split" --unpack "$corpus_dir/$split"
     done
 }
@@ -77,7 +77,7 @@ download_corpus() {
 extra_words() {
     local words=$download_dir/librispeech-vocab.txt
     if [[ -n $lm_arpa_url ]]; then
-        run_python local/fetch_archive.py --url "$openslr/11/librispeech-vocab.txt" --archive "$words" >&2
+        run_python local/fetch_archive.py --url "$own_openslr/11/librispeech-vocab.txt" --archive "$words" >&2
         cat "$words"
     fi
 }

@@ -2,8 +2,8 @@
 # Spoken commands, questions, numbers and dates that espeak-ng speaks: offline, in a minute, the same everywhere.
 # Its files lie as LibriSpeech's do, and Lhotse's recipe for LibriSpeech reads them. See README.md.
 
-corpus_seed=42
-corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml) seed $corpus_seed"
+own_seed=42
+corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml) seed $own_seed"
 [[ -z $limit_utterances ]] || corpus_source+=" limit $limit_utterances"
 train_splits="train"
 dev_splits="dev"
@@ -18,6 +18,6 @@ default_config=splitformer
 download_corpus() {
     local limit=()
     [[ -z $limit_utterances ]] || limit=(--limit-utterances "$limit_utterances")
-    run_python egs/mini/local/synthesise.py --spec egs/mini/corpus.toml --output-dir "$corpus_dir" --seed "$corpus_seed" \
+    run_python egs/mini/local/synthesise.py --spec egs/mini/corpus.toml --output-dir "$corpus_dir" --seed "$own_seed" \
         --num-jobs "$num_jobs" "${limit[@]}"
 }

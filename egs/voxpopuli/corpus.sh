@@ -2,8 +2,8 @@
 # VoxPopuli, English: 543 hours of speeches in the European Parliament, cut by the transcripts' times. See README.md.
 
 corpus_dir=$download_dir/voxpopuli
-audio_dir=$corpus_dir/raw_audios/en # where Lhotse's recipe looks for what the archives call original
-annotations=asr_en.tsv.gz
+own_audio_dir=$corpus_dir/raw_audios/en # where Lhotse's recipe looks for what the archives call original
+own_annotations=asr_en.tsv.gz
 corpus_source="VoxPopuli en"
 
 train_splits="train"
@@ -20,20 +20,20 @@ default_config=splitformer
 download_corpus() {
     local year url=https://dl.fbaipublicfiles.com/voxpopuli
     for year in {2009..2020}; do
-        if [[ -d $audio_dir/$year ]]; then
-            log "$audio_dir/$year is there"
+        if [[ -d $own_audio_dir/$year ]]; then
+            log "$own_audio_dir/$year is there"
         else
             run_python local/fetch_archive.py --url "$url/audios/original_$year.tar" \
-                --archive "$download_dir/original_$year.tar" --member "original/$year" --unpack "$audio_dir/$year"
+                --archive "$download_dir/original_$year.tar" --member "original/$year" --unpack "$own_audio_dir/$year"
         fi
     done
-    run_python local/fetch_archive.py --url "$url/annotations/asr/$annotations" --archive "$corpus_dir/$annotations"
+    run_python local/fetch_archive.py --url "$url/annotations/asr/$own_annotations" --archive "$corpus_dir/$own_annotations"
 }
 
 # The recipe takes the transcripts from the folder that it may write to, which need not be the corpus's.
 prepare_manifests() {
     local writable=$data_dir/annotations
     mkdir -p "$writable"
-    cp -f "$corpus_dir/$annotations" "$writable"
+    cp -f "$corpus_dir/$own_annotations" "$writable"
     manifests_from_recipe "$@" --folder raw_audios/en --recipe-options "output_dir=$writable"
 }
