@@ -23,6 +23,9 @@ else:
     import tomli as tomllib
 
 
+BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"
+"""The tokens 0, 1 and 2 of every vocabulary, as in icefall."""
+
 _RENAMED = {("model", "feature_norm"): "cmvn", ("augment", "ramp_epochs"): "specaug_warmup_epochs"}
 """Keys of configurations in older checkpoints, and their present names."""
 

@@ -29,10 +29,8 @@ from lhotse.features.kaldifeat import KaldifeatMelOptions
 from lhotse.utils import compute_num_frames, fastcopy, is_module_available
 
 from splitformer.data.manifests import ManifestError, use_soundfile
+from splitformer.model.subsampling import FRAME_SHIFT, SAMPLING_RATE
 
-SAMPLING_RATE = 16000
-FRAME_SHIFT = 0.01
-"""Seconds between two frames, of all extractors."""
 EXTRACTORS = ("lhotse", "kaldifeat", "linear-mel")
 """Of these the first two compute the same, on a CPU and on a GPU."""
 STORED_FRAMES = "stored_frames"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sentencepiece
 
-BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"
+from splitformer.config import BLANK, SOS_EOS, UNKNOWN
 
 
 class Tokenizer:

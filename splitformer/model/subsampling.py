@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+SAMPLING_RATE = 16000
+"""Hz, of the audio that features are computed from."""
+FRAME_SHIFT = 0.01
+"""Seconds between two feature frames."""
+OUTPUT_FRAME = 4 * FRAME_SHIFT
+"""Seconds between two frames of the encoder."""
+
 
 def subsampled_lengths(lengths: Tensor) -> Tensor:
     """Output frames for `lengths` input frames, elementwise: two convolutions of kernel 3 and stride 2, unpadded.
