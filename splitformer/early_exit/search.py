@@ -50,6 +50,11 @@ def exit_view(model: AsrModel, exit_output: ExitOutput, log_probs: Tensor | None
     )
 
 
+def words_of(hypothesis: Hypothesis, spell: Callable[[list[int]], str]) -> list[str]:
+    """Return the words that a lexicon chose, or those that `spell` makes of the tokens."""
+    return spell(hypothesis.tokens).split() if hypothesis.words is None else hypothesis.words
+
+
 @torch.no_grad()
 def search_early(
     model: AsrModel,

@@ -108,6 +108,7 @@ class EarlyExitRecord:
     nan_exits: exits passed because their output held a NaN; late_utterances: answered after the policy's deadline.
     macs_per_second: multiply-accumulates per second of audio, those of all heads that were read included.
     last_exit_macs_per_second: of the last exit, for everything, without a policy.
+    warning: what limits the result, such as speakers that the calibration set and the test set share; else "".
     """
 
     corpus: str
@@ -136,6 +137,7 @@ class EarlyExitRecord:
     commit: str
     command: str
     date: str
+    warning: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON with sorted keys."""
@@ -222,6 +224,7 @@ class TradeoffRecord:
     calibration_set: on which all settings were fitted; method: the search whose words were scored.
     exit_layers, last_wer, last_macs_per_second, last_rtf: the model's exits, and its last one without a policy.
     points, savings, budgets: the curves and what is read off them.
+    warning: as in EarlyExitRecord.
     """
 
     corpus: str
@@ -243,6 +246,7 @@ class TradeoffRecord:
     commit: str
     command: str
     date: str
+    warning: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON with sorted keys."""
