@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
-
-
-def epoch_checkpoints(exp_dir: str | Path) -> dict[int, Path]:
-    """{N: exp_dir/epoch-N.pt}, rising."""
-    found = {}
-    for path in Path(exp_dir).glob("epoch-*.pt"):
-        match = re.fullmatch(r"epoch-(\d+)\.pt", path.name)
-        if match:
-            found[int(match.group(1))] = path
-    return dict(sorted(found.items()))
 
 
 class RunningAverage:
@@ -43,26 +31,3 @@ class RunningAverage:
             else:
                 self.state[name].copy_(tensor)
         self.step = step
-
-
-def average_between(
-    earlier: Mapping[str, Tensor], earlier_step: int, later: Mapping[str, Tensor], later_step: int
-) -> dict[str, Tensor]:
-    """The mean of the weights over the steps after `earlier_step` up to `later_step`, from two running averages.
-
-    Computed in float64: the difference of two long means loses digits in float32. With `earlier_step` 0, `earlier`
-    counts for nothing.
-
-    Raises:
-      ValueError: the steps do not rise.
-    """
-    if not 0 <= earlier_step < later_step:
-        raise ValueError(f"steps {earlier_step} and {later_step} must rise, for a mean of the weights between them")
-    averaged = {}
-    for name, tensor in later.items():
-        if not tensor.is_floating_point():
-            averaged[name] = tensor
-            continue
-        total = tensor.double() * later_step - earlier[name].double() * earlier_step
-        averaged[name] = (total / (later_step - earlier_step)).to(tensor.dtype)
-    return averaged

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from splitformer.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from splitformer.training.averaging import epoch_checkpoints
+from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
 

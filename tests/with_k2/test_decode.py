@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from splitformer import report
-from splitformer.bin.average import average
 from splitformer.bin.decode import Decoded, _choose
+from splitformer.checkpoint import averaged, save_checkpoint
 from splitformer.config import Config, tomllib
 from splitformer.decoding.searches import METHODS
 from splitformer.losses.pruned_transducer import PrunedTransducerLoss
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
             tables["loss"] = {"ctc_only_epochs": 5, "warm_steps": 5, "prune_range": 4}
         options = RunOptions(folder / f"{system}-seed7", [train], [dev], lang_dir, seed=7, num_workers=0, resume=True)
         Trainer(Config.from_dict(tables), options, Ranks(0, 1, torch.device("cpu")), loss).train()
-        average(options.exp_dir, None, None)
+        save_checkpoint(options.exp_dir / "averaged.pt", averaged(options.exp_dir))
     return folder
 
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from lhotse import CutSet
 
-from splitformer.bin.average import average
 from splitformer.bin.calibrate import collect
-from splitformer.checkpoint import checkpoint_id, load_checkpoint, save_checkpoint
+from splitformer.checkpoint import averaged, checkpoint_id, load_checkpoint, save_checkpoint
 from splitformer.config import Config, tomllib
 from splitformer.decoding.loading import chosen_search, load_for_decoding, make_method
 from splitformer.early_exit.calibration import FAMILY_NAMES, WITHOUT_CTC
@@ -55,7 +54,7 @@ def folder(tmp_path_factory):
     tables["augment"]["p"] = 0.0
     options = RunOptions(folder / "exp/small-seed7", [train], [dev], lang_dir, seed=7, num_workers=0, resume=True)
     Trainer(Config.from_dict(tables), options, Ranks(0, 1, CPU)).train()
-    average(options.exp_dir, None, None)
+    save_checkpoint(options.exp_dir / "averaged.pt", averaged(options.exp_dir))
     blur_exits(options.exp_dir / "averaged.pt")
     return folder
 

@@ -12,14 +12,12 @@ import pytest
 import torch
 from lhotse import CutSet
 
-from splitformer.bin.average import average
-from splitformer.checkpoint import CheckpointError, load_checkpoint, load_model
+from splitformer.checkpoint import CheckpointError, averaged, epoch_checkpoints, load_checkpoint, load_model
 from splitformer.config import ConfigError, LossConfig
 from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.report.records import read_training_log
-from splitformer.training.averaging import epoch_checkpoints
 from splitformer.training.evaluate import evaluate
 from splitformer.training.loop import Trainer
 from tests.training_runs import (
@@ -36,7 +34,6 @@ from tests.training_runs import (
 )
 
 
-@pytest.mark.smoke
 def test_it_learns_to_spell(corpus, tmp_path):
     run = train(corpus, tmp_path, tmp_path / "exp", "--set", "training.num_epochs=12")
     assert run.returncode == 0, run.stderr
@@ -117,23 +114,23 @@ def test_the_average_is_the_mean_of_the_weights_over_the_steps(corpus, tmp_path)
     trainer.train()
     after = load_checkpoint(tmp_path / "epoch-1.pt")["progress"]["step"]
     expected = torch.stack([w for s, w in seen if s > after]).mean(dim=0)
-    average(tmp_path, None, None)
-    model, loaded, checkpoint = load_model(tmp_path / "averaged.pt")
+    model, loaded, checkpoint = load_model(averaged(tmp_path))
     assert (checkpoint["epoch"], checkpoint["avg"]) == (3, 2)
     assert loaded.training == config.training
     torch.testing.assert_close(model.state_dict()[name].double(), expected, atol=1e-5, rtol=0)
-    average(tmp_path, 3, 3)
     expected = torch.stack([w for _, w in seen]).mean(dim=0)
-    torch.testing.assert_close(
-        load_model(tmp_path / "averaged.pt")[0].state_dict()[name].double(), expected, atol=1e-5, rtol=0
-    )
-    with pytest.raises(ValueError, match=r"has no epoch-9\.pt; there are epochs 1, 2, 3"):
-        average(tmp_path, 9, None)
+    model, _, checkpoint = load_model(averaged(tmp_path, epoch=3, avg=7))
+    assert checkpoint["avg"] == 3, "there are no more epochs"
+    torch.testing.assert_close(model.state_dict()[name].double(), expected, atol=1e-5, rtol=0)
+    with pytest.raises(CheckpointError, match=r"has no epoch-9\.pt; choose among epochs 1, 2, 3"):
+        averaged(tmp_path, epoch=9)
+    with pytest.raises(CheckpointError, match="at least 1"):
+        averaged(tmp_path, avg=0)
 
 
 def test_averaging_nothing_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="train first"):
-        average(tmp_path, None, None)
+        averaged(tmp_path)
 
 
 def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, tmp_path):
