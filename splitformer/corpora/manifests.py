@@ -22,8 +22,6 @@ from lhotse import Recording, SupervisionSegment
 from splitformer.data.manifests import ManifestError
 from splitformer.files import atomic_write
 
-AUDIO_SUFFIXES = {".flac", ".wav", ".sph", ".ogg", ".mp3", ".opus", ".aiff"}
-
 
 @dataclass
 class Skipped:

@@ -17,8 +17,9 @@ from typing import Any
 import lhotse.recipes
 from lhotse import SupervisionSegment
 
-from splitformer.corpora.manifests import AUDIO_SUFFIXES, Skipped, audio_fault, spread
+from splitformer.corpora.manifests import Skipped, audio_fault, spread
 from splitformer.data.manifests import ManifestError, Pair, use_soundfile
+from splitformer.speech.audio import AUDIO_SUFFIXES
 
 # -------------------------------------------------------------------------------------- Lhotse's recipes
 

@@ -22,9 +22,10 @@ from typing import Any
 
 from lhotse import Recording
 
-from splitformer.corpora.manifests import AUDIO_SUFFIXES, audio_fault
+from splitformer.corpora.manifests import audio_fault
 from splitformer.corpora.recipes import files_below
 from splitformer.data.manifests import ManifestError, use_soundfile
+from splitformer.speech.audio import AUDIO_SUFFIXES
 
 KINDS = ("table", "kaldi", "folder", "lhotse")
 TABLE_SUFFIXES = (".tsv", ".csv")

@@ -81,16 +81,12 @@ class LinearMel(nn.Module):
         return spectrum.abs().pow(2).transpose(-1, -2) @ self.mel_bank
 
 
-FRONT_ENDS = {"lhotse": Fbank, "kaldifeat": Fbank, "linear-mel": LinearMel}
+FRONT_ENDS: dict[str, type[Fbank] | type[LinearMel]] = {"lhotse": Fbank, "kaldifeat": Fbank, "linear-mel": LinearMel}
 """Front ends by the names that `--fbank` has in every command; lhotse and kaldifeat compute the same features."""
 
 
 def front_end(name: str, num_mel_bins: int) -> Fbank | LinearMel:
-    """Return the front end of this name.
-
-    Raises:
-      UserError: there is none of this name.
-    """
+    """Return the front end of this name; raise UserError if there is none."""
     if name not in FRONT_ENDS:
         raise UserError(f"fbank {name!r}: choose one of {', '.join(FRONT_ENDS)}")
     return FRONT_ENDS[name](num_mel_bins)

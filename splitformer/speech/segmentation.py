@@ -1,4 +1,4 @@
-"""Long recordings cut into pieces that a model can take, and the words of the pieces put together again."""
+"""Cutting long recordings into pieces that a model can process, and joining the words of the pieces."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from splitformer.errors import UserError
+from splitformer.speech.audio import Levels
+
 MAX_SEGMENT = 25.0
 OVERLAP = 1.0
 MIN_PAUSE = 0.2
-"""Seconds. A quiet stretch that is shorter may be within a word: the closure of a plosive takes up to 0.15 s."""
+"""Seconds. A shorter quiet stretch may lie within a word: the closure of a plosive takes up to 0.15 s."""
 CONTRAST = 10.0
-"""Decibels between the loud and the quiet part of a stretch; with less, nothing tells speech from silence."""
+"""Decibels between the loud and the quiet parts of a stretch; with less, its levels do not show where pauses are."""
 SILENCE_BELOW = 40.0
-"""Decibels below the recording's loud parts: silence, whatever is around it."""
+"""Decibels below the loud parts of the recording that count as silence everywhere."""
 
 
 class Piece(NamedTuple):
@@ -23,61 +26,68 @@ class Piece(NamedTuple):
     start: float
     end: float
     overlap: float = 0.0
-    """seconds that the piece before holds too; 0 where the cut is in a silence"""
+    """seconds at its beginning that the piece before also covers; 0 after a cut in a pause"""
 
 
-def plan_pieces(
-    decibels: np.ndarray,
-    hop_seconds: float,
-    seconds: float,
-    max_segment: float = MAX_SEGMENT,
-    overlap: float = OVERLAP,
-) -> list[Piece]:
-    """Cut a recording into pieces of at most `max_segment` seconds, which together cover all but long silences.
+def plan_pieces(levels: Levels, max_segment: float = MAX_SEGMENT, overlap: float = OVERLAP) -> list[Piece]:
+    """Cut a recording into pieces of at most `max_segment` seconds that cover all of it but long silences.
 
-    A piece ends in the middle of the longest pause in the second half of what it may hold. Where there is none, it is
-    as long as may be and the next piece starts `overlap` seconds before its end. What is a pause is told from the
-    levels around: at most 0.3 of the way up from the quiet (10th percentile) to the loud (95th), or SILENCE_BELOW the
-    loud parts of the recording. A piece that has nothing louder than the latter is left out: in mere silence a model
-    may hear words. A recording that needs no cut is one piece, whatever it holds.
+    A piece ends in the middle of the longest pause in the second half of its maximum length. If there is none, it has
+    the maximum length, and the next piece starts `overlap` seconds before its end. A pause is quieter than the level
+    0.3 of the way up from the quiet (10th percentile) to the loud parts (95th) around it, or SILENCE_BELOW the loud
+    parts of the recording. A piece that is nowhere louder than the latter is left out, because models may find words
+    in silence. A recording that needs no cut is one piece, whatever it holds.
 
-    Args:
-      decibels: (hops,), the level of each hop.
-      seconds: of the whole recording.
     Raises:
-      ValueError: max_segment is less than 1 s, or overlap is not in 0 to half of it.
+      UserError: max_segment is less than 1 s, or overlap is not between 0 and half of it.
     """
     check_limits(max_segment, overlap)
-    pieces: list[Piece] = []
-    longest = int(max_segment / hop_seconds + 1e-6)
-    shared = int(overlap / hop_seconds + 1e-6)
+    decibels, hop, seconds = levels
+    longest, shared = int(max_segment / hop + 1e-6), int(overlap / hop + 1e-6)
     silence = np.percentile(decibels, 99) - SILENCE_BELOW if len(decibels) else 0.0
+    pieces: list[Piece] = []
     start, shares = 0, 0
-    while seconds - start * hop_seconds > max_segment:
-        limit = start + longest
-        cut = _pause(decibels[start:limit], longest // 2, round(MIN_PAUSE / hop_seconds), silence)
-        end = limit if cut is None else start + cut
-        pieces.append(Piece(start * hop_seconds, end * hop_seconds, shares * hop_seconds))
+    while seconds - start * hop > max_segment:
+        cut = _pause(decibels[start : start + longest], longest // 2, round(MIN_PAUSE / hop), silence)
+        end = start + (longest if cut is None else cut)
+        pieces.append(Piece(start * hop, end * hop, shares * hop))
         shares = shared if cut is None else 0
         start = end - shares
-    pieces.append(Piece(start * hop_seconds, seconds, shares * hop_seconds))
+    pieces.append(Piece(start * hop, seconds, shares * hop))
     if len(pieces) == 1:
         return pieces
+    return [p for p in pieces if (decibels[round(p.start / hop) : round(p.end / hop)] > silence).any()]
 
-    def has_sound(piece: Piece) -> bool:
-        hops = decibels[round(piece.start / hop_seconds) : round(piece.end / hop_seconds)]
-        return bool((hops > silence).any())
 
-    return [piece for piece in pieces if has_sound(piece)]
+def check_limits(max_segment: float, overlap: float) -> None:
+    """Raise UserError unless `plan_pieces` can cut recordings with these limits."""
+    if not 1.0 <= max_segment < float("inf"):
+        raise UserError(f"a segment of at most {max_segment} s: give 1 s or more, such as {MAX_SEGMENT:g}")
+    if not 0.0 <= overlap <= max_segment / 2:
+        raise UserError(f"an overlap of {overlap} s: give 0 to half of the longest segment, {max_segment / 2:g} s")
+
+
+def _pause(decibels: np.ndarray, first: int, shortest: int, silence: float) -> int | None:
+    """Return the hop in the middle of the longest pause in (hops,) from `first` on, the last of equals; or None."""
+    quiet_level, loud_level = np.percentile(decibels, (10, 95))
+    threshold = silence
+    if loud_level - quiet_level >= CONTRAST:
+        threshold = max(threshold, quiet_level + 0.3 * (loud_level - quiet_level))
+    quiet = np.concatenate([[False], decibels[first:] <= threshold, [False]])
+    edges = np.flatnonzero(quiet[1:] != quiet[:-1]).reshape(-1, 2)  # where quiet stretches begin and end
+    if not len(edges):
+        return None
+    begin, end = max(edges.tolist(), key=lambda each: (each[1] - each[0], each[0]))
+    return first + (begin + end) // 2 if end - begin >= shortest else None
 
 
 def slice_pieces(
     blocks: Iterable[np.ndarray], sampling_rate: int, pieces: Sequence[Piece]
 ) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its samples (n,), of blocks (n,) that are read once and no further ahead than needed.
+    """Yield each piece with its samples (n,), cut from blocks (n,) that are read once and only as far as needed.
 
-    What lies before, between and behind them is passed over. A piece that ends with the recording may be a sample
-    shorter or longer: its seconds, in samples of another rate, are rounded.
+    A piece at the end of the recording may be a sample shorter or longer, because its seconds are rounded to samples
+    of another rate.
     """
     blocks = iter(blocks)
     buffer, position = np.zeros(0, np.float32), 0  # of the buffer's first sample
@@ -86,42 +96,17 @@ def slice_pieces(
         while True:
             passed = min(first - position, len(buffer))
             buffer, position = buffer[passed:], position + passed
-            if position + len(buffer) >= last:
-                break
-            block = next(blocks, None)
-            if block is None:
+            if position + len(buffer) >= last or (block := next(blocks, None)) is None:
                 break
             buffer = np.concatenate([buffer, block])
         yield piece, buffer[: last - first].copy()
 
 
-def check_limits(max_segment: float, overlap: float) -> None:
-    """Raises ValueError where nothing can be cut so."""
-    if not 1.0 <= max_segment < float("inf"):
-        raise ValueError(f"a segment of at most {max_segment} s: give 1 s or more, such as {MAX_SEGMENT:g}")
-    if not 0.0 <= overlap <= max_segment / 2:
-        raise ValueError(f"an overlap of {overlap} s: give 0 to half of the longest segment, {max_segment / 2:g} s")
-
-
-def _pause(decibels: np.ndarray, first: int, shortest: int, silence: float) -> int | None:
-    """The hop in the middle of the longest pause of (hops,) from `first` on; of equals the last; None without one."""
-    quiet_level, loud_level = np.percentile(decibels, (10, 95))
-    threshold = silence
-    if loud_level - quiet_level >= CONTRAST:
-        threshold = max(threshold, quiet_level + 0.3 * (loud_level - quiet_level))
-    quiet = np.concatenate([[False], decibels[first:] <= threshold, [False]])
-    edges = np.flatnonzero(quiet[1:] != quiet[:-1]).reshape(-1, 2)  # where stretches begin, and end
-    if not len(edges):
-        return None
-    begin, end = max(edges.tolist(), key=lambda each: (each[1] - each[0], each[0]))
-    return first + (begin + end) // 2 if end - begin >= shortest else None
-
-
-# ------------------------------------------------------------------------------------------------- words
+# ---- words
 
 
 class Word(NamedTuple):
-    """A word with its place in the recording, in seconds."""
+    """A word with its place in the recording, in seconds. It ends with the frame of its last token."""
 
     text: str
     start: float
@@ -129,17 +114,17 @@ class Word(NamedTuple):
 
 
 SAME_WORD = 0.25
-"""Seconds by which the same word may start apart in two pieces."""
+"""Largest difference in seconds between the starts of one word in two pieces."""
 SAME_PLACE = 0.1
-"""Seconds within which two words that differ are still two readings of one."""
+"""Two different words whose starts differ by at most so many seconds are two readings of one."""
 
 
 def join_words(left: Sequence[Word], right: Sequence[Word], start: float, end: float) -> tuple[int, int]:
-    """How many words of `left` to keep, and the first of `right`, where both heard `start` to `end`.
+    """Return how many words of `left` to keep and the first word of `right`, where both pieces cover `start` to `end`.
 
-    Each piece is heard badly at its own edge. So the left piece speaks up to the middle of the overlap and the right
-    one from there on. Where both have the same word, the one nearest to the middle is where they change, which keeps a
-    word that stands across the middle from being said twice, or by neither.
+    Each piece is recognised badly at its own edge. So the words are taken from the left piece up to the middle of the
+    overlap and from the right piece after it. Where both have the same word, they change at the one nearest to the
+    middle, so that a word across the middle is neither doubled nor lost.
 
     Args:
       left, right: words in the order of their times, in seconds of the recording.
@@ -160,16 +145,16 @@ def join_words(left: Sequence[Word], right: Sequence[Word], start: float, end: f
         return i + 1, j + 1
     count = sum(centre < middle for centre in centres[0])
     first = sum(centre < middle for centre in centres[1])
-    if count < len(left) and first > 0 and _one_place(left[count], right[first - 1]):
-        count += 1  # a word at the middle, of which each says that it is the other's
-    elif count > 0 and first < len(right) and _one_place(left[count - 1], right[first]):
-        first += 1  # both say that it is theirs
+    if count < len(left) and first > 0 and _same_place(left[count], right[first - 1]):
+        count += 1  # a word at the middle that neither piece would keep
+    elif count > 0 and first < len(right) and _same_place(left[count - 1], right[first]):
+        first += 1  # a word that both pieces would keep
     while count > 0 and first < len(right) and centres[1][first] < left[count - 1].end:
-        first += 1  # what is one word to the left may be two to the right
+        first += 1  # one word of the left piece may be two of the right
     return count, first
 
 
-def _one_place(a: Word, b: Word) -> bool:
+def _same_place(a: Word, b: Word) -> bool:
     shared = min(a.end, b.end) - max(a.start, b.start)
     shorter = min(a.end - a.start, b.end - b.start)
     return abs(a.start - b.start) <= SAME_PLACE or shared > shorter / 2

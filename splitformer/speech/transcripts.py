@@ -1,35 +1,39 @@
-"""What was heard in a recording, and the formats in which it is written: text, JSON lines, SRT, CTM."""
+"""Transcripts, and the formats in which they are written: text, JSON lines, SRT, CTM."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+from urllib.parse import quote
 
-from splitformer.data.tokenizer import BLANK, SOS_EOS, UNKNOWN
+from splitformer.config import BLANK, SOS_EOS, UNKNOWN
+from splitformer.model.subsampling import OUTPUT_FRAME
 from splitformer.speech.segmentation import Word, join_words
 
-FORMATS = ("text", "jsonl", "srt", "ctm")
-OUTPUT_FRAME = 0.04
-"""Seconds: four feature frames."""
+Format = Literal["text", "jsonl", "srt", "ctm"]
 WORD_BEGIN = "▁"
 UNKNOWN_WORD = "⁇"
-"""As sentencepiece spells it."""
+"""What sentencepiece writes for an unknown token."""
 
-# What fits on a screen and can be read in time: two lines of 42 characters, at most 7 seconds.
+# A subtitle fits on a screen and can be read in time: two lines of 42 characters, at most 7 seconds.
 CUE_SECONDS, CUE_LINE, CUE_LINES, CUE_PAUSE = 7.0, 42, 2, 1.0
 SHORTEST_CUE = 0.5
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a recording, as it was heard.
+    """A piece of a recording with the words in it. Times are in seconds of the recording.
 
-    start, end: seconds in the recording.
-    words: with their times.  tokens, timestamps: pieces, and the seconds at which they start.
-    confidence: see docs/transcribe.md; 0 to 1.
-    exit_layer: where it left the encoder.  milliseconds: from its batch's setting out until its words were there.
-    overlap: seconds that the segment before holds too.
+    start, end: the piece.
+    words: `Word`s with their own start and end.
+    tokens, timestamps: pieces of the vocabulary, and the times at which they start.
+    confidence: 0 to 1; the geometric mean of the search's score per output frame.
+    exit: the exit that was searched, named by its encoder layer.
+    milliseconds: of computing, from the start of its batch until its words were found.
+    overlap: seconds at the start that the segment before also covers.
     """
 
     start: float
@@ -38,7 +42,7 @@ class Segment:
     tokens: list[str]
     timestamps: list[float]
     confidence: float
-    exit_layer: int
+    exit: int
     milliseconds: float
     overlap: float = 0.0
 
@@ -49,30 +53,36 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """Of one recording. name: as it was given; seconds: its length."""
+    """The segments of one recording; iterating yields them. A recording shorter than one output frame has none.
+
+    name: as it was given.  seconds: the length of the recording.
+    """
 
     name: str
     seconds: float
-    segments: list[Segment] = field(default_factory=list)
+    segments: list[Segment]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+    def __len__(self) -> int:
+        return len(self.segments)
 
     @property
     def text(self) -> str:
         return " ".join(segment.text for segment in self.segments if segment.words)
 
 
-# -------------------------------------------------------------------------------------- tokens to words
+# ---- tokens to words
 
 
-def timed_words(
-    pieces: Sequence[str], starts: Sequence[float], words: Sequence[str] | None = None
-) -> list[Word]:
-    """Words, spelled by pieces as the tokenizer spells them, from the start of the first piece that has letters to the
-    end of the last one's frame.
+def timed_words(pieces: Sequence[str], starts: Sequence[float], words: Sequence[str] | None = None) -> list[Word]:
+    """Return the words that pieces spell, from the start of a word's first piece to the end of its last one's frame.
 
     Args:
       pieces, starts: the tokens, and the seconds at which they start.
-      words: where a lexicon chose them. They get the times of what the pieces spell; where there are more or fewer,
-        equal parts of the time between first and last token.
+      words: where a lexicon chose them. They take the times of the words that the pieces spell or, if their numbers
+        differ, equal parts of the time between the first and the last token.
     """
     spelled: list[Word] = []
     begin = True
@@ -104,20 +114,20 @@ def timed_words(
 
 
 def join_segments(segments: Sequence[Segment]) -> list[Segment]:
-    """Consecutive segments of a recording, less what overlapping ones have twice."""
+    """Return consecutive segments of a recording without the words that overlapping ones have twice."""
     joined: list[Segment] = []
     for segment in segments:
         if segment.overlap and joined:
             start, end = segment.start, segment.start + segment.overlap
             count, first = join_words(joined[-1].words, segment.words, start, end)
-            joined[-1] = _less(joined[-1], joined[-1].words[:count])
-            segment = _less(segment, segment.words[first:])
+            joined[-1] = _with_words(joined[-1], joined[-1].words[:count])
+            segment = _with_words(segment, segment.words[first:])
         joined.append(segment)
     return joined
 
 
-def _less(segment: Segment, words: list[Word]) -> Segment:
-    """With these of its words alone, and their tokens."""
+def _with_words(segment: Segment, words: list[Word]) -> Segment:
+    """The segment with only these of its words, and their tokens."""
     if len(words) == len(segment.words):
         return segment
     begin, end = (words[0].start - 1e-6, words[-1].end - 1e-6) if words else (0.0, 0.0)
@@ -125,21 +135,26 @@ def _less(segment: Segment, words: list[Word]) -> Segment:
     return replace(segment, words=words, tokens=[t for t, _ in kept], timestamps=[s for _, s in kept])
 
 
-# ------------------------------------------------------------------------------------------------ formats
+# ---- formats
+
+
+def written(transcript: Transcript, format: Format, with_name: bool = True) -> str:
+    """Return the transcript in a format.
+
+    text: a line with the name and a tab (`with_name`) and the text.  jsonl: a line with a JSON object.
+    srt: subtitles.  ctm: a line for each word.
+    """
+    if format == "text":
+        return (f"{printable(transcript.name)}\t" if with_name else "") + f"{transcript.text}\n"
+    return {"jsonl": _json_line, "srt": _srt, "ctm": _ctm}[format](transcript)
 
 
 def printable(name: str) -> str:
-    """A name as one piece of a line: what would break a line, or steer a terminal, is escaped as in Python."""
+    """Escape, as Python does, the characters of a name that would break a line or control a terminal."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
 
 
-def as_text(transcript: Transcript, with_name: bool) -> str:
-    """One line: the text, or the name, a tab and the text."""
-    return f"{printable(transcript.name)}\t{transcript.text}\n" if with_name else f"{transcript.text}\n"
-
-
-def as_json(transcript: Transcript) -> str:
-    """One line."""
+def _json_line(transcript: Transcript) -> str:
     segments = [
         {
             "start": round(s.start, 3),
@@ -149,66 +164,53 @@ def as_json(transcript: Transcript) -> str:
             "tokens": s.tokens,
             "timestamps": [round(each, 3) for each in s.timestamps],
             "confidence": round(s.confidence, 4),
-            "exit_layer": s.exit_layer,
+            "exit": s.exit,
             "milliseconds": round(s.milliseconds, 1),
         }
-        for s in transcript.segments
+        for s in transcript
     ]
-    contents = {
-        "audio": transcript.name,
-        "duration": round(transcript.seconds, 3),
-        "text": transcript.text,
-        "segments": segments,
-    }
-    # names that are no UTF-8 hold surrogates, which JSON can carry as escapes alone
-    ascii_only = any("\ud800" <= c <= "\udfff" for c in transcript.name)
-    return json.dumps(contents, ensure_ascii=ascii_only) + "\n"
+    contents = {"audio": transcript.name, "duration": round(transcript.seconds, 3), "text": transcript.text}
+    # JSON can hold names that are not UTF-8 only as escapes
+    return json.dumps({**contents, "segments": segments}, ensure_ascii=not transcript.name.isprintable()) + "\n"
 
 
-def as_ctm(transcript: Transcript) -> str:
-    """A line a word: name, channel, start, duration, word, its segment's confidence (NIST's format, as in Kaldi)."""
+def _ctm(transcript: Transcript) -> str:
+    """NIST's format, as in Kaldi: name, channel, start, duration, word, and the confidence of its segment."""
     name = _ctm_field(transcript.name)
     return "".join(
         f"{name} 1 {word.start:.2f} {max(0.01, word.end - word.start):.2f} {_ctm_field(word.text)} {s.confidence:.2f}\n"
-        for s in transcript.segments
+        for s in transcript
         for word in s.words
     )
 
 
 def _ctm_field(text: str) -> str:
-    """Without whitespace, and no comment (`;;`): such characters, and %, as %XX of their UTF-8 bytes."""
-    return "".join(
-        "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
-        if c in "%;" or c.isspace() or not c.isprintable()
-        else c
-        for c in text
-    )
+    """Write whitespace, `;` (which starts a comment) and % as %XX of their UTF-8 bytes."""
+    special = (c in "%;" or c.isspace() or not c.isprintable() for c in text)
+    return "".join(quote(c, safe="", errors="surrogateescape") if s else c for c, s in zip(text, special))
 
 
-def as_srt(transcript: Transcript) -> str:
-    """Numbered subtitles of at most two lines of 42 characters and, but for a long word, seven seconds."""
+def _srt(transcript: Transcript) -> str:
+    """Numbered subtitles of at most two lines of 42 characters and seven seconds, unless one word is longer."""
     blocks = []
-    cues = list(_cues(word for segment in transcript.segments for word in segment.words))
+    cues = list(_cues(word for segment in transcript for word in segment.words))
     for number, cue in enumerate(cues, 1):
         start = cue[0].start
-        # a word's end is that of its last token's frame; a cue stays long enough to be seen
         end = max(cue[-1].end, start + SHORTEST_CUE)
         if number < len(cues):
             end = max(min(end, cues[number][0].start), start + 0.001)
-        lines = "\n".join(_lines([word.text for word in cue]))
-        blocks.append(f"{number}\n{_clock(start)} --> {_clock(end)}\n{lines}\n")
+        blocks.append(f"{number}\n{_clock(start)} --> {_clock(end)}\n" + "\n".join(_lines(cue)) + "\n")
     return "\n".join(blocks)
 
 
-def _cues(words: Iterable[Word]) -> Iterable[list[Word]]:
+def _cues(words: Iterable[Word]) -> Iterator[list[Word]]:
     cue: list[Word] = []
     for word in words:
-        full = cue and (
+        if cue and (
             word.start - cue[-1].end > CUE_PAUSE
             or word.end - cue[0].start > CUE_SECONDS
-            or len(_lines([each.text for each in [*cue, word]])) > CUE_LINES
-        )
-        if full:
+            or len(_lines([*cue, word])) > CUE_LINES
+        ):
             yield cue
             cue = []
         cue.append(word)
@@ -216,19 +218,12 @@ def _cues(words: Iterable[Word]) -> Iterable[list[Word]]:
         yield cue
 
 
-def _lines(words: Sequence[str]) -> list[str]:
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 1 + len(word) <= CUE_LINE:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+def _lines(words: Sequence[Word]) -> list[str]:
+    text = " ".join(word.text for word in words)
+    return textwrap.wrap(text, CUE_LINE, break_long_words=False, break_on_hyphens=False)
 
 
 def _clock(seconds: float) -> str:
-    milliseconds = round(1000 * seconds)
-    return (
-        f"{milliseconds // 3_600_000:02d}:{milliseconds // 60_000 % 60:02d}:"
-        f"{milliseconds // 1000 % 60:02d},{milliseconds % 1000:03d}"
-    )
+    rest, milliseconds = divmod(round(1000 * seconds), 1000)
+    minutes, seconds = divmod(rest, 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d},{milliseconds:03d}"
