@@ -314,13 +314,13 @@ def cut_batches(args: argparse.Namespace, config: Config) -> Iterator[Any]:
 
     from splitformer.data.batches import TENSORS
     from splitformer.data.tokenizer import Tokenizer
-    from splitformer.data.training import TrainingData
+    from splitformer.data.training import DataOptions, TrainingData
 
     tokenizer = Tokenizer(args.lang_dir)
-    data_config = replace(config.data, max_duration=args.batch * args.seconds)
+    config = replace(config, data=replace(config.data, max_duration=args.batch * args.seconds))
     yield replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     with tempfile.TemporaryDirectory() as folder:
-        data = TrainingData(args.train_cuts, tokenizer, data_config, config.augment, Path(folder), 42, args.num_workers)
+        data = TrainingData(DataOptions(args.train_cuts, num_workers=args.num_workers), config, tokenizer, Path(folder), 42)
         epoch = 0
         while True:
             epoch += 1

@@ -27,7 +27,8 @@ def main() -> None:
             args.supervisions,
             args.output_cuts,
             args.storage_dir,
-            FbankOptions(args.fbank, args.num_mel_bins, args.strict),
+            FbankOptions(args.fbank, args.num_mel_bins),
+            strict=args.strict,
             num_jobs=args.num_jobs,
             speed_perturb=args.speed_perturb,
         )

@@ -13,7 +13,7 @@ import torch
 from splitformer.checkpoint import load_checkpoint
 from splitformer.config import Config, tomllib
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.data.training import TrainingData
+from splitformer.data.training import DataOptions, TrainingData
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import RunOptions
 
@@ -85,18 +85,9 @@ def small_config(**training):
     return Config.from_dict(tables)
 
 
-def training_data(corpus, folder, cuts=None, num_workers=0, augment=None, on_the_fly=None, noise_cuts=(), **data):
+def training_data(corpus, folder, cuts=None, num_workers=0, augment=None, on_the_fly=False, noise_cuts=(), **data):
     _, train_cuts, _, lang_dir = corpus
     config = small_config()
     config = replace(config, data=replace(config.data, **data), augment=replace(config.augment, **augment or {}))
-    return TrainingData(
-        cuts or [train_cuts],
-        Tokenizer(lang_dir),
-        config.data,
-        config.augment,
-        folder,
-        1,
-        num_workers,
-        on_the_fly=on_the_fly,
-        noise_cuts=noise_cuts,
-    )
+    options = DataOptions(cuts or [train_cuts], noise_cuts, on_the_fly, num_workers)
+    return TrainingData(options, config, Tokenizer(lang_dir), folder, seed=1)

@@ -1,9 +1,8 @@
-"""Mel filterbank features (fbank): computed in parallel, stored in shards, continued after a fault; or none at all.
+"""Compute and store features in parallel, resumably; or write cuts without features.
 
-A shard is a folder with the features of SHARD_CUTS consecutive cuts and their manifest. It is written under a
-temporary name and moved into place when complete, so that a run that was killed, or met a full disk, goes on
-where it stopped; and the result does not depend on the number of jobs. Cuts without features (`write_audio_cuts`) are
-for training that computes them as it goes: `on_the_fly` does so by the same functions.
+The features of SHARD_CUTS consecutive cuts and their manifest are a shard, a folder that appears when it is complete.
+So a run that was killed, or met a full disk, resumes where it stopped, and the result does not depend on the number of
+jobs. Cuts without features are for training that computes them on the fly, with the same functions.
 """
 
 from __future__ import annotations
@@ -17,55 +16,46 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lhotse import (
-    LilcomChunkyWriter,
-)
+from lhotse import LilcomChunkyWriter
 from lhotse.cut import MonoCut
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
 from lhotse.utils import is_module_available
 from tqdm import tqdm
 
 from splitformer.corpora.manifests import manifest_writer
-from splitformer.data.features import SAMPLING_RATE, FbankOptions, audio_of, extract, make_extractor, with_features
+from splitformer.data.cut_features import with_features
+from splitformer.data.features import FbankOptions, extract, load_samples, make_extractor
 from splitformer.data.manifests import ManifestError, cuts_from_manifests, read_cuts, read_pairs, use_soundfile
+from splitformer.errors import UserError
+from splitformer.files import atomic_folder
+from splitformer.model.subsampling import SAMPLING_RATE
 
 SPEED_FACTORS = (0.9, 1.1)
 """The three-fold speed perturbation of Ko et al., "Audio augmentation for speech recognition" (2015)."""
 SHARD_CUTS = 100
 
 
-class DiskFullError(OSError):
-    """The disk, or a quota, is full; the shards that were complete are kept."""
+class DiskFullError(UserError):
+    """The disk or a quota is full; complete shards are kept."""
 
 
 @dataclass
 class FbankSummary:
-    """num_cuts, seconds: of the stored cuts, speed-perturbed copies included; skipped: cut -> reason."""
+    """num_cuts, seconds: of the written cuts, including speed-perturbed copies; skipped: {cut id: reason}."""
 
     num_cuts: int = 0
     seconds: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
-    """Lhotse's lilcom archive (lossy, a third of the size); plain numpy files where lilcom is absent.
-
-    Energies without logarithm are stored as they are: they span nine orders of magnitude, and lilcom rounds to steps
-    of 2 ** -5, which is nothing to a logarithm and more than most of these energies.
-    """
-    if options.extractor == "linear-mel" or not is_module_available("lilcom"):
-        return NumpyFilesWriter(folder)
-    return LilcomChunkyWriter(folder / "feats")
-
-
 def all_cuts(recordings: str | Path, supervisions: str | Path, speed_perturb: bool) -> Iterator[MonoCut]:
-    """The cuts at SAMPLING_RATE; with `speed_perturb` followed by all of them at 0.9 and at 1.1 of the speed."""
+    """Yield the cuts at SAMPLING_RATE; with `speed_perturb`, then all of them at 0.9 and at 1.1 times the speed."""
     for factor in (1.0, *SPEED_FACTORS) if speed_perturb else (1.0,):
         for cut in cuts_from_manifests(recordings, supervisions):
             if cut.sampling_rate != SAMPLING_RATE:
@@ -76,10 +66,10 @@ def all_cuts(recordings: str | Path, supervisions: str | Path, speed_perturb: bo
 def write_audio_cuts(
     recordings: str | Path, supervisions: str | Path, output_cuts: str | Path, *, speed_perturb: bool = False
 ) -> FbankSummary:
-    """Write the cuts of a split without features: what `compute_fbank` would have computed them from.
+    """Write the cuts of a split without features: those that `compute_fbank` would compute features of.
 
     Raises:
-      ManifestError: no cut at all.
+      ManifestError: there is no cut.
     """
     summary = FbankSummary()
     with manifest_writer(output_cuts) as write_cut:
@@ -102,18 +92,19 @@ def compute_fbank(
     *,
     num_jobs: int = 1,
     speed_perturb: bool = False,
+    strict: bool = False,
 ) -> FbankSummary:
     """Compute and store the features of a split, and write its cuts.
 
     Shards in `storage_dir` that an earlier call completed from the same cuts with the same options are kept.
 
     Args:
-      output_cuts: cuts manifest to write, `.jsonl` or `.jsonl.gz`; it refers to the features by `storage_dir`
-        as given.
+      output_cuts: cuts manifest to write, `.jsonl` or `.jsonl.gz`; it refers to the features by `storage_dir` as given.
       num_jobs: processes; no more are started than there are shards.
+      strict: raise for unreadable audio instead of skipping it.
     Raises:
-      ManifestError: no cut at all; unreadable audio, where `options.strict`.
-      DiskFullError: what could not be written; calling again continues.
+      ManifestError: there is no cut, none has readable audio, or, if `strict`, one has not.
+      DiskFullError: calling again resumes.
     """
     storage_dir = Path(storage_dir)
     storage_dir.mkdir(parents=True, exist_ok=True)
@@ -122,61 +113,50 @@ def compute_fbank(
     if not num_cuts:
         raise ManifestError(f"{supervisions} is empty: there are no features to compute")
     num_shards = -(-num_cuts // SHARD_CUTS)
-
-    tasks = (
-        (storage_dir / f"{number:05d}", cuts, options)
-        for number, cuts in enumerate(_groups(all_cuts(recordings, supervisions, speed_perturb), SHARD_CUTS))
-    )
     summary = FbankSummary()
     try:
         with (
             manifest_writer(output_cuts) as write_cut,
             tqdm(total=num_cuts, desc=f"fbank {Path(output_cuts).name}", unit=" cuts") as bar,
         ):
-            for shard in _run(tasks, min(num_jobs, num_shards)):
-                skipped = json.loads((shard / "skipped.json").read_text(encoding="utf-8"))
-                summary.skipped.update(skipped)
-                stored = 0
-                # a shard of which everything was skipped is an empty file, which Lhotse's reader would reject
+            cuts = all_cuts(recordings, supervisions, speed_perturb)
+            for shard in _make_shards(cuts, storage_dir, options, strict, min(num_jobs, num_shards)):
+                summary.skipped.update(json.loads((shard / "skipped.json").read_text(encoding="utf-8")))
+                # an empty manifest, of a shard without readable audio, is no file that Lhotse reads
                 for cut in read_cuts(shard / "cuts.jsonl") if (shard / "cuts.jsonl").stat().st_size else ():
                     write_cut(cut)
-                    stored += 1
+                    summary.num_cuts += 1
                     summary.seconds += cut.duration
-                summary.num_cuts += stored
-                bar.update(stored + len(skipped))
+                bar.update(summary.num_cuts + len(summary.skipped) - bar.n)
             if not summary.num_cuts:
-                cut, reason = next(iter(summary.skipped.items()))
-                raise ManifestError(f"{recordings}: none of {num_cuts} cuts has readable audio; {cut}: {reason}")
+                cut_id, reason = next(iter(summary.skipped.items()))
+                raise ManifestError(f"{recordings}: none of {num_cuts} cuts has readable audio; {cut_id}: {reason}")
     except OSError as error:
-        if _is_disk_full(error):
-            complete = sum(1 for path in storage_dir.iterdir() if not path.name.startswith("."))
-            raise DiskFullError(
-                error.errno or errno.ENOSPC,
-                f"{error.strerror or error} while writing to {storage_dir}; {complete} of {num_shards} shards are "
-                "complete and kept. Free some space and run the same command again: it goes on from there",
-            ) from error
-        raise
+        if not _is_disk_full(error):
+            raise
+        complete = sum(1 for path in storage_dir.iterdir() if not path.name.startswith("."))
+        raise DiskFullError(
+            f"{error.strerror or error} while writing to {storage_dir}; {complete} of {num_shards} shards are complete "
+            "and kept. Free some space and run the same command again: it resumes there"
+        ) from error
     _remove_leftovers(storage_dir, num_shards)
     return summary
 
 
 def _is_disk_full(error: OSError) -> bool:
-    # numpy.save's own error has no number, only "32000 requested and 6112 written"
+    # numpy.save raises an error without number, "32000 requested and 6112 written"
     short_write = error.errno is None and "requested and" in str(error)
     return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _groups(items: Iterable[MonoCut], size: int) -> Iterator[list[MonoCut]]:
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
-def _run(tasks: Iterable[tuple[Path, list[MonoCut], FbankOptions]], num_jobs: int) -> Iterator[Path]:
-    """Carry out the tasks and yield their folders in order, with at most a few of them in memory."""
+def _make_shards(
+    cuts: Iterator[MonoCut], storage_dir: Path, options: FbankOptions, strict: bool, num_jobs: int
+) -> Iterator[Path]:
+    """Yield the folders of all shards in order; only a few shards' cuts are in memory at a time."""
+    groups = iter(lambda: list(itertools.islice(cuts, SHARD_CUTS)), [])
+    tasks = ((storage_dir / f"{number:05d}", group, options, strict) for number, group in enumerate(groups))
     if num_jobs <= 1:
-        for task in tasks:
-            yield make_shard(*task)
+        yield from itertools.starmap(make_shard, tasks)
         return
     pool = ProcessPoolExecutor(
         num_jobs,
@@ -196,80 +176,66 @@ def _run(tasks: Iterable[tuple[Path, list[MonoCut], FbankOptions]], num_jobs: in
         pool.shutdown(cancel_futures=True)
 
 
-def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions) -> Path:
-    """Make the folder of one shard, or keep the one that was made from the same cuts and options.
+def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict: bool = False) -> Path:
+    """Make the folder of one shard, unless it is there, made from the same cuts with the same options.
 
-    It holds `cuts.jsonl` (cuts with features), `skipped.json` (cut id -> reason), `made_from`, the features.
+    It holds `cuts.jsonl` (cuts with features), `skipped.json` ({cut id: reason}), `fingerprint`, and the features.
     """
-    made_from = _fingerprint(cuts, options)
-    if (folder / "made_from").is_file() and (folder / "made_from").read_text() == made_from:
+    content = [options.extractor, options.num_mel_bins, is_module_available("lilcom"), *(c.to_dict() for c in cuts)]
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    if (folder / "fingerprint").is_file() and (folder / "fingerprint").read_text() == fingerprint:
         return folder
     use_soundfile()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for old in (temporary, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        skipped = _write_features(temporary, folder, cuts, options)
+    for killed in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(killed, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        loaded, waveforms, skipped = _load_audio(cuts, options, strict)
+        extractor = make_extractor(options)
+        with make_writer(temporary, options) as writer, manifest_writer(temporary / "cuts.jsonl") as write_cut:
+            for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
+                key = writer.write(cut.id, feats)
+                place = str(writer.storage_path).replace(str(temporary), str(folder), 1)
+                storage = {"storage_type": writer.name, "storage_path": place, "storage_key": key}
+                write_cut(with_features(cut, feats, extractor.name, extractor.frame_shift, storage))
         (temporary / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
-        (temporary / "made_from").write_text(made_from)
-        _sync(temporary)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (temporary / "fingerprint").write_text(fingerprint)
+        for path in temporary.rglob("*"):  # a shard in place is complete, even after a power cut
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
     return folder
 
 
-def _write_features(folder: Path, final_folder: Path, cuts: list[MonoCut], options: FbankOptions) -> dict[str, str]:
-    """Write features and `cuts.jsonl` to `folder`, which will become `final_folder`; return what was skipped."""
-    extractor = make_extractor(options)
-    skipped: dict[str, str] = {}
-    loaded, waveforms = [], []
+def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
+    """Return the writer of a shard: Lhotse's lilcom archive (lossy, a third of the size), or plain numpy files.
+
+    numpy is for environments without lilcom, and for energies without a logarithm: those span nine orders of magnitude,
+    and lilcom rounds to steps of 2 ** -5, which is small for a logarithm and larger than most of these energies.
+    """
+    if options.extractor == "linear-mel" or not is_module_available("lilcom"):
+        return NumpyFilesWriter(folder)
+    return LilcomChunkyWriter(folder / "feats")
+
+
+def _load_audio(cuts: list[MonoCut], options: FbankOptions, strict: bool) -> tuple[list, list, dict[str, str]]:
+    """Return the cuts with readable audio, their samples, and {cut id: reason} of the others."""
+    loaded, waveforms, skipped = [], [], {}
     for cut in cuts:
         try:
-            samples = audio_of(cut, options)
+            waveforms.append(load_samples(cut, options))
+            loaded.append(cut)
         except ImportError:
-            raise  # not the file's fault
-        except Exception as error:  # whatever a decoder raises on a damaged file
+            raise
+        except Exception as error:  # decoders raise anything on damaged files
             sources = ", ".join(str(source.source)[:300] for source in cut.recording.sources)
-            reason = f"cannot read {sources}: {' '.join(str(error).split())[:300]}"
-            if options.strict:
-                raise ManifestError(f"{cut.id}: {reason} (--strict is given)") from error
-            skipped[cut.id] = reason
-            continue
-        loaded.append(cut)
-        waveforms.append(samples)
-    with make_writer(folder, options) as writer, manifest_writer(folder / "cuts.jsonl") as write_cut:
-        for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
-            key = writer.write(cut.id, feats)
-            storage = {
-                "storage_type": writer.name,
-                "storage_path": str(writer.storage_path).replace(str(folder), str(final_folder), 1),
-                "storage_key": key,
-            }
-            write_cut(with_features(cut, feats, extractor.name, extractor.frame_shift, storage))
-    return skipped
-
-
-def _fingerprint(cuts: list[MonoCut], options: FbankOptions) -> str:
-    """Of all that determines a shard's content."""
-    # strict decides whether a shard comes to be, not what is in it
-    content = [options.extractor, options.num_mel_bins, is_module_available("lilcom")]
-    content += [cut.to_dict() for cut in cuts]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the files of a folder are on disk: a shard in place is complete, power cuts included."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            skipped[cut.id] = f"cannot read {sources}: {' '.join(str(error).split())[:300]}"
+            if strict:
+                raise ManifestError(f"{cut.id}: {skipped[cut.id]} (--strict is given)") from error
+    return loaded, waveforms, skipped
 
 
 def _remove_leftovers(storage_dir: Path, num_shards: int) -> None:
-    """Remove the shards of an earlier, longer corpus and what a killed job left."""
+    """Remove the shards of an earlier, longer corpus, and temporary folders of killed jobs."""
     for path in storage_dir.iterdir():
         abandoned = path.name.startswith(".") and time.time() - path.stat().st_mtime > 60
         if abandoned or (path.name.isdigit() and int(path.name) >= num_shards):

@@ -15,7 +15,7 @@ from lhotse.shar import ArrayTarWriter, JsonlShardWriter
 from lhotse.utils import fastcopy, is_module_available
 from tqdm import tqdm
 
-from splitformer.data.features import whole_features, with_features
+from splitformer.data.cut_features import load_all_frames, with_features
 from splitformer.data.manifests import ManifestError, read_cuts
 
 SHARD_CUTS = 1000
@@ -58,7 +58,7 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: str, shard_cuts: 
             for cut in tqdm(read_cuts(cuts), desc=f"shar {cuts.name}", unit=" cuts"):
                 if not cut.has_features:
                     raise ManifestError(f"{cuts}: {cut.id} has no features")
-                feats = whole_features(cut)
+                feats = load_all_frames(cut)
                 # without its recording, of which the cut, which now begins at 0, is a part
                 cut = fastcopy(cut, start=0.0, recording=None)
                 storage = {"storage_type": "shar", "storage_path": "", "storage_key": ""}

@@ -17,7 +17,8 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from splitformer.data.tokenizer import BLANK, SOS_EOS, UNKNOWN, Tokenizer, _load
+from splitformer.config import BLANK, SOS_EOS, UNKNOWN
+from splitformer.data.tokenizer import Tokenizer, load_sentencepiece
 from splitformer.files import atomic_write
 
 MODEL_TYPES = ("bpe", "char")
@@ -92,7 +93,7 @@ def take_tokenizer(model_path: str | Path, lang_dir: str | Path) -> None:
     """
     if not Path(model_path).is_file():
         raise FileNotFoundError(f"there is no {model_path}")
-    _load(Path(model_path))
+    load_sentencepiece(Path(model_path))
     _write(Path(model_path).read_bytes(), lang_dir)
 
 

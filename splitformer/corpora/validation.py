@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from splitformer.corpora.manifests import Skipped, audio_fault, write_split
 from splitformer.data.manifests import ManifestError, Pair, count_items, read_pairs
-from splitformer.data.seen import Seen
+from splitformer.data.cut_index import SeenIds
 
 # Seconds by which a supervision may end after its recording: durations are rounded.
 TOLERANCE = 2e-3
@@ -40,7 +40,7 @@ def validate_split(
     def usable_pairs() -> Iterator[Pair]:
         nonlocal seconds
         # a few bytes per utterance are all that stays in memory
-        recording_ids, supervision_ids = Seen(), Seen()
+        recording_ids, supervision_ids = SeenIds(), SeenIds()
         total = count_items(recordings)
         empty = True
         for recording, group in tqdm(
@@ -70,7 +70,7 @@ def validate_split(
     return count, seconds, skipped
 
 
-def _recording_fault(recording: Recording, seen: Seen) -> str | None:
+def _recording_fault(recording: Recording, seen: SeenIds) -> str | None:
     if not seen.add(recording.id):
         return "a recording of the same id came before"
     for source in recording.sources:
@@ -91,7 +91,7 @@ def _recording_fault(recording: Recording, seen: Seen) -> str | None:
     return _lhotse_fault(recording)
 
 
-def _supervision_fault(segment: SupervisionSegment, recording: Recording, seen: Seen) -> str | None:
+def _supervision_fault(segment: SupervisionSegment, recording: Recording, seen: SeenIds) -> str | None:
     if not seen.add(segment.id):
         return "a supervision of the same id came before"
     if not (segment.text or "").strip():

@@ -1,184 +1,138 @@
-"""From cuts on disk to batches of features and labels, with Lhotse's datasets."""
+"""Batches of features and labels, made from cuts with Lhotse's datasets."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
-from lhotse.dataset.input_strategies import PrecomputedFeatures
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from splitformer.data.features import FbankOptions, more_frames, whole_features
+from splitformer.data.cut_features import AllFrames, FeaturesInMemory
+from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import read_cuts
 from splitformer.data.noise import NoiseMixer
-from splitformer.data.on_the_fly import FeaturesInMemory
 from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.subsampling import MIN_FRAMES
-
-DEAD_WORKER = r"DataLoader worker .*(killed|exited)"
-
 
 TENSORS = ("x", "x_lens", "y", "y_lens")
 
 
 class Batch(NamedTuple):
+    """Padded features and labels of some utterances."""
+
     x: Tensor
     """(N, T, C) features"""
     x_lens: Tensor
-    """(N,) valid frames"""
+    """(N,) number of frames"""
     y: Tensor
     """(N, S) labels, padded with 0"""
     y_lens: Tensor
-    """(N,) valid labels"""
+    """(N,) number of labels"""
     texts: list[str]
     cut_ids: list[str]
     durations: list[float]
-    """seconds of audio of each, without padding"""
-    faults: dict[str, str]
-    """{cut id: reason} of those left out because they cannot be read"""
+    """seconds of audio of each utterance, without padding"""
+    errors: dict[str, str]
+    """{cut id: reason} of cuts and noise that were left out because they cannot be read"""
 
     @property
     def seconds(self) -> float:
-        """Of all together."""
+        """Total duration."""
         return math.fsum(self.durations)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
-        return self._replace(**moved)
+        """Return the batch with its tensors on `device`."""
+        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
 
 def load_cuts(paths: Iterable[str | Path]) -> CutSet:
-    """The cuts of all files, read lazily; a folder is one in Lhotse's Shar format.
+    """Return the cuts of all manifests, lazily; a folder is read as Lhotse Shar.
 
     Raises:
-      ManifestError: a folder is in no such format.
-      FileNotFoundError: a file is missing; the message says which stage makes it.
-      UnsafeManifest: while it is read: a cut would run or fetch something.
+      ManifestError: a file is missing, or a folder is not in the Shar format.
     """
-    sets = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            sets.append(CutSet(SharCuts(path)))
-            continue
-        if not path.is_file():
-            raise FileNotFoundError(f"no cuts {path}: run prepare.sh, whose fbank stage writes them")
-        sets.append(read_cuts(path))
-    cuts = sets[0]
-    for more in sets[1:]:
-        cuts = cuts + more
-    return cuts
+    first, *others = [CutSet(SharCuts(path)) if path.is_dir() else read_cuts(path) for path in map(Path, paths)]
+    for cuts in others:
+        first = first + cuts
+    return first
 
 
 def cut_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that `load_cuts` reads."""
+    """Return the files that `load_cuts` reads."""
     return [file for path in map(Path, paths) for file in (SharCuts(path).files if path.is_dir() else [path])]
 
 
-class WholeFeatures(PrecomputedFeatures):
-    """Lhotse's reading of stored features, less its trimming.
-
-    Lhotse counts the frames of a cut from its duration. A front end that centres its windows often makes one more, and
-    Lhotse would cut that off; the encoder is to see what the front end computed.
-    """
-
-    def __call__(self, cuts: CutSet) -> tuple[Tensor, Tensor]:
-        """(N, T, C) features, padded with 0 where one has more frames than Lhotse counts, and (N,) their frames."""
-        if not any(map(more_frames, cuts)):
-            return super().__call__(cuts)[:2]
-        each = [torch.from_numpy(whole_features(cut)) for cut in cuts]
-        return torch.nn.utils.rnn.pad_sequence(each, batch_first=True), torch.tensor([len(x) for x in each])
-
-    def supervision_intervals(self, cuts: CutSet) -> dict[str, Tensor]:
-        intervals = super().supervision_intervals(cuts)
-        cuts = list(cuts)
-        for i, index in enumerate(intervals["sequence_idx"].tolist()):
-            start, frames = intervals["start_frame"][i], intervals["num_frames"][i]
-            if start + frames == cuts[index].num_frames:  # where the cut ends, the transcript does
-                frames += more_frames(cuts[index])
-        return intervals
-
-
-class UnusableError(ValueError):
-    """A cut whose features cannot be used, and why."""
-
-
-class BatchMaker:
-    """A batch of cuts of one supervision each; runs where the data are loaded."""
+class SpeechDataset(Dataset[Batch]):
+    """Maps cuts with one supervision each to a batch."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        transforms: list[Any],
+        transforms: Sequence[Any] = (),
         on_the_fly: FbankOptions | None = None,
         noise: NoiseMixer | None = None,
     ) -> None:
-        """`transforms` are of features; `on_the_fly` and `noise` as in TrainingData."""
+        """
+        Args:
+          transforms: of features, such as SpecAugment.
+          on_the_fly: compute features from audio with these options; None loads stored features.
+          noise: mixed into the utterances.
+        """
         self.tokenizer, self.noise = tokenizer, noise
         self.clean = FeaturesInMemory(on_the_fly) if on_the_fly else None
-        self.features = WholeFeatures()
+        self.input_strategy = AllFrames()
         self.dataset = K2SpeechRecognitionDataset(
             return_cuts=True,
             cut_transforms=[FeaturesInMemory(on_the_fly, noise)] if on_the_fly or noise else [],
-            input_transforms=transforms,
-            input_strategy=self.features,
+            input_transforms=list(transforms),
+            input_strategy=self.input_strategy,
         )
 
     @property
     def remedy(self) -> str:
-        """What to do where nothing can be read."""
+        """What to do if nothing can be read."""
         if self.clean:
             return "Was the audio moved or removed? ./prepare.sh --stage manifests looks for it again"
         return "Were the features moved or removed? ./prepare.sh --stage fbank makes them"
 
-    def load(self, cut: Cut) -> Tensor:
-        """(T, C) features, without noise. Raises UnusableError."""
+    def load(self, cut: Cut) -> tuple[Tensor, str]:
+        """Return the features (T, C) of `cut` without noise, and why they cannot be used ("" if they can)."""
+        cuts = CutSet.from_cuts([cut])
         try:
-            cuts = CutSet.from_cuts([cut])
-            features, _ = self.features(self.clean(cuts) if self.clean else cuts)
-        except Exception as error:  # whatever a reader of damaged files raises
-            reason = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            raise UnusableError(reason) from error
-        if not bool(torch.isfinite(features).all()):
-            raise UnusableError("its features are not finite")
-        return features[0]
+            features, _ = self.input_strategy(self.clean(cuts) if self.clean else cuts)
+        except Exception as error:  # readers of damaged files raise anything
+            return torch.empty(0, 0), f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        return features[0], "" if torch.isfinite(features).all() else "its features are not finite"
 
-    def fault(self, cut: Cut) -> str | None:
-        """Why the features of `cut` cannot be used, if they cannot."""
-        try:
-            self.load(cut)
-        except UnusableError as error:
-            return str(error)
-        return None
-
-    def __call__(self, cuts: Iterable[Cut]) -> Batch:
+    def __getitem__(self, cuts: Iterable[Cut]) -> Batch:
         if self.noise:
-            self.noise.faults.clear()
+            self.noise.errors.clear()
         raw = self.dataset[cuts if isinstance(cuts, CutSet) else CutSet.from_cuts(cuts)]
         supervisions = raw["supervisions"]
         order = supervisions["sequence_idx"].argsort()  # rows of `inputs`, one supervision each
         texts = [supervisions["text"][i] for i in order.tolist()]
         cuts = [supervisions["cut"][i] for i in order.tolist()]
         labels = [torch.tensor(self.tokenizer.encode(text), dtype=torch.long) for text in texts]
+        x = raw["inputs"]
         return Batch(
-            x=_at_least_one_output_frame(raw["inputs"]),
+            # very short batches are padded to what the front end's convolutions need; x_lens stays
+            x=torch.nn.functional.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1)))),
             x_lens=supervisions["num_frames"][order].long(),
             y=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
             y_lens=torch.tensor([len(label) for label in labels]),
             texts=texts,
             cut_ids=[cut.id for cut in cuts],
             durations=[cut.duration for cut in cuts],
-            faults=dict(self.noise.faults) if self.noise else {},
+            errors=dict(self.noise.errors) if self.noise else {},
         )
 
 
@@ -191,53 +145,11 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """All cuts, in their order, unaugmented; none is dropped. Of several ranks each takes every so-manieth batch.
+    """Yield all cuts in their order, without augmentation; each of several ranks takes every `world_size`-th batch.
 
     A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
     """
     sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False,
                                rank=0, world_size=1)  # fmt: skip
-    every = EveryNth(sampler, rank, world_size)
-    dataset = EvaluationBatches(BatchMaker(tokenizer, []))
-    yield from DataLoader(dataset, sampler=every, batch_size=None, num_workers=num_workers)
-
-
-class EveryNth(Sampler[CutSet]):
-    """Of the batches of `sampler` those whose number is `rank` modulo `world_size`."""
-
-    def __init__(self, sampler: SimpleCutSampler, rank: int, world_size: int) -> None:
-        self.sampler, self.rank, self.world_size = sampler, rank, world_size
-
-    def __iter__(self) -> Iterator[CutSet]:
-        for number, cuts in enumerate(self.sampler):
-            if number % self.world_size == self.rank:
-                yield cuts
-
-
-class EvaluationBatches(Dataset[Batch]):
-    def __init__(self, make: BatchMaker) -> None:
-        self.make = make
-
-    def __getitem__(self, cuts: CutSet) -> Batch:
-        return self.make(cuts)
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """All random numbers inside depend on `key` alone; those outside go on as if nothing had happened."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
-def _at_least_one_output_frame(x: Tensor) -> Tensor:
-    """Pad a batch of very short recordings, so that the front end's convolutions fit; their lengths stay."""
-    return torch.nn.functional.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1))))
+    own = itertools.islice(sampler, rank, None, world_size)
+    yield from DataLoader(SpeechDataset(tokenizer), sampler=own, batch_size=None, num_workers=num_workers)

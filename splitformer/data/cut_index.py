@@ -1,8 +1,8 @@
-"""The training cuts by number: where each stands in a file, how long it is, and how many labels it has.
+"""An index of training cuts by number: where each is in a file, its duration, and its number of labels.
 
-One streaming pass over the manifests drops what cannot be trained on and writes what is left, uncompressed, beside an
-array that is mapped into memory, not read: 16 bytes for each cut. From then on any cut can be had at once, by any
-process; and a run that goes on needs no second pass.
+One streaming pass over the manifests drops cuts that cannot be trained on. It writes the rest, uncompressed, beside an
+array that is mapped into memory: 16 bytes per cut. From then on any process can read any cut at once, and a run that
+resumes needs no second pass.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import secrets
-import shutil
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,24 +26,23 @@ from lhotse.utils import compute_num_frames
 from tqdm import tqdm
 
 from splitformer.config import DataConfig
-from splitformer.data.features import FRAME_SHIFT
-from splitformer.data.seen import Seen
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.errors import UserError
-from splitformer.model.subsampling import subsampled_lengths
+from splitformer.files import atomic_folder
+from splitformer.model.subsampling import FRAME_SHIFT, subsampled_lengths
 
 ENTRY = np.dtype([("offset", "<i8"), ("duration", "<f4"), ("tokens", "<i4")])
-VERSION = 2
-"""Of what is written; another version is made anew."""
+VERSION = 3
+"""Format of the index; an index of another version is rebuilt."""
 
 
 class DataError(UserError):
-    """Training data cannot be read; the message says what to do."""
+    """Training data cannot be read."""
 
 
 @dataclass
 class ScanReport:
-    """What a pass over the training manifests found."""
+    """Summary of a pass over the training manifests."""
 
     kept: int = 0
     seconds: float = 0.0
@@ -64,17 +61,17 @@ class ScanReport:
 
 
 class Filter(Protocol):
-    """Says which cuts enter an index."""
+    """Decides which cuts enter an index."""
 
     signature: list[Any]
-    """what its answers depend on, for JSON"""
+    """what the decisions depend on, for JSON"""
 
     def check(self, cut: Cut) -> tuple[str | None, int]:
-        """Why `cut` is dropped, None where it is kept; and its number of labels."""
+        """Return the reason to drop `cut` (None: keep it) and its number of labels."""
 
 
 class TrainingFilter:
-    """Says why a cut must not be trained on."""
+    """Drops cuts that cannot be trained on."""
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, on_the_fly: bool = False) -> None:
         """`on_the_fly`: features will be computed from audio."""
@@ -85,7 +82,7 @@ class TrainingFilter:
         self.signature = [tokenizer.tokens, limits, on_the_fly]
 
     def check(self, cut: Cut) -> tuple[str | None, int]:
-        """Why `cut` is dropped, None where it is kept; and its number of labels."""
+        """Return the reason to drop `cut` (None: keep it) and its number of labels."""
         if self.on_the_fly and not cut.has_recording:
             return "no audio to compute features from, as --on-the-fly does", 0
         if not self.on_the_fly and not cut.has_features:
@@ -110,18 +107,54 @@ class TrainingFilter:
 
 
 def ctc_min_frames(labels: Sequence[int]) -> int:
-    """Fewest frames of a CTC alignment: one a label, and a blank between two equal neighbours."""
+    """Return the fewest frames of a CTC alignment: one per label, and a blank between two equal neighbours."""
     return len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
 
 
+class SeenIds:
+    """A set of strings that keeps 64-bit hashes in a table with open addressing.
+
+    It takes 12 to 24 bytes per string, where a set of strings takes about 150. The chance that two of ten million
+    strings have the same hash is 3 in a million (the birthday bound, n ** 2 / 2 ** 65).
+    """
+
+    def __init__(self) -> None:
+        self._table = array("Q", [0]) * 1024
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, name: str) -> bool:
+        """Add `name` and return whether it is new."""
+        if 3 * self._count >= 2 * len(self._table):
+            old, self._table = self._table, array("Q", [0]) * (2 * len(self._table))
+            for key in filter(None, old):
+                self._put(key)
+        new = self._put(hash(name) & 0xFFFF_FFFF_FFFF_FFFF or 1)  # 0 marks a free slot
+        self._count += new
+        return new
+
+    def _put(self, key: int) -> bool:
+        table, mask = self._table, len(self._table) - 1  # the table's size is a power of two
+        slot = key & mask
+        while table[slot]:
+            if table[slot] == key:
+                return False
+            slot = (slot + 1) & mask
+        table[slot] = key
+        return True
+
+
 class CutIndex:
-    """Cuts by number, from 0; made by `index_cuts`. Each process opens the file for itself."""
+    """Cuts by number, from 0, in the folder that `index_cuts` makes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: np.ndarray = np.load(folder / "entries.npy", mmap_mode="r")
-        self._lines = None
-        self._opened_by = 0
+
+    def __reduce__(self) -> tuple[type[CutIndex], tuple[Path]]:
+        return CutIndex, (self.folder,)  # another process maps the array, too, instead of getting a copy
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -133,64 +166,60 @@ class CutIndex:
 
     @property
     def tokens(self) -> np.ndarray:
-        """(K,) labels of each transcript."""
+        """(K,) number of labels of each transcript."""
         return self.entries["tokens"]
 
     def __getitem__(self, number: int) -> Cut:
-        if self._lines is None or self._opened_by != os.getpid():  # a forked worker would share the file's position
-            self._lines, self._opened_by = open(self.folder / "cuts.jsonl", "rb"), os.getpid()  # noqa: SIM115
-        self._lines.seek(int(self.entries["offset"][number]))
-        return deserialize_item(json.loads(self._lines.readline()))
-
-    def __getstate__(self) -> dict:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["folder"])
+        with open(self.folder / "cuts.jsonl", "rb") as lines:
+            lines.seek(int(self.entries["offset"][number]))
+            return deserialize_item(json.loads(lines.readline()))
 
 
 def index_cuts(
     cuts: CutSet, sources: Iterable[Path], keep: Filter, folder: Path, progress: bool = False
 ) -> tuple[CutIndex, ScanReport]:
-    """The index of the cuts that `keep` keeps, in `folder`; an index there that was made from the same files is used.
+    """Return the index of the cuts that `keep` keeps, and a summary. An up-to-date index in `folder` is reused.
 
     Args:
       cuts: read once, in their order.
       sources: the files that `cuts` come from; their names, sizes and times tell whether the index is up to date.
       progress: show a progress bar.
     """
-    made_from = _fingerprint(sources, keep)
-    report_file = folder / "report.json"
-    if report_file.is_file():
-        stored = json.loads(report_file.read_text(encoding="utf-8"))
-        if stored.pop("made_from") == made_from:
-            return CutIndex(folder), ScanReport(**{**stored, "dropped": Counter(stored["dropped"])})
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        report = _scan(cuts, keep, temporary, progress)
-        text = json.dumps({"made_from": made_from, **vars(report)}, ensure_ascii=False)
-        (temporary / "report.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+    files = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    fingerprint = hashlib.sha256(json.dumps([VERSION, files, keep.signature]).encode()).hexdigest()
+    report = _stored_report(folder, fingerprint)
+    if report is None:
         try:
-            temporary.rename(folder)
+            with atomic_folder(folder) as temporary:
+                report = _scan(cuts, keep, temporary, progress)
+                text = json.dumps({"fingerprint": fingerprint, **vars(report)}, ensure_ascii=False)
+                (temporary / "report.json").write_text(text, encoding="utf-8")
         except OSError:
-            if not report_file.is_file():  # or a process of another machine made the same in the meantime
+            report = _stored_report(folder, fingerprint)  # another machine may have made the same index meanwhile
+            if report is None:
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return CutIndex(folder), report
+
+
+def _stored_report(folder: Path, fingerprint: str) -> ScanReport | None:
+    """Return the report of the index in `folder`, if there is one with this fingerprint."""
+    if not (folder / "report.json").is_file():
+        return None
+    stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if stored.pop("fingerprint", None) != fingerprint:
+        return None
+    return ScanReport(**{**stored, "dropped": Counter(stored["dropped"])})
 
 
 def _scan(cuts: CutSet, keep: Filter, folder: Path, progress: bool) -> ScanReport:
     report = ScanReport()
-    ids = Seen()
-    entries = folder / "entries.bin"
-    with open(folder / "cuts.jsonl", "wb") as lines, open(entries, "wb") as table:
+    ids = SeenIds()
+    table_file = folder / "entries.bin"
+    with open(folder / "cuts.jsonl", "wb") as lines, open(table_file, "wb") as table:
         for cut in tqdm(cuts, desc="scanning cuts", unit="cut", disable=None if progress else True, leave=False):
             reason, tokens = keep.check(cut)
             if reason is None and not ids.add(cut.id):
-                reason = "a cut of the same id came before"
+                reason = "an earlier cut has the same id"
             if reason is not None:
                 report.drop(cut.id, reason)
                 continue
@@ -198,14 +227,7 @@ def _scan(cuts: CutSet, keep: Filter, folder: Path, progress: bool) -> ScanRepor
             report.seconds += cut.duration
             table.write(np.array((lines.tell(), cut.duration, tokens), dtype=ENTRY).tobytes())
             lines.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
-    found = np.memmap(entries, dtype=ENTRY, mode="r") if report.kept else np.empty(0, dtype=ENTRY)
-    np.save(folder / "entries.npy", found)
-    entries.unlink()
+    entries = np.memmap(table_file, dtype=ENTRY, mode="r") if report.kept else np.empty(0, dtype=ENTRY)
+    np.save(folder / "entries.npy", entries)
+    table_file.unlink()
     return report
-
-
-def _fingerprint(sources: Iterable[Path], keep: Filter) -> str:
-    """Of all that determines the index: files by name, size and time, and what the filter goes by."""
-    files = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
-    content = json.dumps([VERSION, files, keep.signature])
-    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,101 +1,152 @@
-"""Lhotse manifests: read and written as streams, made by a Lhotse recipe or from a corpus in sphinx layout.
+"""Read Lhotse manifests: as streams, and as data.
 
-A split is a pair of files, recordings and supervisions (`.jsonl` or `.jsonl.gz`), in the same order: the
-supervisions of a recording stand together, in the order of the recordings. So both are read side by side, one
-recording at a time, and memory does not grow with the corpus.
+A split is a pair of manifests (`.jsonl` or `.jsonl.gz`), recordings and supervisions, in the same order: the
+supervisions of a recording stand together, in the order of the recordings. Both files are read side by side, one
+recording at a time, so memory does not grow with the corpus.
+
+A manifest may come from anybody. Lhotse runs audio sources of the type `command` and paths that start with `pipe:` in a
+shell, unpickles features stored as `memory_raw`, and fetches URLs. Items that would do so are refused before they are
+deserialized.
 """
 
 from __future__ import annotations
 
-import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
+from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
 from lhotse.cut import MonoCut
+from lhotse.serialization import deserialize_item, load_jsonl, open_best
 
-from splitformer.data.trust import Checked
 from splitformer.errors import UserError
 
 Pair = tuple[Recording, list[SupervisionSegment]]
 """A recording and its supervisions."""
+AUDIO_SOURCES = ("file", "memory", "shar")
+STORAGE_TYPES = (
+    "lilcom_chunky", "lilcom_files", "lilcom_hdf5", "chunked_lilcom_hdf5", "memory_lilcom",
+    "numpy_files", "numpy_hdf5", "memory_npy", "shar",
+)  # fmt: skip
 
 
 class ManifestError(UserError):
-    """A corpus or a manifest that cannot be used as it is; the message says what to do."""
+    """A corpus or a manifest cannot be used as it is."""
+
+
+class UnsafeManifest(ManifestError):
+    """A manifest would run or fetch something."""
 
 
 def use_soundfile() -> None:
-    """Let Lhotse read audio by libsndfile, which reads SPHERE too; Lhotse's own choice would run sph2pipe.
+    """Make Lhotse read audio by libsndfile, which also reads SPHERE; Lhotse's default would run sph2pipe.
 
-    The environment variable LHOTSE_AUDIO_BACKEND, where set, wins.
+    The environment variable LHOTSE_AUDIO_BACKEND takes precedence.
     """
     if "LHOTSE_AUDIO_BACKEND" not in os.environ:
         set_current_audio_backend(LibsndfileBackend())
 
 
+class Manifest(Iterable[Any]):
+    """The items of a manifest, deserialized one by one when they are iterated over."""
+
+    def __init__(self, path: str | Path, stage: str = "manifests") -> None:
+        """Raises ManifestError if there is no file; `stage` is the one of prepare.sh that writes it."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ManifestError(f"there is no manifest {path}: run prepare.sh, whose {stage} stage writes it")
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the items. Raises UnsafeManifest."""
+        for data in load_jsonl(self.path):
+            if danger := _danger(data):
+                raise UnsafeManifest(
+                    f"{self.path}: {data.get('id')} has {danger}. Nothing in a manifest is run or fetched here: store "
+                    "audio and features as files and refer to these"
+                )
+            yield deserialize_item(data)
+
+
+def _danger(data: Any) -> str | None:
+    """Return what is unsafe in a part of a manifest, or None."""
+    if isinstance(data, list):
+        return next((danger for each in data if (danger := _danger(each))), None)
+    if not isinstance(data, dict):
+        return None
+    if {"type", "channels", "source"} <= data.keys():
+        if data["type"] not in AUDIO_SOURCES:
+            return f"audio of the type {data['type']!r}, allowed are {', '.join(AUDIO_SOURCES)}"
+        if _is_special(data["source"]):
+            return f"audio in {data['source'][:60]!r}, which is no file"
+    if "storage_type" in data:
+        if data["storage_type"] not in STORAGE_TYPES:
+            return f"features of the storage type {data['storage_type']!r}, allowed are {', '.join(STORAGE_TYPES)}"
+        for key in ("storage_path", "storage_key"):
+            if _is_special(data.get(key)):
+                return f"features in {data[key][:60]!r}, which is no file"
+    return _danger(list(data.values()))
+
+
+def _is_special(place: Any) -> bool:
+    """Whether Lhotse takes `place` for a command, a stream or a network address."""
+    if not isinstance(place, str):
+        return False
+    return place == "-" or place.startswith("pipe:") or place.rstrip().endswith("|") or "://" in place
+
+
 def read_recordings(path: str | Path) -> Iterator[Recording]:
-    """The recordings of a manifest, one by one. Raises FileNotFoundError and UnsafeManifest."""
-    return iter(Checked(RecordingSet.from_jsonl_lazy(_existing(path)), path))
+    """Yield the recordings of a manifest. Raises ManifestError."""
+    return iter(Manifest(path))
 
 
 def read_supervisions(path: str | Path) -> Iterator[SupervisionSegment]:
-    """The supervisions of a manifest, one by one. Raises FileNotFoundError and UnsafeManifest."""
-    return iter(Checked(SupervisionSet.from_jsonl_lazy(_existing(path)), path))
+    """Yield the supervisions of a manifest. Raises ManifestError."""
+    return iter(Manifest(path))
 
 
 def read_cuts(path: str | Path) -> CutSet:
-    """The cuts of a manifest, as a lazy CutSet. Raises FileNotFoundError and UnsafeManifest, that while it is read."""
-    return CutSet(Checked(CutSet.from_jsonl_lazy(_existing(path)), path))
+    """Return the cuts of a manifest as a lazy CutSet. Raises ManifestError."""
+    return CutSet(Manifest(path, "fbank"))
 
 
 def count_items(path: str | Path) -> int:
-    """Number of items in a manifest (its lines)."""
-    path = _existing(path)
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    """Return the number of items (lines) in a manifest."""
+    with open_best(Manifest(path).path, "rb") as file:
         return sum(1 for line in file if line.strip())
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no manifest {path}; an earlier stage of prepare.sh makes it")
-    return path
-
-
 def read_pairs(recordings: str | Path, supervisions: str | Path) -> Iterator[Pair]:
-    """Every recording with its supervisions (none, one or several).
+    """Yield every recording with its supervisions (none, one or several).
 
     Raises:
-      ManifestError: a supervision whose recording is absent, or which stands in another order.
+      ManifestError: a supervision's recording is missing, or the two manifests differ in order.
     """
-    waiting = read_supervisions(supervisions)
-    next_one = next(waiting, None)
+    remaining = read_supervisions(supervisions)
+    segment = next(remaining, None)
     for recording in read_recordings(recordings):
         group = []
-        while next_one is not None and next_one.recording_id == recording.id:
-            group.append(next_one)
-            next_one = next(waiting, None)
+        while segment is not None and segment.recording_id == recording.id:
+            group.append(segment)
+            segment = next(remaining, None)
         yield recording, group
-    if next_one is not None:
+    if segment is not None:
         raise ManifestError(
-            f"{supervisions}: supervision {next_one.id!r} belongs to recording {next_one.recording_id!r}, "
-            f"which {recordings} does not have, or not in the same order as the supervisions"
+            f"{supervisions}: supervision {segment.id!r} belongs to recording {segment.recording_id!r}, which "
+            f"{recordings} lacks, or has at another place in the order"
         )
 
 
 def cuts_from_manifests(recordings: str | Path, supervisions: str | Path) -> Iterator[MonoCut]:
-    """One cut per supervision, named as the supervision."""
+    """Yield one cut per supervision, with the supervision's id."""
     for recording, group in read_pairs(recordings, supervisions):
         for segment in group:
-            channel = segment.channel if isinstance(segment.channel, int) else segment.channel[0]
             yield MonoCut(
                 id=segment.id,
                 start=segment.start,
                 duration=segment.duration,
-                channel=channel,
+                channel=segment.channel if isinstance(segment.channel, int) else segment.channel[0],
                 recording=recording,
                 supervisions=[segment.with_offset(-segment.start)],
             )

@@ -1,8 +1,8 @@
-"""The batches of an epoch, drawn before it starts, from durations alone.
+"""The batches of an epoch, drawn from durations before the epoch starts.
 
-Because an epoch is a list that depends on nothing but the durations, the seed and the epoch's number, a run can go on
-from any batch at once: nothing is read again to find the place. A batch of the plan is global: whatever the number of
-ranks and of accumulated parts, a step sees the same utterances, and `share` says who takes which.
+An epoch is a list that depends only on the durations, the seed and the epoch's number. So a run can resume from any
+batch at once, without reading data to find its place. Batches are global: a step sees the same utterances whatever the
+number of ranks and of accumulated micro-batches; `micro_batch` divides them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from splitformer.errors import UserError
 
 
 class PlanError(UserError):
-    """The utterances cannot be cut into batches as the configuration says."""
+    """The utterances do not fit into batches of the configured size."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class EpochPlan:
     """The global batches of one epoch, in their order."""
 
     cuts: np.ndarray
-    """(K,) numbers of the cuts, batch after batch, rising by duration inside a batch"""
+    """(K,) numbers of the cuts, batch after batch, sorted by duration inside a batch"""
     ends: np.ndarray
     """(B,) where each batch ends in `cuts`"""
 
@@ -32,28 +32,28 @@ class EpochPlan:
         return len(self.ends)
 
     def batch(self, number: int) -> np.ndarray:
-        """The cuts of the batch `number`, counted from 0."""
+        """Return the cuts of batch `number`, counted from 0."""
         return self.cuts[self.ends[number - 1] if number else 0 : self.ends[number]]
 
-    def share(self, number: int, part: int, parts: int) -> np.ndarray:
-        """The cuts of that batch that fall to `part` of `parts`: every so-manieth, so that all take about as long.
+    def micro_batch(self, number: int, index: int, count: int) -> np.ndarray:
+        """Return the cuts of micro-batch `index` of the `count` that batch `number` is divided into.
 
-        A batch of fewer cuts than parts is repeated, because every rank has to take part in every step.
+        It takes every `count`-th cut, so that all micro-batches take about as long. Every rank takes part in every
+        step: a batch with fewer than `count` cuts is repeated.
         """
-        return filled(self.batch(number), parts)[part::parts]
+        return filled(self.batch(number), count)[index::count]
 
 
-def filled(batch: np.ndarray, parts: int) -> np.ndarray:
-    """`batch`, repeated where it has fewer cuts than `parts`."""
-    return batch if len(batch) >= parts else np.resize(batch, parts)
+def filled(batch: np.ndarray, count: int) -> np.ndarray:
+    """Return `batch`, repeated to `count` cuts if it has fewer."""
+    return batch if len(batch) >= count else np.resize(batch, count)
 
 
 def plan_epoch(durations: np.ndarray, max_duration: float, num_buckets: int, seed: int, epoch: int) -> EpochPlan:
-    """Draw the batches of `epoch`.
+    """Draw the batches of `epoch`, with cuts of similar length together.
 
-    Cuts of similar length are put together: they are sorted into `num_buckets` of equal total duration, shuffled inside
-    their bucket, and cut into batches; what is left of a bucket goes on into the next, longer one. Then the batches are
-    shuffled. Every cut comes once.
+    Cuts are sorted into `num_buckets` of equal total duration, shuffled inside their bucket, and divided into batches;
+    the rest of a bucket continues into the next, longer one. Then the batches are shuffled. Every cut comes once.
 
     Args:
       durations: (K,) seconds.
@@ -70,8 +70,8 @@ def plan_epoch(durations: np.ndarray, max_duration: float, num_buckets: int, see
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(durations))
     order = order[np.argsort(_buckets(durations, num_buckets)[order], kind="stable")]
-    ends = _cut(durations[order], max_duration)
-    # inside a batch by duration, so that shares are alike
+    ends = _batch_ends(durations[order], max_duration)
+    # sort each batch by duration, so that micro-batches are alike
     batch_of = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
     order = order[np.lexsort((durations[order], batch_of))]
     shuffled = random.permutation(len(ends))
@@ -82,7 +82,7 @@ def plan_epoch(durations: np.ndarray, max_duration: float, num_buckets: int, see
 
 
 def _buckets(durations: np.ndarray, num_buckets: int) -> np.ndarray:
-    """(K,) the bucket of each cut, from the short ones to the long; all buckets have about the same total duration."""
+    """Return the bucket (K,) of each cut, short to long; all buckets have about the same total duration."""
     by_length = np.argsort(durations, kind="stable")
     passed = np.cumsum(durations[by_length], dtype=np.float64)
     buckets = np.empty(len(durations), dtype=np.int32)
@@ -91,11 +91,11 @@ def _buckets(durations: np.ndarray, num_buckets: int) -> np.ndarray:
     return buckets
 
 
-def _cut(durations: np.ndarray, max_duration: float) -> np.ndarray:
-    """Where batches end that are filled one after the other, each to a length of max_duration with padding."""
+def _batch_ends(durations: np.ndarray, max_duration: float) -> np.ndarray:
+    """Return where batches end that are filled in order, each up to `max_duration` with padding."""
     ends = []
     start, longest = 0, 0.0
-    for i, duration in enumerate(memoryview(durations)):  # a list of them all would take four times the memory
+    for i, duration in enumerate(durations.data):  # a list of them all would take four times the memory
         longest = max(longest, duration)
         if (i + 1 - start) * longest > max_duration:
             ends.append(i)

@@ -1,8 +1,8 @@
-"""Lhotse Shar: cuts and features in a few large files, for corpora that outgrow a file system.
+"""Read Lhotse Shar: cuts and their features in a few large files.
 
-Lhotse reads such shards from their beginning to their end, because a tar archive has no table of contents. Batches here
-are drawn by number, so that table is made: while cuts are read, the manifest of each one's features is told where in
-which archive they lie. An index keeps it (`cut_index`), and from then on any of them can be had at once.
+Lhotse reads shards from beginning to end, because a tar archive has no table of contents. Batches here are drawn by
+number, which needs random access. So while the cuts are read, each one's features manifest gets the place of its array
+in the archive; the cut index keeps it (`data.cut_index`), and from then on any array can be read at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lhotse.utils import fastcopy
 from splitformer.data.manifests import ManifestError, read_cuts
 
 FORMATS = {".llc": "memory_lilcom", ".npy": "memory_npy"}
-"""Suffix of an archive's member -> Lhotse's reader of its content."""
+"""Suffix of an archive member -> Lhotse's reader of its content."""
 
 
 @register_reader
@@ -40,23 +40,22 @@ class TarMemberReader(FeaturesReader):
             file.seek(int(offset))
             data = file.read(int(size))
         if len(data) < int(size):
-            raise ValueError(f"{self.storage_path} ends before the {size} bytes at {offset}")
+            raise ManifestError(f"{self.storage_path} ends before the {size} bytes at {offset}")
         return get_reader(FORMATS[suffix])().read(data, left_offset_frames, right_offset_frames)
 
 
 class SharCuts(Iterable[Cut]):
-    """The cuts of a Shar folder, whose features are read from where they lie in its archives."""
+    """The cuts of a Shar folder; their features are read from their place in the archives."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises ManifestError where the folder holds no cuts and features in the Shar format."""
-        # absolute: an index of these cuts outlives this process
-        self.folder = Path(folder).absolute()
+        """Raises ManifestError if the folder does not hold cuts and features in the Shar format."""
+        self.folder = Path(folder).absolute()  # an index of these cuts outlives this process
         self.manifests = sorted(self.folder.glob("cuts*.jsonl*"))
         self.archives = sorted(self.folder.glob("features*.tar"))
         if not self.manifests or len(self.manifests) != len(self.archives):
             raise ManifestError(
                 f"{folder} holds {len(self.manifests)} manifests cuts.*.jsonl.gz and {len(self.archives)} archives "
-                "features.*.tar, and a Shar folder has as many of the one as of the other: ./prepare.sh --shar makes it"
+                "features.*.tar; a Shar folder has equal numbers of both: ./prepare.sh --shar makes it"
             )
 
     @property
@@ -64,26 +63,28 @@ class SharCuts(Iterable[Cut]):
         return [*self.manifests, *self.archives]
 
     def __iter__(self) -> Iterator[Cut]:
+        """Yield the cuts. Raises ManifestError if an archive is damaged or does not fit its manifest."""
         for manifest, archive in zip(self.manifests, self.archives, strict=True):
             for cut, member in itertools.zip_longest(read_cuts(manifest), _members(archive)):
                 cut_id, features = member or ("nothing", None)
                 if cut is None or cut.id != cut_id:
-                    wanted = cut.id if cut else "nothing"
                     raise ManifestError(
-                        f"{archive} holds {cut_id} where {manifest.name} has {wanted}: the folder is incomplete or "
-                        "mixed up; remove it and run ./prepare.sh --shar again"
+                        f"{archive} holds {cut_id} where {manifest.name} has {cut.id if cut else 'nothing'}: the "
+                        "folder is incomplete or mixed up; remove it and run ./prepare.sh --shar again"
                     )
                 yield fastcopy(cut, features=features)
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Features | None]]:
-    """Cut ids and the manifests of their features, None where a cut has none; as Lhotse has it, data come first."""
+    """Yield cut ids and their features manifests, None for a cut without features.
+
+    As Lhotse writes it, each array is followed by its manifest.
+    """
     try:
         with tarfile.open(archive, "r:") as tar:
-            while (data := tar.next()) is not None:
-                if (meta := tar.next()) is None:
+            for data, manifest in itertools.zip_longest(*[iter(tar)] * 2):
+                if manifest is None:
                     raise ManifestError(f"{archive} ends with {data.name}, without its manifest")
-                tar.members.clear()  # the archive's whole table, which is not needed twice
                 path = Path(data.name)
                 cut_id = str(path.parent / path.stem)
                 if path.suffix == ".nodata":
@@ -91,10 +92,10 @@ def _members(archive: Path) -> Iterator[tuple[str, Features | None]]:
                     continue
                 if path.suffix not in FORMATS:
                     raise ManifestError(f"{archive}: {path} is none of {', '.join(FORMATS)}")
-                content = tar.extractfile(meta)
+                content = tar.extractfile(manifest)
                 features = deserialize_item(decode_json_line(content.read().decode("utf-8"))) if content else None
                 if not isinstance(features, Features):
-                    raise ManifestError(f"{archive}: {meta.name} is no manifest of features")
+                    raise ManifestError(f"{archive}: {manifest.name} is no features manifest")
                 features.storage_type, features.storage_path = TarMemberReader.name, str(archive)
                 features.storage_key = f"{data.offset_data}:{data.size}:{path.suffix}"
                 yield cut_id, features

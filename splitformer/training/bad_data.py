@@ -43,7 +43,7 @@ class BadData:
 
     def name_faults(self, batch: Batch) -> None:
         """Say which cuts were left out of a batch, and why."""
-        for cut_id, reason in batch.faults.items():
+        for cut_id, reason in batch.errors.items():
             self.named += 1
             if self.named <= NAMED:
                 more = "; further ones are counted only" if self.named == NAMED else ""

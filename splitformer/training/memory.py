@@ -81,7 +81,7 @@ def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accum_gra
         what is trained.
     """
     durations, tokens, longest = data.index.durations, data.index.tokens, float(data.index.durations.max())
-    configured = data.data.max_duration
+    configured = data.config.data.max_duration
 
     def try_out(max_duration: float, accum_grad: int, spare: float = 0.0) -> Peak:
         plan = plan_epoch(durations, max_duration, data.num_buckets, data.seed, epoch=1)

@@ -44,15 +44,17 @@ def make_split(folder: Path, seconds: list[float], rate: int = RATE) -> tuple[Pa
 
 
 def fbank(
-    files: tuple[Path, Path], out: Path, num_jobs: int = 1, speed_perturb: bool = False, **options: object
-) -> FbankSummary:
+    files: tuple[Path, Path], out: Path, num_jobs: int = 1, speed_perturb: bool = False, strict: bool = False,
+    num_mel_bins: int = 80,
+) -> FbankSummary:  # fmt: skip
     return compute_fbank(
         *files,
         out / "cuts.jsonl.gz",
         out / "feats",
-        FbankOptions(**options),  # type: ignore[arg-type]
+        FbankOptions(num_mel_bins=num_mel_bins),
         num_jobs=num_jobs,
         speed_perturb=speed_perturb,
+        strict=strict,
     )
 
 
@@ -172,7 +174,7 @@ def test_unknown_extractor_names_the_choices() -> None:
 
 def test_the_front_end_that_needs_torchaudio_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitformer.data.features.is_module_available", lambda name: name != "torchaudio")
-    with pytest.raises(ValueError, match=r"linear-mel.*torchaudio is not installed.*setup\.sh"):
+    with pytest.raises(ValueError, match=r"linear-mel needs torchaudio, which is not installed.*setup\.sh"):
         FbankOptions("linear-mel")
 
 

@@ -249,7 +249,7 @@ def test_validation_refuses_a_split_without_usable_utterance(tmp_path: Path) -> 
 
 
 def test_a_missing_manifest_says_what_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="an earlier stage"):
+    with pytest.raises(ManifestError, match="whose manifests stage writes it"):
         validate_split(*split_files(tmp_path))
 
 

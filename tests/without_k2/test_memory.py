@@ -40,7 +40,7 @@ def test_no_share_of_any_part_is_larger_than_the_pessimistic_ones(parts):
     assert 1 <= len(shapes) <= 3
     for number in range(len(plan)):
         for part in range(parts):
-            share = plan.share(number, part, parts)
+            share = plan.micro_batch(number, part, parts)
             n, frames, labels = len(share), durations[share].max() * 100, tokens[share].max()
             assert n * frames <= max(s.utterances * s.frames for s in shapes)
             assert n * frames**2 <= max(s.utterances * s.frames**2 for s in shapes)

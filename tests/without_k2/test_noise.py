@@ -142,7 +142,7 @@ def test_features_mixed_are_about_those_of_mixed_audio(noise_cuts, tmp_path):
 
 def noisy(corpus, folder, cuts, on_the_fly, num_workers=0, p=0.5):
     augment = {"noise_p": p, "noise_snr": (0.0, 10.0)}
-    return training_data(corpus, folder, None, num_workers, augment, FBANK if on_the_fly else None, [cuts])
+    return training_data(corpus, folder, None, num_workers, augment, on_the_fly, [cuts])
 
 
 def all_batches(data, first=0, epoch=2):
@@ -161,12 +161,12 @@ def test_noise_is_a_function_of_seed_epoch_batch_and_part(corpus, noise_cuts, tm
         assert len(rest) == len(whole) - 2 * first
         for ours, theirs in zip(rest, whole[2 * first :], strict=True):
             assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
-            assert torch.equal(ours.x_lens, theirs.x_lens) and not ours.faults
+            assert torch.equal(ours.x_lens, theirs.x_lens) and not ours.errors
 
-    quiet = training_data(corpus, tmp_path / "quiet", augment={"p": 0.0}, on_the_fly=FBANK if on_the_fly else None)
+    quiet = training_data(corpus, tmp_path / "quiet", augment={"p": 0.0}, on_the_fly=on_the_fly)
     loud = training_data(
         corpus, tmp_path / "loud", None, 0, {"p": 0.0, "noise_p": 0.5, "noise_snr": (0.0, 0.0)},
-        FBANK if on_the_fly else None, [cuts],
+        on_the_fly, [cuts],
     )  # fmt: skip
     changed, read = 0, set()
     real = CutIndex.__getitem__
@@ -207,7 +207,7 @@ def test_noise_that_cannot_be_read_is_left_out_and_named(corpus, noise_cuts, tmp
             cut.recording.sources[0].source = str(tmp_path / "gone.wav")
     CutSet.from_cuts(cuts).to_file(tmp_path / "some.jsonl.gz")
     batches = all_batches(noisy(corpus, tmp_path / "some", tmp_path / "some.jsonl.gz", True, p=1.0))
-    faults = {name: reason for batch in batches for name, reason in batch.faults.items()}
+    faults = {name: reason for batch in batches for name, reason in batch.errors.items()}
     assert faults.keys() == {"noise-a-000", "noise-a-001", "noise-a-002"}
     assert all(reason.startswith("noise that cannot be read") for reason in faults.values())
     assert sum(len(batch.cut_ids) for batch in batches) == 80, "no utterance is lost"
@@ -233,9 +233,9 @@ def test_noise_of_another_kind_is_refused(corpus, noise_cuts, tmp_path):
 
 
 def test_noise_and_its_probability_go_together(corpus, noise_cuts, tmp_path):
-    with pytest.raises(ConfigError, match=r"noise_p = 0\.5 mixes noise in.*give --noise-cuts FILE.*--musan-dir"):
+    with pytest.raises(ConfigError, match=r"noise_p = 0\.5 with no --noise-cuts .*give --noise-cuts FILE.*--musan-dir"):
         training_data(corpus, tmp_path, augment={"noise_p": 0.5})
-    with pytest.raises(ConfigError, match=r"--noise-cuts are given.*set augment\.noise_p"):
+    with pytest.raises(ConfigError, match=r"noise_p = 0\.0 with --noise-cuts .*set augment\.noise_p"):
         training_data(corpus, tmp_path, noise_cuts=[noise_cuts[1]])
     with pytest.raises(ConfigError, match="is a probability"):
         AugmentConfig(noise_p=1.5)

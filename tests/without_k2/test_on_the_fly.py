@@ -47,7 +47,7 @@ def test_batches_are_those_of_stored_features(both, tmp_path):
     corpus, audio = both
     plain = {"augment": {"p": 0.0}}
     stored = training_data(corpus, tmp_path / "stored", **plain)
-    live = training_data(corpus, tmp_path / "live", [audio], on_the_fly=FBANK, **plain)
+    live = training_data(corpus, tmp_path / "live", [audio], on_the_fly=True, **plain)
     assert live.report.kept == stored.report.kept == 123
     assert live.report.seconds == pytest.approx(stored.report.seconds)
     assert all(not cut.has_features for cut in read_cuts(audio))
@@ -55,20 +55,20 @@ def test_batches_are_those_of_stored_features(both, tmp_path):
     for ours, theirs in zip(*batches, strict=True):
         assert ours.cut_ids == theirs.cut_ids and ours.texts == theirs.texts
         assert torch.equal(ours.x_lens, theirs.x_lens) and torch.equal(ours.y, theirs.y)
-        assert ours.x.shape == theirs.x.shape and not ours.faults
+        assert ours.x.shape == theirs.x.shape and not ours.errors
         assert (ours.x - theirs.x).abs().max() < TOLERANCE
     assert any("_sp0.9" in cut_id for batch in batches[1] for cut_id in batch.cut_ids)
     torch.testing.assert_close(live.feature_deviation(), stored.feature_deviation(), rtol=1e-2, atol=0)
     # of cuts that have stored features too, those from audio are taken
-    neither = training_data(corpus, tmp_path / "neither", on_the_fly=FBANK, **plain)
+    neither = training_data(corpus, tmp_path / "neither", on_the_fly=True, **plain)
     for ours, theirs in zip(epoch(neither), batches[1], strict=True):
         assert torch.equal(ours.x, theirs.x)
 
 
 def test_an_epoch_is_the_same_whatever_loads_it_and_goes_on_from_any_batch(both, tmp_path):
     corpus, audio = both
-    whole = epoch(training_data(corpus, tmp_path / "a", [audio], on_the_fly=FBANK), parts=2)
-    data = training_data(corpus, tmp_path / "b", [audio], num_workers=2, on_the_fly=FBANK)
+    whole = epoch(training_data(corpus, tmp_path / "a", [audio], on_the_fly=True), parts=2)
+    data = training_data(corpus, tmp_path / "b", [audio], num_workers=2, on_the_fly=True)
     for first in (0, len(data.plan(2)) - 2):
         for ours, theirs in zip(epoch(data, 2, first), whole[2 * first :], strict=True):
             assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
@@ -81,7 +81,7 @@ def test_audio_at_another_rate_is_resampled(tmp_path):
     write_audio_cuts(*files, tmp_path / "audio.jsonl.gz")
     compute_fbank(*files, tmp_path / "stored.jsonl.gz", tmp_path / "feats", FBANK)
     stored = training_data(corpus, tmp_path / "s", [tmp_path / "stored.jsonl.gz"], augment={"p": 0.0})
-    live = training_data(corpus, tmp_path / "l", [tmp_path / "audio.jsonl.gz"], on_the_fly=FBANK, augment={"p": 0.0})
+    live = training_data(corpus, tmp_path / "l", [tmp_path / "audio.jsonl.gz"], on_the_fly=True, augment={"p": 0.0})
     for ours, theirs in zip(epoch(live), epoch(stored), strict=True):
         assert (ours.x - theirs.x).abs().max() < TOLERANCE
 
@@ -109,9 +109,9 @@ def damaged(both, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_audio_that_cannot_be_read_is_left_out_and_named(both, tmp_path, damaged, num_workers):
     cuts, _, reasons = damaged
-    data = training_data(both[0], tmp_path / "index", [cuts], num_workers, on_the_fly=FBANK)
+    data = training_data(both[0], tmp_path / "index", [cuts], num_workers, on_the_fly=True)
     batches = epoch(data)
-    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.faults.items()}
+    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.errors.items()}
     assert faults.keys() == reasons.keys()
     assert all(part in faults[cut_id] for cut_id, part in reasons.items()), faults
     assert sum(len(batch.cut_ids) for batch in batches) == 41 - len(reasons)
@@ -120,7 +120,7 @@ def test_audio_that_cannot_be_read_is_left_out_and_named(both, tmp_path, damaged
 
 def test_audio_that_is_all_gone_ends_the_epoch_with_the_remedy(both, tmp_path, damaged):
     cuts, copies, _ = damaged
-    data = training_data(both[0], tmp_path / "index", [cuts], on_the_fly=FBANK)
+    data = training_data(both[0], tmp_path / "index", [cuts], on_the_fly=True)
     shutil.rmtree(copies)
     with pytest.raises(DataError, match=r"nor can the 20 cuts after it be read. Was the audio moved"):
         epoch(data, parts=40)
@@ -134,7 +134,7 @@ def test_cuts_that_lack_what_is_asked_for_say_so(both, tmp_path):
         training_data(corpus, tmp_path / "index", [audio])
     CutSet.from_cuts(cut.drop_recording() for cut in read_cuts(corpus[1])).to_file(tmp_path / "no-audio.jsonl.gz")
     with pytest.raises(ValueError, match="no audio to compute features from"):
-        training_data(corpus, tmp_path / "index", [tmp_path / "no-audio.jsonl.gz"], on_the_fly=FBANK)
+        training_data(corpus, tmp_path / "index", [tmp_path / "no-audio.jsonl.gz"], on_the_fly=True)
     write_split([], tmp_path / "r.jsonl.gz", tmp_path / "s.jsonl.gz")
     with pytest.raises(ManifestError, match="is empty"):
         write_audio_cuts(tmp_path / "r.jsonl.gz", tmp_path / "s.jsonl.gz", tmp_path / "cuts.jsonl.gz")
@@ -148,7 +148,7 @@ def test_an_outlier_of_three_minutes_is_left_out_and_told(both, tmp_path):
     outlier = Recording.from_file(path).to_cut()
     outlier.supervisions = [SupervisionSegment("long", "long", 0.0, 180.0, 0, cuts[0].supervisions[0].text)]
     CutSet.from_cuts([*cuts, outlier]).to_file(tmp_path / "cuts.jsonl.gz")
-    data = training_data(corpus, tmp_path / "index", [tmp_path / "cuts.jsonl.gz"], on_the_fly=FBANK)
+    data = training_data(corpus, tmp_path / "index", [tmp_path / "cuts.jsonl.gz"], on_the_fly=True)
     assert data.report.kept == 41 and data.report.dropped == {"longer than data.max_utterance_seconds = 25.0": 1}
 
 

@@ -58,7 +58,7 @@ def test_shares_are_alike_and_make_up_the_batch(parts):
     plan = plan_epoch(lengths, 100.0, 8, 0, 1)
     for number in range(len(plan)):
         batch = plan.batch(number)
-        shares = [plan.share(number, part, parts) for part in range(parts)]
+        shares = [plan.micro_batch(number, part, parts) for part in range(parts)]
         assert sorted(np.concatenate(shares)) == sorted(filled(batch, parts))
         if len(batch) >= parts:
             assert sorted(np.concatenate(shares)) == sorted(batch)

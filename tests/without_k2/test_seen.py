@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import tracemalloc
 
-from splitformer.data.seen import Seen
+from splitformer.data.cut_index import SeenIds
 
 
 def test_it_answers_as_a_set_does() -> None:
     rng = random.Random(0)
     names = [f"utterance-{rng.randrange(30_000)}" for _ in range(60_000)]
-    seen, reference = Seen(), set()
+    seen, reference = SeenIds(), set()
     for name in names:
         assert seen.add(name) == (name not in reference)
         reference.add(name)
@@ -21,7 +21,7 @@ def test_it_answers_as_a_set_does() -> None:
 def test_a_name_takes_a_few_bytes() -> None:
     def memory(count: int) -> tuple[int, int]:
         tracemalloc.start()
-        seen = Seen()
+        seen = SeenIds()
         for number in range(count):
             seen.add(f"some-speaker-some-chapter-{number}")
         found = tracemalloc.get_traced_memory()

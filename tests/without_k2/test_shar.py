@@ -49,7 +49,7 @@ def test_batches_are_those_of_plain_cuts_from_any_of_them_on(both, tmp_path, num
         rest = epoch(sharded, first)
         assert len(rest) == len(whole) - 2 * first
         for ours, theirs in zip(rest, whole[2 * first :], strict=True):
-            assert ours.cut_ids == theirs.cut_ids and ours.texts == theirs.texts and not ours.faults
+            assert ours.cut_ids == theirs.cut_ids and ours.texts == theirs.texts and not ours.errors
             assert torch.equal(ours.x, theirs.x) and torch.equal(ours.x_lens, theirs.x_lens)
     assert torch.equal(sharded.feature_deviation(), plain.feature_deviation())
 
@@ -105,7 +105,7 @@ def test_an_archive_that_is_cut_off(both, tmp_path):
     size = archive.stat().st_size
     archive.write_bytes(archive.read_bytes()[: size // 2])
     batches = epoch(data)
-    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.faults.items()}
+    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.errors.items()}
     assert 20 <= len(faults) <= 30 and sum(len(batch.cut_ids) for batch in batches) == 123 - len(faults)
     assert all("ends before" in reason for reason in faults.values()), faults
     with pytest.raises(ManifestError, match=r"features\.000001\.tar .*prepare\.sh --shar again"):
@@ -132,7 +132,7 @@ def test_archives_that_do_not_belong_together_are_refused(both, tmp_path):
 
 def test_an_export_appears_when_it_is_complete(both, tmp_path, monkeypatch):
     corpus, _ = both
-    real, calls = shar.whole_features, []
+    real, calls = shar.load_all_frames, []
 
     def full(cut):
         calls.append(cut)
@@ -140,7 +140,7 @@ def test_an_export_appears_when_it_is_complete(both, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(cut)
 
-    monkeypatch.setattr(shar, "whole_features", full)
+    monkeypatch.setattr(shar, "load_all_frames", full)
     with pytest.raises(OSError, match="No space"):
         export_shar(corpus[1], tmp_path / "out", "numpy", shard_cuts=10)
     assert not list(tmp_path.iterdir())

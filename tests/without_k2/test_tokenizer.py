@@ -9,6 +9,7 @@ import pytest
 
 from splitformer.corpora.tokens import train_tokenizer
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """ERASE THE LAST LINE
@@ -94,7 +95,7 @@ def test_other_errors(text, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="no words"):
         train_tokenizer(tmp_path / "empty.txt", tmp_path, "bpe", 40)
-    with pytest.raises(FileNotFoundError, match="train_bpe"):
+    with pytest.raises(UserError, match="train_bpe"):
         Tokenizer(tmp_path)
 
 

@@ -16,7 +16,7 @@ from splitformer.corpora.fbank import compute_fbank
 from splitformer.data.batches import load_cuts
 from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import read_recordings
-from splitformer.data.trust import UnsafeManifest
+from splitformer.data.manifests import UnsafeManifest
 from tests.training_runs import train, training_data
 
 

@@ -1,0 +1,125 @@
+"""The features of cuts: all stored frames of them, or features computed while a batch is loaded.
+
+A cut transform puts computed features into memory, so that readers see no difference from stored ones.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse import CutSet, Features
+from lhotse.cut import Cut
+from lhotse.dataset.input_strategies import PrecomputedFeatures
+from lhotse.utils import compute_num_frames, fastcopy
+from torch import Tensor
+
+from splitformer.data.features import FbankOptions, extract, load_samples, make_extractor
+from splitformer.data.manifests import use_soundfile
+from splitformer.data.noise import NoiseMixer
+from splitformer.model.subsampling import SAMPLING_RATE
+
+STORED_FRAMES = "stored_frames"
+"""Custom field of cuts whose features have more frames than Lhotse counts from the duration."""
+
+
+def with_features(cut: Cut, feats: np.ndarray, kind: str, frame_shift: float, storage: dict[str, Any]) -> Cut:
+    """Return `cut` with a manifest of its features (T, C), which cover the whole cut.
+
+    Args:
+      kind: the extractor's name.
+      frame_shift: seconds.
+      storage: storage_type, storage_path and storage_key of `lhotse.Features`.
+    """
+    num_frames = compute_num_frames(cut.duration, frame_shift, SAMPLING_RATE)
+    custom = {key: value for key, value in (cut.custom or {}).items() if key != STORED_FRAMES}
+    if num_frames < feats.shape[0] <= num_frames + 1:
+        custom[STORED_FRAMES] = feats.shape[0]
+    else:
+        num_frames = feats.shape[0]
+    features = Features(
+        recording_id=cut.recording.id if cut.has_recording else cut.features.recording_id,
+        channels=cut.channel,
+        start=cut.start,
+        duration=cut.duration,
+        type=kind,
+        num_frames=num_frames,  # Lhotse rejects a manifest whose number differs from its own
+        num_features=feats.shape[1],
+        frame_shift=frame_shift,
+        sampling_rate=SAMPLING_RATE,
+        **storage,
+    )
+    return fastcopy(cut, features=features, custom=custom or None)
+
+
+def extra_frames(cut: Cut) -> int:
+    """Return how many stored frames Lhotse would not load, if the features are those of the whole cut; else 0."""
+    stored = (getattr(cut, "custom", None) or {}).get(STORED_FRAMES)
+    if stored is None or abs(cut.start - cut.features.start) > 1e-3:
+        return 0
+    return stored - cut.num_frames if abs(cut.duration - cut.features.duration) < 1e-3 else 0
+
+
+def load_all_frames(cut: Cut) -> np.ndarray:
+    """Return the stored features (T, C) of `cut`, with all frames that the front end computed."""
+    return cut.features.load() if extra_frames(cut) else cut.load_features()
+
+
+class AllFrames(PrecomputedFeatures):
+    """Lhotse's input strategy for stored features, without its trimming to the number of frames that it counts.
+
+    A front end that centres its windows often computes one frame more than Lhotse counts from a cut's duration.
+    """
+
+    def __call__(self, cuts: CutSet) -> tuple[Tensor, Tensor]:
+        """Return features (N, T, C), padded with 0 if a cut has extra frames, and the number of frames (N,)."""
+        if not any(map(extra_frames, cuts)):
+            return super().__call__(cuts)[:2]
+        feats = [torch.from_numpy(load_all_frames(cut)) for cut in cuts]
+        return torch.nn.utils.rnn.pad_sequence(feats, batch_first=True), torch.tensor([len(x) for x in feats])
+
+    def supervision_intervals(self, cuts: CutSet) -> dict[str, Tensor]:
+        intervals = super().supervision_intervals(cuts)
+        cuts = list(cuts)
+        for i, index in enumerate(intervals["sequence_idx"].tolist()):
+            start, frames = intervals["start_frame"][i], intervals["num_frames"][i]
+            if start + frames == cuts[index].num_frames:  # the transcript lasts to the end of the cut
+                frames += extra_frames(cuts[index])
+        return intervals
+
+
+class FeaturesInMemory:
+    """A cut transform for Lhotse's datasets that computes features, or loads them and mixes noise in."""
+
+    def __init__(self, options: FbankOptions | None, noise: NoiseMixer | None = None) -> None:
+        """
+        Args:
+          options: compute features from audio with these options; None takes the stored features.
+          noise: mixed into the audio, or into stored features.
+        """
+        self.options, self.noise = options, noise
+        self.extractor = make_extractor(options) if options else None
+
+    def __call__(self, cuts: CutSet) -> CutSet:
+        return CutSet.from_cuts([self._with_features(cut) for cut in cuts])
+
+    def _with_features(self, cut: Cut) -> Cut:
+        if self.options and self.extractor:
+            use_soundfile()  # here: every loading process has a backend of its own
+            if cut.sampling_rate != SAMPLING_RATE:
+                cut = cut.resample(SAMPLING_RATE)
+            samples = load_samples(cut, self.options)
+            if self.noise:
+                samples = self.noise.into_audio(samples)
+            feats = extract(self.extractor, [samples])[0]
+            kind, frame_shift = self.extractor.name, self.extractor.frame_shift
+        else:
+            feats, kind, frame_shift = load_all_frames(cut), cut.features.type, cut.frame_shift
+            if self.noise:
+                feats = self.noise.into_features(feats, kind, frame_shift)
+        stream = io.BytesIO()
+        np.save(stream, feats, allow_pickle=False)
+        storage = {"storage_type": "memory_npy", "storage_path": "", "storage_key": stream.getvalue()}
+        return with_features(cut, feats, kind, frame_shift, storage)
