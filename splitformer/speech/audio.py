@@ -133,7 +133,7 @@ class Recording:
             if invalid.any():
                 row = int(invalid.any(axis=1).argmax())
                 value = block[row][invalid[row]][0]
-                raise AudioError(f"sample {count + row} (at {(count + row) / self.rate:g} s) is {value}")
+                raise AudioError(f"sample {count + row} (at {(count + row) / self.rate:g} s) is {value:g}")
             count += len(block)
             yield block.mean(axis=1) if self._channel is None else block[:, self._channel].copy()
         if not count:
