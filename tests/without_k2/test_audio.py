@@ -189,7 +189,7 @@ def test_lists_of_four_kinds(tmp_path: Path) -> None:
         ({"audio": "a.wav", "start": -1}, "start -1 is not a number of seconds"),
         ({"audio": "a.wav", "duration": "long"}, "duration 'long'"),
         ({"audio": "a.wav", "channel": -1}, "channel -1"),
-        ({"id": "r", "sources": [{"type": "command", "channels": [0], "source": "rm x"}]}, "a command, which is not run"),
+        ({"id": "r", "sources": [{"type": "command", "channels": [0], "source": "rm x"}]}, "a command, which is not"),
         ({"id": "r", "sources": []}, "in 0 files"),
         ({"id": "r", "sources": [], "transforms": [{"name": "Speed"}]}, "without transforms"),
         ({"id": "c", "start": 0, "recording": {"id": "r"}}, "it lacks 'sources'"),
