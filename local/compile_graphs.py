@@ -1,44 +1,44 @@
 #!/usr/bin/env python3
-"""Compile one of a lang_dir's graphs from an ARPA file.
+"""Compile a decoding graph of a lang_dir from an ARPA file: HLG.pt, G.pt or LG.pt."""
 
-HLG.pt is for the searches of CTC, G.pt to rescore their lattices, LG.pt for the searches of transducers.
-"""
+from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from splitformer.decoding.graphs import compile_g, compile_hlg, compile_lg
-from splitformer.decoding.lang import save_graph
+from splitformer.cli import command
+from splitformer.decoding.graphs import compile_g, compile_hlg, compile_lg, save_graph
+from splitformer.errors import UserError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lang-dir", type=Path, required=True)
-    parser.add_argument("--arpa", type=Path, required=True, help="language model, plain or .gz")
-    parser.add_argument("--graph", choices=("HLG", "G", "LG"), default="HLG", help="which one (default: HLG)")
-    parser.add_argument(
-        "--modified-topology",
-        action="store_true",
-        help="of HLG: no blank between equal tokens: a graph of linear size, for vocabularies of thousands",
-    )
-    args = parser.parse_args()
-    if args.graph != "HLG" and args.modified_topology:
-        parser.error(f"--modified-topology is of HLG: {args.graph} has no CTC topology")
+@dataclass(frozen=True)
+class Options:
+    """Compile a decoding graph of a lang_dir from an ARPA file.
+
+    HLG.pt is for CTC searches, G.pt rescores their lattices, LG.pt is for transducer searches.
+    """
+
+    lang_dir: Path
+    arpa: Path
+    """language model, plain or .gz"""
+    graph: Literal["HLG", "G", "LG"] = "HLG"
+    modified_topology: bool = False
+    """of HLG: no blank between equal tokens. The graph has linear size, for vocabularies of thousands"""
+
+
+def run(options: Options) -> None:
+    if options.graph != "HLG" and options.modified_topology:
+        raise UserError(f"--modified-topology is for HLG: {options.graph} has no CTC topology")
     start = time.monotonic()
-    try:
-        if args.graph == "HLG":
-            graph = compile_hlg(args.lang_dir, args.arpa, args.modified_topology, report)
-        elif args.graph == "G":
-            graph = compile_g(args.lang_dir, args.arpa, report)
-        else:
-            graph = compile_lg(args.lang_dir, args.arpa, report)
-        path = args.lang_dir / f"{args.graph}.pt"
-        save_graph(graph, path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"compile_graphs: {error}")
+    compilers = {"HLG": partial(compile_hlg, modified=options.modified_topology), "G": compile_g, "LG": compile_lg}
+    graph = compilers[options.graph](options.lang_dir, options.arpa, report=partial(print, flush=True))
+    path = options.lang_dir / f"{options.graph}.pt"
+    save_graph(graph, path)
     states = graph.arcs.shape().tot_size(graph.arcs.num_axes() - 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
     print(
@@ -47,9 +47,5 @@ def main() -> None:
     )
 
 
-def report(line: str) -> None:
-    print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,46 +1,53 @@
 #!/usr/bin/env python3
-"""Compute the features of a split and write its cuts; called again after a fault, go on where it stopped."""
+"""Compute the features of a split and write its cuts; run again after an interruption, it resumes."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from splitformer.cli import command
 from splitformer.corpora.fbank import compute_fbank
-from splitformer.data.features import EXTRACTORS, FbankOptions
+from splitformer.data.features import Extractor, FbankOptions
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recordings", type=Path, required=True)
-    parser.add_argument("--supervisions", type=Path, required=True)
-    parser.add_argument("--output-cuts", type=Path, required=True, help="cuts manifest, .jsonl or .jsonl.gz")
-    parser.add_argument("--storage-dir", type=Path, required=True, help="folder for the features")
-    parser.add_argument("--num-jobs", type=int, default=1, help="processes")
-    parser.add_argument("--fbank", choices=EXTRACTORS, default="lhotse")
-    parser.add_argument("--num-mel-bins", type=int, default=80)
-    parser.add_argument("--speed-perturb", action="store_true", help="add copies at 0.9 and 1.1 of the speed")
-    parser.add_argument("--strict", action="store_true", help="unreadable audio is fatal")
-    args = parser.parse_args()
-    try:
-        summary = compute_fbank(
-            args.recordings,
-            args.supervisions,
-            args.output_cuts,
-            args.storage_dir,
-            FbankOptions(args.fbank, args.num_mel_bins),
-            strict=args.strict,
-            num_jobs=args.num_jobs,
-            speed_perturb=args.speed_perturb,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"compute_fbank: {error}")
+@dataclass(frozen=True)
+class Options:
+    """Compute the features of a split and write its cuts; run again after an interruption, it resumes."""
+
+    recordings: Path
+    supervisions: Path
+    output_cuts: Path
+    """cuts manifest to write, .jsonl or .jsonl.gz"""
+    storage_dir: Path
+    """folder for the features"""
+    num_jobs: int = 1
+    """processes"""
+    fbank: Extractor = "lhotse"
+    num_mel_bins: int = 80
+    speed_perturb: bool = False
+    """add copies at 0.9 and 1.1 times the speed"""
+    strict: bool = False
+    """unreadable audio is an error"""
+
+
+def run(options: Options) -> None:
+    summary = compute_fbank(
+        options.recordings,
+        options.supervisions,
+        options.output_cuts,
+        options.storage_dir,
+        FbankOptions(options.fbank, options.num_mel_bins),
+        num_jobs=options.num_jobs,
+        speed_perturb=options.speed_perturb,
+        strict=options.strict,
+    )
     for cut, reason in summary.skipped.items():
         print(f"skipped {cut}: {reason}", file=sys.stderr)
-    print(
-        f"{args.output_cuts}: {summary.num_cuts} cuts, {summary.seconds / 3600:.2f} hours, "
-        f"{len(summary.skipped)} skipped"
-    )
+    hours = summary.seconds / 3600
+    print(f"{options.output_cuts}: {summary.num_cuts} cuts, {hours:.2f} hours, {len(summary.skipped)} skipped")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,25 +1,31 @@
 #!/usr/bin/env python3
-"""Write cuts and their features as Lhotse Shar: a few large files that may lie anywhere."""
+"""Write cuts and their features as Lhotse Shar, a few large files."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from splitformer.corpora.shar import PACKINGS, export_shar
+from splitformer.cli import command
+from splitformer.corpora.shar import Packing, export_shar
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cuts", type=Path, required=True, help="cuts manifest with features")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--packing", choices=PACKINGS, default="numpy", help="numpy: exact; lilcom: smaller, rounded")
-    args = parser.parse_args()
-    try:
-        count = export_shar(args.cuts, args.output_dir, args.packing)
-    except (ValueError, OSError) as error:
-        sys.exit(f"export_shar: {error}")
-    print(f"{args.output_dir}: {count} cuts")
+@dataclass(frozen=True)
+class Options:
+    """Write cuts and their features as Lhotse Shar, a few large files."""
+
+    cuts: Path
+    """cuts manifest with features"""
+    output_dir: Path
+    packing: Packing = "numpy"
+    """numpy: exact; lilcom: a third of the size, rounded"""
+
+
+def run(options: Options) -> None:
+    count = export_shar(options.cuts, options.output_dir, options.packing)
+    print(f"{options.output_dir}: {count} cuts")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,35 +1,39 @@
 #!/usr/bin/env python3
 """Write the transcripts of some splits, one per line, in the manifests' order."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from splitformer.data.manifests import read_supervisions
+from splitformer.cli import command
+from splitformer.data.manifests import ManifestError, read_supervisions
 from splitformer.files import atomic_write
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--supervisions", type=Path, nargs="+", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    """Write the transcripts of some splits, one per line, in the manifests' order."""
+
+    supervisions: tuple[Path, ...]
+    """manifests"""
+    output: Path
+
+
+def run(options: Options) -> None:
     lines = words = 0
-    try:
-        with atomic_write(args.output) as file:
-            for path in args.supervisions:
-                for segment in read_supervisions(path):
-                    text = " ".join((segment.text or "").split())
-                    if text:
-                        file.write(text + "\n")
-                        lines += 1
-                        words += len(text.split())
-            if not lines:
-                raise ValueError(f"no transcript in {', '.join(map(str, args.supervisions))}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"export_text: {error}")
-    print(f"{args.output}: {lines} lines, {words} words")
+    with atomic_write(options.output) as file:
+        for path in options.supervisions:
+            for segment in read_supervisions(path):
+                if text := (segment.text or "").split():
+                    file.write(" ".join(text) + "\n")
+                    lines += 1
+                    words += len(text)
+        if not lines:
+            raise ManifestError(f"no transcript in {', '.join(map(str, options.supervisions))}")
+    print(f"{options.output}: {lines} lines, {words} words")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

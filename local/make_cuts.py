@@ -1,28 +1,33 @@
 #!/usr/bin/env python3
-"""Write the cuts of a split without features, for training that computes them as it goes."""
+"""Write the cuts of a split without features, for training that computes them on the fly."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from splitformer.cli import command
 from splitformer.corpora.fbank import write_audio_cuts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recordings", type=Path, required=True)
-    parser.add_argument("--supervisions", type=Path, required=True)
-    parser.add_argument("--output-cuts", type=Path, required=True, help="cuts manifest, .jsonl or .jsonl.gz")
-    parser.add_argument("--speed-perturb", action="store_true", help="add copies at 0.9 and 1.1 of the speed")
-    args = parser.parse_args()
-    try:
-        summary = write_audio_cuts(
-            args.recordings, args.supervisions, args.output_cuts, speed_perturb=args.speed_perturb
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_cuts: {error}")
-    print(f"{args.output_cuts}: {summary.num_cuts} cuts, {summary.seconds / 3600:.2f} hours")
+@dataclass(frozen=True)
+class Options:
+    """Write the cuts of a split without features, for training that computes them on the fly."""
+
+    recordings: Path
+    supervisions: Path
+    output_cuts: Path
+    """cuts manifest to write, .jsonl or .jsonl.gz"""
+    speed_perturb: bool = False
+    """add copies at 0.9 and 1.1 times the speed"""
+
+
+def run(options: Options) -> None:
+    files = options.recordings, options.supervisions, options.output_cuts
+    summary = write_audio_cuts(*files, speed_perturb=options.speed_perturb)
+    print(f"{options.output_cuts}: {summary.num_cuts} cuts, {summary.seconds / 3600:.2f} hours")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

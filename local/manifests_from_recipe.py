@@ -1,47 +1,62 @@
 #!/usr/bin/env python3
-"""Make the manifests of a split by one of Lhotse's recipes."""
+"""Write the manifests of a split with one of Lhotse's recipes."""
 
-import argparse
+from __future__ import annotations
+
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from splitformer.cli import command
 from splitformer.corpora.manifests import Skipped, write_split
 from splitformer.corpora.recipes import recipe_pairs
+from splitformer.errors import UserError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", required=True, help="NAME of lhotse.recipes.prepare_NAME")
-    parser.add_argument("--corpus-dir", type=Path, required=True)
-    parser.add_argument("--split", required=True, help="Lhotse's `dataset_part`")
-    parser.add_argument("--folder", help="where below CORPUS_DIR its audio lies (default: a folder of its name)")
-    parser.add_argument("--recipe-options", nargs="*", default=[], metavar="NAME=VALUE", help="passed to the recipe")
-    parser.add_argument("--num-jobs", type=int, default=1)
-    parser.add_argument("--limit-utterances", type=int, help="at most so many, evenly over the split")
-    parser.add_argument("--recordings", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--supervisions", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--strict", action="store_true", help="unreadable audio is fatal")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    skipped = Skipped()
+@dataclass(frozen=True)
+class Options:
+    """Write the manifests of a split with one of Lhotse's recipes."""
+
+    recipe: str
+    """NAME of lhotse.recipes.prepare_NAME"""
+    corpus_dir: Path
+    split: str
+    """Lhotse's `dataset_part`"""
+    recordings: Path
+    """manifest to write"""
+    supervisions: Path
+    """manifest to write"""
+    folder: str | None = None
+    """where below the corpus its audio is (default: in a folder of the split's name)"""
+    recipe_options: tuple[str, ...] = ()
+    """NAME=VALUE, arguments of the recipe"""
+    num_jobs: int = 1
+    """processes"""
+    limit_utterances: int | None = None
+    """take at most so many utterances, evenly over the split"""
+    strict: bool = False
+    """unreadable audio is an error"""
+
+
+def run(options: Options) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    if wrong := [option for option in options.recipe_options if "=" not in option]:
+        raise UserError(f"--recipe-options {wrong[0]}: expected NAME=VALUE")
+    skipped = Skipped(options.strict)
     pairs = recipe_pairs(
-        args.recipe,
-        args.corpus_dir,
-        args.split,
+        options.recipe,
+        options.corpus_dir,
+        options.split,
         skipped,
-        folder=args.folder,
-        options=dict(option.split("=", 1) for option in args.recipe_options),
-        num_jobs=args.num_jobs,
-        limit=args.limit_utterances,
-        strict=args.strict,
+        folder=options.folder,
+        options=dict(option.split("=", 1) for option in options.recipe_options),
+        num_jobs=options.num_jobs,
+        limit=options.limit_utterances,
     )
-    try:
-        count = write_split(pairs, args.recordings, args.supervisions)
-    except (ValueError, OSError) as error:
-        sys.exit(f"manifests_from_recipe: {error}")
-    print(f"{args.supervisions}: {count} utterances, {len(skipped)} skipped")
+    count = write_split(pairs, options.recordings, options.supervisions)
+    print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--strict", action="store_true", help="whatever would be left out is fatal")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    skipped = Skipped()
+    skipped = Skipped(args.strict)
     pairs = source_pairs(
         args.source,
         args.split,
@@ -42,7 +42,6 @@ def main() -> None:
         audio_dir=args.audio_dir,
         speakers_from_folders=None if args.speakers is None else args.speakers == "folders",
         limit=args.limit_utterances,
-        strict=args.strict,
     )
     try:
         count = write_split(pairs, args.recordings, args.supervisions)

@@ -1,28 +1,35 @@
 #!/usr/bin/env python3
-"""Leave out of an ARPA file the n-grams that matter least (entropy pruning, Stolcke 1998), for a smaller graph."""
+"""Remove the n-grams that matter least from an ARPA file (entropy pruning, Stolcke 1998), for a smaller graph."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from splitformer.cli import command
 from splitformer.corpora.ngram import read_arpa, write_arpa
 from splitformer.corpora.ngram_pruning import prune_ngrams
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arpa", type=Path, required=True)
-    parser.add_argument("--threshold", type=float, required=True, help="relative rise of the perplexity, such as 1e-7")
-    parser.add_argument("--output", type=Path, required=True, help="ARPA file to write")
-    args = parser.parse_args()
-    try:
-        model = read_arpa(args.arpa)
-        pruned = prune_ngrams(model, args.threshold)
-        write_arpa(pruned, args.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"prune_lm: {error}")
-    print(f"{args.arpa}: {len(model.log10_probs)} n-grams, {len(pruned.log10_probs)} of them kept in {args.output}")
+@dataclass(frozen=True)
+class Options:
+    """Remove the n-grams that matter least from an ARPA file (entropy pruning, Stolcke 1998), for a smaller graph."""
+
+    arpa: Path
+    threshold: float
+    """relative increase of the perplexity below which an n-gram is removed, such as 1e-7"""
+    output: Path
+    """ARPA file to write"""
+
+
+def run(options: Options) -> None:
+    model = read_arpa(options.arpa)
+    pruned = prune_ngrams(model, options.threshold)
+    write_arpa(pruned, options.output)
+    before, after = len(model.log10_probs), len(pruned.log10_probs)
+    print(f"{options.arpa}: {before} n-grams, {after} of them kept in {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,33 +1,42 @@
 #!/usr/bin/env python3
-"""Make a lang_dir's bpe.model and tokens.txt: train the sentencepiece model, or take one that is there."""
+"""Write a lang_dir's bpe.model and tokens.txt: train a sentencepiece model, or take an existing one."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from splitformer.corpora.tokens import MODEL_TYPES, take_tokenizer, train_tokenizer
+from splitformer.cli import command
+from splitformer.corpora.tokens import ModelType, take_tokenizer, train_tokenizer
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.errors import UserError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, help="training transcripts, one per line")
-    source.add_argument("--bpe-model", type=Path, help="a bpe.model of this project, to take instead of training one")
-    parser.add_argument("--lang-dir", type=Path, required=True)
-    parser.add_argument("--model-type", choices=MODEL_TYPES, default="bpe")
-    parser.add_argument("--vocab-size", type=int, help="number of tokens; with char an upper limit")
-    args = parser.parse_args()
-    try:
-        if args.bpe_model:
-            take_tokenizer(args.bpe_model, args.lang_dir)
-        else:
-            train_tokenizer(args.text, args.lang_dir, args.model_type, args.vocab_size)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_bpe: {error}")
-    origin = args.bpe_model or args.model_type
-    print(f"{args.lang_dir / 'bpe.model'}: {Tokenizer(args.lang_dir).vocab_size} tokens ({origin})")
+@dataclass(frozen=True)
+class Options:
+    """Write a lang_dir's bpe.model and tokens.txt: train a sentencepiece model, or take an existing one."""
+
+    lang_dir: Path
+    text: Path | None = None
+    """training transcripts, one per line"""
+    bpe_model: Path | None = None
+    """a bpe.model of this project, to take instead of training one"""
+    model_type: ModelType = "bpe"
+    vocab_size: int | None = None
+    """number of tokens; for char an upper limit"""
+
+
+def run(options: Options) -> None:
+    if options.bpe_model and not options.text:
+        take_tokenizer(options.bpe_model, options.lang_dir)
+    elif options.text and not options.bpe_model:
+        train_tokenizer(options.text, options.lang_dir, options.model_type, options.vocab_size)
+    else:
+        raise UserError("give either --text or --bpe-model")
+    origin = options.bpe_model or options.model_type
+    print(f"{options.lang_dir / 'bpe.model'}: {Tokenizer(options.lang_dir).vocab_size} tokens ({origin})")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,27 +1,32 @@
 #!/usr/bin/env python3
-"""Check the manifests of a split and drop, or with --strict refuse, what cannot be used."""
+"""Check the manifests of a split and drop what cannot be used."""
 
-import argparse
+from __future__ import annotations
+
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from splitformer.cli import command
 from splitformer.corpora.validation import validate_split
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recordings", type=Path, required=True)
-    parser.add_argument("--supervisions", type=Path, required=True)
-    parser.add_argument("--strict", action="store_true", help="whatever would be dropped is fatal")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        count, seconds, skipped = validate_split(args.recordings, args.supervisions, strict=args.strict)
-    except (ValueError, OSError) as error:
-        sys.exit(f"validate_cuts: {error}")
-    print(f"{args.supervisions}: {count} utterances, {seconds / 3600:.2f} hours, {len(skipped)} skipped")
+@dataclass(frozen=True)
+class Options:
+    """Check the manifests of a split and drop what cannot be used."""
+
+    recordings: Path
+    supervisions: Path
+    strict: bool = False
+    """an error instead of dropping anything"""
+
+
+def run(options: Options) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    count, seconds, skipped = validate_split(options.recordings, options.supervisions, strict=options.strict)
+    print(f"{options.supervisions}: {count} utterances, {seconds / 3600:.2f} hours, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,10 +1,9 @@
-"""Archives of corpora: downloaded with resume, checked, and unpacked whole or not at all."""
+"""Archives of corpora: downloaded resumably, verified, and unpacked completely or not at all."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import secrets
 import shutil
 import tarfile
 import urllib.error
@@ -15,30 +14,35 @@ from lhotse.utils import resumable_download
 from tqdm import tqdm
 
 from splitformer.errors import UserError
-from splitformer.files import atomic_write
+from splitformer.files import atomic_folder, atomic_write
 
 CHUNK = 1 << 20
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+"""What reading a damaged archive raises."""
 
 
 class ArchiveError(UserError):
-    """An archive that is missing, damaged or unsafe; the message says what to do."""
+    """An archive is missing, damaged or unsafe."""
 
 
 def fetch(url: str, archive: str | Path, md5: str | None = None) -> Path:
-    """Make sure that the file `archive` is there and whole; download it where it is not.
+    """Download the file `archive` from `url` unless it exists; verify its checksum in either case.
 
-    A download goes to `archive` + ".part", is resumed where that exists, and is moved into place when its
-    checksum is right. A file that is there is never changed.
+    A download goes to `archive` + ".part", resumes if that exists, and is moved into place if its checksum is right. An
+    existing file is never changed.
 
     Args:
-      url: where the archive comes from.
-      md5: its checksum in hexadecimal digits; None where none is published.
+      md5: checksum in hexadecimal digits; None if none is published.
     Raises:
       ArchiveError: the checksum differs, or the download fails.
     """
     archive = Path(archive)
     if archive.is_file():
-        check_md5(archive, md5, f"remove it and run this again to download it from {url}")
+        if md5 is not None and (found := md5_of(archive)) != md5:
+            raise ArchiveError(
+                f"{archive} ({archive.stat().st_size} bytes) is truncated or another file: its md5 is {found}, "
+                f"expected {md5}; remove it and run this again to download it from {url}"
+            )
         return archive
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -51,22 +55,13 @@ def fetch(url: str, archive: str | Path, md5: str | None = None) -> Path:
         ) from error
     if md5 is not None and (found := md5_of(part)) != md5:
         part.unlink()
-        raise ArchiveError(f"{url}: what came has md5 {found}, expected {md5}; it was removed, run this again")
+        raise ArchiveError(f"{url}: the download has md5 {found}, expected {md5}; it was removed, run this again")
     part.rename(archive)
     return archive
 
 
-def check_md5(path: Path, md5: str | None, remedy: str) -> None:
-    """Raises ArchiveError where the file's checksum is another."""
-    if md5 is not None and (found := md5_of(path)) != md5:
-        raise ArchiveError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or another file: its md5 is {found}, expected "
-            f"{md5}; {remedy}"
-        )
-
-
 def md5_of(path: Path) -> str:
-    """The file's md5, as hexadecimal digits."""
+    """Return the file's md5 in hexadecimal digits."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(CHUNK):
@@ -79,76 +74,71 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
 
     Symbolic links that stay within `member` are made last, so that nothing is written through one.
 
-    Returns the number of files.
-
+    Returns:
+      the number of files.
     Raises:
-      ArchiveError: the archive is damaged, lacks `member`, or has an entry that would lie or lead outside, or is
-        neither file, folder nor symbolic link; nothing is left of it then.
+      ArchiveError: the archive is damaged, lacks `member`, or has an entry that would be or lead outside, or is neither
+        file, folder nor symbolic link. Nothing is left of it then.
     """
-    archive, target = Path(archive), Path(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    archive = Path(archive)
     count = 0
     links: dict[Path, str] = {}
     try:
-        with tarfile.open(archive) as tar, tqdm(desc=f"unpack {archive.name}", unit=" files") as bar:
+        with (
+            atomic_folder(target) as temporary,
+            tarfile.open(archive) as tar,
+            tqdm(desc=f"unpack {archive.name}", unit=" files") as bar,
+        ):
             for entry in tar:
                 inside = _path_inside(entry, member, archive)
                 if inside is None:
                     continue
-                destination = temporary.joinpath(*inside.parts)
+                destination = temporary / inside
                 if entry.isdir():
                     destination.mkdir(parents=True, exist_ok=True)
-                    continue
-                if entry.issym():
+                elif entry.issym():
                     links[destination] = entry.linkname
-                    continue
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                content = tar.extractfile(entry)
-                assert content is not None  # _path_inside lets files and folders through only
-                with open(destination, "xb") as file:
-                    shutil.copyfileobj(content, file, CHUNK)
-                count += 1
-                bar.update()
-        if not count:
-            raise ArchiveError(f"{archive} has no files in {member}/")
-        _make_links(links, temporary, archive)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                elif content := tar.extractfile(entry):
+                    destination.parent.mkdir(parents=True, exist_ok=True)
+                    with open(destination, "xb") as file:
+                        shutil.copyfileobj(content, file, CHUNK)
+                    count += 1
+                    bar.update()
+            if not count:
+                raise ArchiveError(f"{archive} has no files in {member}/")
+            _make_links(links, temporary, archive)
+    except DAMAGED as error:
         raise ArchiveError(f"{archive} is truncated or no archive ({error}); remove it and fetch it again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return count
 
 
-def _make_links(links: dict[Path, str], root: Path, archive: Path) -> None:
-    """Symbolic links {place below root: where it leads}. Raises ArchiveError where one leads out of `root`."""
-    for place, leads_to in links.items():
-        if not any(parent.is_symlink() for parent in place.parents if parent.is_relative_to(root)):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(leads_to)
-    for place, leads_to in links.items():  # when all are made: one may lead through another
-        if Path(leads_to).is_absolute() or not place.resolve().is_relative_to(root.resolve()):
-            raise ArchiveError(f"{archive}: the link {place.name!r} leads outside; this is no archive to trust")
-
-
 def _path_inside(entry: tarfile.TarInfo, member: str, archive: Path) -> PurePosixPath | None:
-    """The entry's path below `member`; None for what lies elsewhere. Raises ArchiveError for what is unsafe."""
+    """Return the entry's path below `member`, None if it is elsewhere. Raises ArchiveError for an unsafe entry."""
     path = PurePosixPath(entry.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ArchiveError(f"{archive}: the entry {entry.name!r} would lie outside; this is no archive to trust")
+        raise ArchiveError(f"{archive}: the entry {entry.name!r} would be outside; this is no archive to trust")
     if not path.is_relative_to(member):
         return None
     if not (entry.isfile() or entry.isdir() or entry.issym()):
-        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device: nothing to trust")
+        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device; no archive to trust")
     return path.relative_to(member)
 
 
+def _make_links(links: dict[Path, str], root: Path, archive: Path) -> None:
+    """Make symbolic links {path: target}. Raises ArchiveError if one leads out of `root`."""
+    for path, leads_to in links.items():
+        if not any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(root)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(leads_to)
+    for path, leads_to in links.items():  # after all are made: one may lead through another
+        if Path(leads_to).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
+            raise ArchiveError(f"{archive}: the link {path.name!r} leads outside; this is no archive to trust")
+
+
 def unpack_gzip(archive: str | Path, target: str | Path) -> None:
-    """Write the content of a gzip file to `target`. Raises ArchiveError for a damaged one."""
+    """Write the content of a gzip file to `target`. Raises ArchiveError if it is damaged."""
     try:
         with gzip.open(archive, "rb") as packed, atomic_write(target, "wb") as file:
             shutil.copyfileobj(packed, file, CHUNK)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except DAMAGED as error:
         raise ArchiveError(f"{archive} is truncated or no gzip file ({error}); remove it and fetch it again") from error

@@ -1,14 +1,4 @@
-"""What a `lang_dir` holds beside the tokenizer: words, the lexicon, and the lexicon as k2 FSAs.
-
-    words.txt             `word id`: <eps> 0, <UNK>, the words sorted, then #0, <s>, </s>
-    lexicon.txt           `word token token ...`, one spelling a word; <UNK> is spelled <unk>
-    lexicon_disambig.txt  the same with #1, #2, ... where two words are spelled alike, or one begins another
-    L.pt                  lexicon.txt as an FST from tokens to words, any number of words
-    L_disambig.pt         lexicon_disambig.txt likewise, with a loop for #0, the back-off symbol of G
-
-The files are those of icefall's lang_bpe folders, but for one thing: the disambiguation symbols are not
-written into tokens.txt, which belongs to the tokenizer. Token #k has the id `vocab_size + k`.
-"""
+"""Make the words, the lexicon and the lexicon FSTs of a `lang_dir`; `splitformer.decoding.lang` describes the files."""
 
 from __future__ import annotations
 
@@ -19,30 +9,24 @@ from pathlib import Path
 import k2
 import torch
 
-from splitformer.decoding.lang import (
-    BACKOFF,
-    EPSILON,
-    RESERVED_WORDS,
-    UNKNOWN_TOKEN,
-    UNKNOWN_WORD,
-    read_symbols,
-    save_graph,
-)
+from splitformer.decoding.graphs import save_graph
+from splitformer.decoding.lang import BACKOFF, EPSILON, RESERVED_WORDS, UNKNOWN_TOKEN, UNKNOWN_WORD, read_symbols
+from splitformer.errors import UserError
 from splitformer.files import atomic_write
 
 Lexicon = list[tuple[str, list[str]]]
 
 
 def prepare_lang(lang_dir: str | Path, words: Iterable[str], spell: Callable[[str], list[int]]) -> Lexicon:
-    """Write the files of the module's docstring into `lang_dir`, whose tokens.txt is read.
+    """Write words.txt, lexicon.txt, lexicon_disambig.txt, L.pt and L_disambig.pt into `lang_dir`, beside tokens.txt.
 
     Args:
       words: the vocabulary, in any order; repetitions and <UNK> are ignored.
-      spell: gives the token ids of a word, such as Tokenizer.encode.
+      spell: returns the token ids of a word, such as Tokenizer.encode.
     Returns:
       the lexicon with disambiguation symbols.
     Raises:
-      ValueError: for no words, words that are reserved, and words that the tokenizer cannot spell.
+      UserError: there are no words, some are reserved, or the tokenizer cannot spell some.
     """
     lang_dir = Path(lang_dir)
     tokens = read_symbols(lang_dir / "tokens.txt")
@@ -53,8 +37,8 @@ def prepare_lang(lang_dir: str | Path, words: Iterable[str], spell: Callable[[st
     lexicon += [(word, [tokens[i] for i in spell(word)]) for word in vocabulary]
     unspellable = [word for word, spelling in lexicon[1:] if not spelling or UNKNOWN_TOKEN in spelling]
     if unspellable:
-        raise ValueError(
-            f"{len(unspellable)} words hold characters that {lang_dir / 'bpe.model'} does not know: "
+        raise UserError(
+            f"{len(unspellable)} words have characters that {lang_dir / 'bpe.model'} does not know: "
             f"{', '.join(unspellable[:10])}; leave them out, or train the tokenizer on a text that has them"
         )
     disambiguated, last_symbol = add_disambiguation_symbols(lexicon)
@@ -74,13 +58,13 @@ def prepare_lang(lang_dir: str | Path, words: Iterable[str], spell: Callable[[st
 
 
 def add_disambiguation_symbols(lexicon: Lexicon) -> tuple[Lexicon, int]:
-    """Append #1, #2, ... to the spellings that several words share, or that begin another word's spelling.
+    """Append #1, #2, ... to spellings that several words share, or that begin another word's spelling.
 
-    Without them the composition of lexicon and grammar could not be determinised (Mohri, Pereira & Riley,
-    "Weighted finite-state transducers in speech recognition", 2002, section 4.2).
+    Without them the composition of lexicon and grammar could not be determinised (Mohri, Pereira & Riley, "Weighted
+    finite-state transducers in speech recognition", 2002, section 4.2).
 
     Returns:
-      the lexicon in the same order, and the largest number used (0 where none was needed).
+      the lexicon in the same order, and the largest number used (0 if none was needed).
     """
     shared = Counter(tuple(spelling) for _, spelling in lexicon)
     prefixes = {tuple(spelling[:length]) for _, spelling in lexicon for length in range(1, len(spelling))}
@@ -98,13 +82,13 @@ def add_disambiguation_symbols(lexicon: Lexicon) -> tuple[Lexicon, int]:
 def lexicon_to_fst(
     lexicon: Lexicon, token_ids: dict[str, int], word_ids: dict[str, int], loop: tuple[int, int] | None = None
 ) -> k2.Fsa:
-    """The FST that reads the tokens of any number of words (labels) and writes the words (aux_labels).
+    """Return the FST from the tokens of any number of words (labels) to the words (aux_labels).
 
-    All scores are 0: a word has one spelling. State 0 lies between words; a word is written at its first
-    token. `loop`: token and word of one more arc there, the grammar's back-off.
+    All scores are 0, as every word has one spelling. State 0 is between words; a word is written at its first token.
+    `loop` is the token and the word of one more arc there, the grammar's back-off.
     """
     final = 1 + sum(len(spelling) - 1 for _, spelling in lexicon)
-    # (from, to, token, score, word); k2 wants arcs in the order of the states that they leave
+    # (from, to, token, score, word); k2 wants arcs sorted by the state that they leave
     leaving_zero, inside = [], []
     state = 1
     for word, spelling in lexicon:
@@ -117,18 +101,16 @@ def lexicon_to_fst(
     if loop is not None:
         leaving_zero.append((0, 0, loop[0], 0, loop[1]))
     leaving_zero.append((0, final, -1, 0, -1))
-
     arcs = torch.tensor(leaving_zero + inside, dtype=torch.int32)
-    fst = k2.Fsa(arcs[:, :4].contiguous(), aux_labels=arcs[:, 4].contiguous())
-    return k2.arc_sort(fst)
+    return k2.arc_sort(k2.Fsa(arcs[:, :4].contiguous(), aux_labels=arcs[:, 4].contiguous()))
 
 
 def _check_words(vocabulary: list[str]) -> None:
     if not vocabulary:
-        raise ValueError("no words: the text that the lexicon is made of is empty")
+        raise UserError("no words: the text that the lexicon is made of is empty")
     reserved = [w for w in vocabulary if w in RESERVED_WORDS or (w.startswith("#") and w[1:].isdigit())]
     if reserved:
-        raise ValueError(f"{', '.join(reserved)}: reserved for graphs and cannot be words; normalise the text")
+        raise UserError(f"{', '.join(reserved)}: reserved for graphs and cannot be words; normalise the text")
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

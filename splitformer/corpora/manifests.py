@@ -1,9 +1,4 @@
-"""Lhotse manifests: read and written as streams, made by a Lhotse recipe or from a corpus in sphinx layout.
-
-A split is a pair of files, recordings and supervisions (`.jsonl` or `.jsonl.gz`), in the same order: the
-supervisions of a recording stand together, in the order of the recordings. So both are read side by side, one
-recording at a time, and memory does not grow with the corpus.
-"""
+"""Write Lhotse manifests, and what the readers of corpora have in common."""
 
 from __future__ import annotations
 
@@ -11,28 +6,33 @@ import gzip
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lhotse import Recording, SupervisionSegment
+import soundfile
 
-from splitformer.data.manifests import ManifestError
+from splitformer.data.manifests import ManifestError, Pair
 from splitformer.files import atomic_write
+
+Item = TypeVar("Item")
 
 
 @dataclass
 class Skipped:
-    """What was left out, and why: `reasons` maps an id or a file to a reason."""
+    """The utterances or files that were left out."""
 
+    strict: bool = False
+    """raise instead of skipping"""
     reasons: dict[str, str] = field(default_factory=dict)
+    """{id or file: reason}"""
 
-    def add(self, name: str, reason: str, strict: bool) -> None:
-        """Note and log that `name` is left out. Raises ManifestError where `strict`."""
-        if strict:
-            raise ManifestError(f"{name}: {reason} (--strict is given; else it would be skipped)")
+    def add(self, name: str, reason: str) -> None:
+        """Record and log that `name` is left out. Raises ManifestError if `strict`."""
+        if self.strict:
+            raise ManifestError(f"{name}: {reason} (it would be skipped without --strict)")
         logging.warning("skipped %s: %s", name, reason)
         self.reasons[name] = reason
 
@@ -41,16 +41,16 @@ class Skipped:
 
 
 @contextmanager
-def manifest_writer(path: str | Path) -> Iterator[Any]:
+def manifest_writer(path: str | Path) -> Iterator[Callable[[Any], object]]:
     """Yield a function that appends one Lhotse item (anything with `to_dict`) to the manifest `path`.
 
-    The file appears when it is complete (see results.atomic_write), and the same items give the same bytes.
+    The file appears when it is complete (see atomic_write), and the same items give the same bytes.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ManifestError(f"{path}: a manifest's name ends in .jsonl or .jsonl.gz")
     with atomic_write(path, "wb") as raw:
-        # no name and no time in the gzip header: they would make equal manifests differ
+        # without name and time in the gzip header, which would make equal manifests differ
         packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.suffix == ".gz" else raw
         text = io.TextIOWrapper(packed, encoding="utf-8", write_through=True)
         yield lambda item: text.write(json.dumps(item.to_dict(), ensure_ascii=False) + "\n")
@@ -60,12 +60,8 @@ def manifest_writer(path: str | Path) -> Iterator[Any]:
             packed.close()
 
 
-def write_split(
-    pairs: Iterable[tuple[Recording, list[SupervisionSegment]]],
-    recordings: str | Path,
-    supervisions: str | Path,
-) -> int:
-    """Write both manifests of a split; return the number of supervisions."""
+def write_split(pairs: Iterable[Pair], recordings: str | Path, supervisions: str | Path) -> int:
+    """Write both manifests of a split and return the number of supervisions."""
     count = 0
     with manifest_writer(recordings) as write_recording, manifest_writer(supervisions) as write_supervision:
         for recording, group in pairs:
@@ -76,8 +72,8 @@ def write_split(
     return count
 
 
-def spread(items: list[Any], limit: int | None) -> list[Any]:
-    """At most `limit` of the items, evenly spaced, in order; all of them where limit is None."""
+def spread(items: list[Item], limit: int | None) -> list[Item]:
+    """Return at most `limit` of the items, evenly spaced and in order; all of them if `limit` is None."""
     if limit is None or limit >= len(items):
         return items
     if limit < 1:
@@ -85,10 +81,8 @@ def spread(items: list[Any], limit: int | None) -> list[Any]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def audio_fault(path: Path) -> str | None:
-    """Why the header of an audio file cannot be used, or None where it can: reads no samples."""
-    import soundfile  # here: the readers of ready-made manifests do without
-
+def audio_error(path: Path) -> str | None:
+    """Return why the header of an audio file cannot be used, or None. No samples are read."""
     if not path.is_file():
         return "the audio file does not exist"
     if path.stat().st_size == 0:
@@ -97,6 +91,4 @@ def audio_fault(path: Path) -> str | None:
         info = soundfile.info(str(path))
     except soundfile.LibsndfileError as error:
         return f"the audio file is corrupt ({error})"
-    if info.frames <= 0:
-        return "the audio file has no samples"
-    return None
+    return "the audio file has no samples" if info.frames <= 0 else None

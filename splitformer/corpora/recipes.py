@@ -1,9 +1,4 @@
-"""Lhotse manifests: read and written as streams, made by a Lhotse recipe or from a corpus in sphinx layout.
-
-A split is a pair of files, recordings and supervisions (`.jsonl` or `.jsonl.gz`), in the same order: the
-supervisions of a recording stand together, in the order of the recordings. So both are read side by side, one
-recording at a time, and memory does not grow with the corpus.
-"""
+"""Read corpora with Lhotse's recipes; files that they cannot read are skipped."""
 
 from __future__ import annotations
 
@@ -17,11 +12,9 @@ from typing import Any
 import lhotse.recipes
 from lhotse import SupervisionSegment
 
-from splitformer.corpora.manifests import Skipped, audio_fault, spread
+from splitformer.corpora.manifests import Skipped, audio_error, spread
 from splitformer.data.manifests import ManifestError, Pair, use_soundfile
 from splitformer.speech.audio import AUDIO_SUFFIXES
-
-# -------------------------------------------------------------------------------------- Lhotse's recipes
 
 
 def recipe_pairs(
@@ -34,21 +27,17 @@ def recipe_pairs(
     options: Mapping[str, str] | None = None,
     num_jobs: int = 1,
     limit: int | None = None,
-    strict: bool = False,
 ) -> Iterator[Pair]:
-    """One split of a corpus by Lhotse's own recipe `lhotse.recipes.prepare_<recipe>`, sorted by recording.
-
-    Lhotse's recipes stop at the first audio file that they cannot read. Where that happens, the unreadable
-    files are looked for, noted in `skipped`, and the recipe runs again on a view of the corpus without them.
+    """Yield one split of a corpus, read by `lhotse.recipes.prepare_<recipe>`, sorted by recording.
 
     Args:
-      folder: where below `corpus_dir` the split's audio lies (default: in a folder of the split's name).
+      skipped: records unreadable files.
+      folder: where below `corpus_dir` the split's audio is (default: in a folder of the split's name).
       options: further arguments of the recipe, such as {"normalize_text": "upper"}.
-      limit: at most so many utterances, taken evenly over the split.
+      limit: at most so many utterances, evenly over the split.
     Raises:
-      ManifestError: unknown recipe or option, absent or empty split; unreadable files, where `strict`.
+      ManifestError: unknown recipe or option, missing or empty split; unreadable files, if `skipped` is strict.
     """
-    use_soundfile()
     part = folder or split
     place = Path(corpus_dir) / part
     if not place.is_dir():
@@ -58,7 +47,7 @@ def recipe_pairs(
     def run(root: Path) -> dict[str, Any]:
         return _run_recipe(recipe, root, split, num_jobs, options or {})
 
-    manifests, originals = without_unreadable(run, recipe, Path(corpus_dir), part, skipped, strict)
+    manifests = without_unreadable(run, recipe, Path(corpus_dir), part, skipped)
     groups: dict[str, list[SupervisionSegment]] = {}
     for segment in manifests["supervisions"]:
         groups.setdefault(segment.recording_id, []).append(segment)
@@ -71,40 +60,41 @@ def recipe_pairs(
         groups = {name: [s for s in group if id(s) in chosen] for name, group in groups.items()}
         recordings = [recording for recording in recordings if groups.get(recording.id)]
     for recording in recordings:
-        for source in recording.sources:
-            source.source = originals.get(source.source, source.source)
         yield recording, groups.get(recording.id, [])
 
 
 def without_unreadable(
-    run: Callable[[Path], dict[str, Any]], recipe: str, corpus_dir: Path, part: str, skipped: Skipped, strict: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a recipe of Lhotse, named `recipe`, gives for the folder `part` of a corpus, and {link: original} of audio
-    files.
+    run: Callable[[Path], dict[str, Any]], recipe: str, corpus_dir: Path, part: str, skipped: Skipped
+) -> dict[str, Any]:
+    """Return the manifests that Lhotse's recipe gives for the folder `part` of a corpus.
 
-    Where it stops, unreadable files are looked for, noted in `skipped`, and it runs again on links to the others. What
-    is named as an unreadable file is, such as its transcript, is left out with it: some recipes would miss the audio.
+    Lhotse's recipes stop at the first audio file that they cannot read. If that happens, the unreadable files are
+    recorded in `skipped`, and the recipe runs again on links to the other files. Files with the same name but for the
+    suffix, such as a transcript, are left out with the audio: some recipes would miss it.
 
+    Args:
+      run: runs the recipe on a corpus folder.
     Raises:
-      ManifestError: it stops for another reason; unreadable files, where `strict`.
+      ManifestError: the recipe stops for another reason; unreadable files, if `skipped` is strict.
     """
     use_soundfile()
     folder = corpus_dir / part
     try:
-        return run(corpus_dir), {}
+        return run(corpus_dir)
     except ManifestError:
         raise
     except Exception as error:
-        faults = {path: fault for path in _audio_files(folder) if (fault := audio_fault(path))}
-        if not faults:
+        audio = sorted(path for path in files_below(folder) if path.suffix.lower() in AUDIO_SUFFIXES)
+        errors = {path: reason for path in audio if (reason := audio_error(path))}
+        if not errors:
             raise ManifestError(
                 f"Lhotse's recipe {recipe!r} cannot read {folder} ({type(error).__name__}: {error}), though every "
-                "audio file there is readable: look for a transcript without words, or for files that are missing"
+                "audio file there is readable: look for a transcript without words, or for missing files"
             ) from error
-    for path, fault in faults.items():
-        skipped.add(str(path), fault, strict)
+    for path, reason in errors.items():
+        skipped.add(str(path), reason)
     originals = {}
-    stems = {path.stem for path in faults}
+    stems = {path.stem for path in errors}
     with tempfile.TemporaryDirectory() as view:
         for path in sorted(files_below(folder)):
             if path.stem not in stems:
@@ -112,11 +102,15 @@ def without_unreadable(
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path.resolve())
                 originals[str(link)] = str(path)
-        return run(Path(view)), originals
+        manifests = run(Path(view))
+    for recording in manifests["recordings"]:
+        for source in recording.sources:
+            source.source = originals.get(source.source, source.source)
+    return manifests
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and of those below it, folders that are links included, each folder once, in no order."""
+    """Yield all files below a folder, in no order. Links to folders are followed; every folder comes once."""
     seen = set()
     for place, below, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -127,23 +121,20 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names)
 
 
-def _audio_files(folder: Path) -> list[Path]:
-    return sorted(path for path in files_below(folder) if path.suffix.lower() in AUDIO_SUFFIXES)
-
-
 def _run_recipe(
     recipe: str, corpus_dir: Path, split: str, num_jobs: int, options: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The manifests {"recordings": ..., "supervisions": ...} of a split."""
+    """Return the manifests {"recordings": ..., "supervisions": ...} of a split."""
     prepare = getattr(lhotse.recipes, f"prepare_{recipe}", None)
     if prepare is None:
         raise ManifestError(f"Lhotse {lhotse.__version__} has no recipe {recipe!r}; `lhotse prepare --help` lists them")
-    taken = inspect.signature(prepare).parameters
-    unknown = sorted(options.keys() - taken.keys())
+    parameters = inspect.signature(prepare).parameters
+    unknown = sorted(options.keys() - parameters.keys())
     if unknown:
-        raise ManifestError(f"Lhotse's recipe {recipe!r} has no option {', '.join(unknown)}; it has {', '.join(taken)}")
-    usual: dict[str, Any] = {"dataset_parts": [split], "num_jobs": num_jobs}
-    manifests = prepare(corpus_dir, **{name: value for name, value in usual.items() if name in taken}, **options)
+        raise ManifestError(f"Lhotse's recipe {recipe!r} has no option {', '.join(unknown)}; it has "
+                            f"{', '.join(parameters)}")  # fmt: skip
+    common: dict[str, Any] = {"dataset_parts": [split], "num_jobs": num_jobs}
+    manifests = prepare(corpus_dir, **{name: value for name, value in common.items() if name in parameters}, **options)
     if split not in manifests:
         raise ManifestError(f"Lhotse's recipe {recipe!r} gave no split {split!r}, only {', '.join(manifests)}")
     return manifests[split]

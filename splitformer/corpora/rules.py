@@ -192,7 +192,6 @@ def source_pairs(
     audio_dir: str | Path | None = None,
     speakers_from_folders: bool | None = None,
     limit: int | None = None,
-    strict: bool = False,
 ) -> Iterator[Pair]:
     """The recordings of one split of a source with their supervisions.
 
@@ -200,7 +199,7 @@ def source_pairs(
       skipped: where utterances that are left out are noted, by file and line.
       limit: at most so many utterances, taken evenly over the split.
     Raises:
-      SourceError: see read_source; an empty split.  ManifestError: anything that is left out, where `strict`.
+      SourceError: see read_source; an empty split.  ManifestError: anything that is left out, if `skipped` is strict.
     """
     spoken = _of_split(
         read_source(source, audio_dir=audio_dir, speakers_from_folders=speakers_from_folders), split, split_rule
@@ -212,13 +211,13 @@ def source_pairs(
         recording = each.recording()
         if isinstance(recording, str):
             for where in [utterance.where for utterance in each.utterances] or [each.where]:
-                skipped.add(where, recording, strict)
+                skipped.add(where, recording)
             continue
         group = []
         for utterance in each.utterances:
             made = supervision_of(utterance, recording, text_rules, channel)
             if isinstance(made, Fault):
-                skipped.add(utterance.where, made.reason, strict)
+                skipped.add(utterance.where, made.reason)
             else:
                 group.append(made)
         if group:

@@ -22,7 +22,7 @@ from typing import Any
 
 from lhotse import Recording
 
-from splitformer.corpora.manifests import audio_fault
+from splitformer.corpora.manifests import audio_error
 from splitformer.corpora.recipes import files_below
 from splitformer.data.manifests import ManifestError, use_soundfile
 from splitformer.speech.audio import AUDIO_SUFFIXES
@@ -97,7 +97,7 @@ class Spoken:
         if self.fault is not None or self.path is None:
             return self.fault or "there is no audio"
         for path in [Path(part.source) for part in self.ready.sources] if self.ready else [self.path]:
-            fault = audio_fault(path)
+            fault = audio_error(path)
             if fault is not None:
                 return f"{path}: {fault}{_convert(path) if 'corrupt' in fault else ''}"
         use_soundfile()

@@ -1,61 +1,58 @@
-"""Text to tokens and back, by sentencepiece.
-
-Ids follow icefall: `<blk>` = 0 (the CTC blank), `<sos/eos>` = 1, `<unk>` = 2, then the pieces. A `lang_dir`
-holds `bpe.model`, which this module reads, and `tokens.txt` (`piece id`, one a line), which the k2 graphs and
-deployments read. The file is called `bpe.model` for characters too.
-"""
+"""Make the tokenizer of a `lang_dir`: train sentencepiece, take an existing model, or import a foreign one."""
 
 from __future__ import annotations
 
 import io
 import re
+import typing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as protobuf
 
 from splitformer.config import BLANK, SOS_EOS, UNKNOWN
 from splitformer.data.tokenizer import Tokenizer, load_sentencepiece
+from splitformer.errors import UserError
 from splitformer.files import atomic_write
 
-MODEL_TYPES = ("bpe", "char")
-CASES = ("keep", "upper", "lower")
+ModelType = Literal["bpe", "char"]
+Case = Literal["keep", "upper", "lower"]
+CASES: tuple[Case, ...] = typing.get_args(Case)
 
 
 def train_tokenizer(
-    text_path: str | Path, lang_dir: str | Path, model_type: str, vocab_size: int | None = None
+    text_path: str | Path, lang_dir: str | Path, model_type: ModelType, vocab_size: int | None = None
 ) -> None:
     """Train sentencepiece on `text_path` and write `bpe.model` and `tokens.txt` into `lang_dir`.
 
-    The model covers every character of the text and leaves the spelling as it is (no Unicode folding): what
-    is decoded is spelled as the transcripts are.
+    The model covers every character of the text and keeps its spelling (no Unicode normalisation), so that decoded text
+    is spelled as the transcripts are.
 
     Args:
       text_path: one transcript per line, UTF-8.
-      model_type: "bpe" or "char".
-      vocab_size: number of tokens including the three special ones. For "char" it is an upper limit:
-        there are as many tokens as the text has characters, and None sets no limit.
+      vocab_size: number of tokens, including the three special ones. For "char", which has as many tokens as the text
+        has characters, an upper limit, or None.
     Raises:
-      ValueError: text without words; vocab_size below the number of characters, or, for "bpe", above what the
-        text supports; the message names the limit.
+      UserError: the text has no words; vocab_size is below the number of characters or, for "bpe", above what the text
+        supports. The message names the limit.
     """
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"model type {model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
+    if model_type not in typing.get_args(ModelType):
+        raise UserError(f"model type {model_type!r}: choose one of {', '.join(typing.get_args(ModelType))}")
     if vocab_size is None and model_type != "char":
-        raise ValueError(f"model type {model_type!r} needs a vocab_size")
+        raise UserError(f"model type {model_type!r} needs a vocab_size")
     characters = {char for sentence in _sentences(text_path) for char in sentence} - {" "}
     if not characters:
-        raise ValueError(f"{text_path} holds no words to train a tokenizer on")
+        raise UserError(f"{text_path} has no words to train a tokenizer on")
     smallest = len(characters) + 4  # the three special tokens and sentencepiece's mark of a word's beginning
     if vocab_size is not None and vocab_size < smallest:
-        raise ValueError(
+        raise UserError(
             f"vocab_size {vocab_size} is too small: {text_path} has {len(characters)} different characters, "
             f"so at least {smallest} tokens are needed; raise vocab_size or clean the text"
         )
-
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -65,78 +62,71 @@ def train_tokenizer(
             vocab_size=smallest if model_type == "char" else vocab_size,
             character_coverage=1.0,
             normalization_rule_name="identity",
-            # control symbols: a transcript that happens to contain "<blk>" never becomes a blank
+            # control symbols: "<blk>" in a transcript never becomes a blank
             control_symbols=[BLANK, SOS_EOS],
             unk_id=2,
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            max_sentence_length=1 << 20,  # longer lines are dropped silently; no transcript has a megabyte
+            max_sentence_length=1 << 20,  # longer lines would be dropped silently; no transcript has a megabyte
             minloglevel=2,
         )
     except RuntimeError as error:
         limit = re.search(r"value <= (\d+)", str(error))
         if limit is None:
-            raise ValueError(f"sentencepiece cannot train on {text_path}: {error}") from error
-        raise ValueError(
+            raise UserError(f"sentencepiece cannot train on {text_path}: {error}") from error
+        raise UserError(
             f"vocab_size {vocab_size} is too large for {text_path}: it supports at most {limit[1]} tokens; "
             f"set vocab_size to {limit[1]} or less"
         ) from None
-
     _write(model.getvalue(), lang_dir)
 
 
 def take_tokenizer(model_path: str | Path, lang_dir: str | Path) -> None:
-    """Put a sentencepiece model of this project into `lang_dir`, with its `tokens.txt`.
-
-    Raises FileNotFoundError without one, ValueError where its ids are not the ones of this project.
-    """
-    if not Path(model_path).is_file():
-        raise FileNotFoundError(f"there is no {model_path}")
+    """Copy a sentencepiece model of this project into `lang_dir`, with its `tokens.txt`. Raises UserError."""
     load_sentencepiece(Path(model_path))
     _write(Path(model_path).read_bytes(), lang_dir)
 
 
 def import_tokenizer(
-    model_path: str | Path, lang_dir: str | Path, num_units: int, blank_id: int = 0, case: str = "keep"
+    model_path: str | Path, lang_dir: str | Path, num_units: int, blank_id: int = 0, case: Case = "keep"
 ) -> list[int | None]:
-    """Make a foreign sentencepiece model, whose units a CTC model already has, one of this project's, in `lang_dir`.
+    """Write a foreign sentencepiece model, whose units a CTC model has, into `lang_dir` with this project's ids.
 
-    Units get the numbers that this project gives them: the blank 0, `<s>` 1, the unknown unit 2, then the others in
-    their order. Where a role has no unit, or that of the blank plays it too, a new unit plays it. Control symbols stay
-    such, and are spelled as nothing. Text is taken as it is, without the foreign model's normalisation.
+    The blank becomes 0, `<s>` 1, the unknown unit 2; the other units follow in their order. If a role has no unit, or
+    that of the blank plays it too, a new unit is added. Control symbols stay such, and are spelled as nothing. Text is
+    taken as it is, without the foreign model's normalisation.
 
     Args:
-      num_units: those of the CTC model.
-      blank_id: the number of the foreign unit that is CTC's blank; its piece, whatever it is, stands for nothing else.
-      case: of the pieces: "keep", "upper" or "lower"; choose that of the transcripts.
+      num_units: number of units of the CTC model.
+      blank_id: number of the foreign unit that is CTC's blank; its piece stands for nothing else.
+      case: of the pieces; choose that of the transcripts.
     Returns:
-      for each of our units its number in the foreign model, None where it had none.
+      for each of our units its number in the foreign model, None for a new unit.
     Raises:
-      ValueError: what is no sentencepiece model, or one of another size; a blank_id that it has not; a case in which
-        two pieces are one.
+      UserError: the file is no sentencepiece model or one of another size, the blank_id is not in it, or two pieces
+        become one in this case.
     """
-    if case not in CASES:
-        raise ValueError(f"case {case!r}: choose one of {', '.join(CASES)}")
-    model = sentencepiece_model_pb2.ModelProto()
+    convert: Callable[[str], str] = {"keep": str, "upper": str.upper, "lower": str.lower}[case]
+    model = protobuf.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(Path(model_path).read_bytes())
         foreign = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except (ValueError, RuntimeError, DecodeError) as error:
-        raise ValueError(f"{model_path} is no sentencepiece model ({error})") from error
+        raise UserError(f"{model_path} is no sentencepiece model ({error})") from error
     size = len(model.pieces)
     if size != num_units:
-        raise ValueError(
+        raise UserError(
             f"{model_path} has {size} units, the heads of the model have {num_units}: give the sentencepiece model "
             "with which it was trained"
         )
     if not 0 <= blank_id < size:
-        raise ValueError(f"blank {blank_id}: {model_path} has units 0 to {size - 1}")
+        raise UserError(f"blank {blank_id}: {model_path} has units 0 to {size - 1}")
 
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     roles = [blank_id, foreign.bos_id(), foreign.unk_id()]
     rows = [role if role >= 0 and role not in roles[:i] else None for i, role in enumerate(roles)]
     rows += [i for i in range(size) if i not in rows]
+    kinds = protobuf.ModelProto.SentencePiece  # type: ignore[attr-defined]
     pieces = []
     for number, row in enumerate(rows):
         piece = kinds() if row is None else kinds.FromString(model.pieces[row].SerializeToString())
@@ -144,11 +134,11 @@ def import_tokenizer(
             piece.piece = (BLANK, SOS_EOS, UNKNOWN)[number]
             piece.score = 0.0
             piece.type = kinds.UNKNOWN if number == 2 else kinds.CONTROL
-        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED) and case != "keep":
-            piece.piece = piece.piece.upper() if case == "upper" else piece.piece.lower()
+        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
+            piece.piece = convert(piece.piece)
         pieces.append(piece)
     if twice := [piece for piece, count in Counter(p.piece for p in pieces).items() if count > 1]:
-        raise ValueError(f"{model_path}: in {case} case two pieces are {', '.join(twice[:5])}; leave the case as it is")
+        raise UserError(f"{model_path}: in {case} case two pieces are {', '.join(twice[:5])}; keep the case")
     del model.pieces[:]
     model.pieces.extend(pieces)
     model.normalizer_spec.name, model.normalizer_spec.precompiled_charsmap = "identity", b""
@@ -163,7 +153,7 @@ def _sentences(text_path: str | Path) -> Iterator[str]:
 
 
 def _write(model: bytes, lang_dir: str | Path) -> None:
-    """`bpe.model` and its `tokens.txt`."""
+    """Write `bpe.model` and its `tokens.txt`."""
     lang_dir = Path(lang_dir)
     with atomic_write(lang_dir / "bpe.model", "wb") as file:
         file.write(model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from lhotse import Recording, SupervisionSegment
 
-from egs.an4.local.manifests import sphinx_pairs
+from egs.an4.local.manifests import Options, sphinx_pairs
 from egs.an4.local.words import sphinx_words
 from splitformer.corpora.manifests import Skipped, write_split
 from splitformer.corpora.recipes import files_below, recipe_pairs
@@ -58,17 +59,10 @@ def sphinx_layout(tmp_path: Path) -> Path:
     return root
 
 
-def sphinx(root: Path, skipped: Skipped | None = None, **options: object) -> list[Pair]:
-    return list(
-        sphinx_pairs(
-            root / "fileids",
-            root / "transcription",
-            root / "wav",
-            Skipped() if skipped is None else skipped,
-            suffix=".wav",
-            **options,  # type: ignore[arg-type]
-        )
-    )
+def sphinx(root: Path, skipped: Skipped | None = None, **options: Any) -> list[Pair]:
+    files = [root / name for name in ("fileids", "transcription", "wav", "recordings.jsonl", "supervisions.jsonl")]
+    chosen = Options(*files, suffix=".wav", **options)
+    return list(sphinx_pairs(chosen, Skipped() if skipped is None else skipped))
 
 
 def test_sphinx_layout_gives_text_without_marks_and_speakers(sphinx_layout: Path) -> None:
@@ -78,15 +72,15 @@ def test_sphinx_layout_gives_text_without_marks_and_speakers(sphinx_layout: Path
 
 
 def test_speakers_divide_a_sphinx_corpus(sphinx_layout: Path) -> None:
-    dev = {r.id for r, _ in sphinx(sphinx_layout, speakers=["bob"])}
-    train = {r.id for r, _ in sphinx(sphinx_layout, exclude_speakers=["bob"])}
+    dev = {r.id for r, _ in sphinx(sphinx_layout, speakers=("bob",))}
+    train = {r.id for r, _ in sphinx(sphinx_layout, exclude_speakers=("bob",))}
     assert dev == {"bob-0", "bob-1"} and not dev & train and len(train) == 4
     with pytest.raises(ManifestError, match=r"no speakers \['dan'\]; it has ann, bob, cid"):
-        sphinx(sphinx_layout, speakers=["dan"])
+        sphinx(sphinx_layout, speakers=("dan",))
 
 
 def test_sphinx_limit_is_spread_over_the_corpus(sphinx_layout: Path) -> None:
-    assert [r.id for r, _ in sphinx(sphinx_layout, limit=3)] == ["ann-0", "bob-0", "cid-0"]
+    assert [r.id for r, _ in sphinx(sphinx_layout, limit_utterances=3)] == ["ann-0", "bob-0", "cid-0"]
 
 
 @pytest.mark.parametrize("content", [b"", b"NIST_1A\n   1024\nrubbish"])
@@ -96,7 +90,7 @@ def test_sphinx_names_unusable_audio(sphinx_layout: Path, content: bytes) -> Non
     assert len(sphinx(sphinx_layout, skipped)) == 5
     assert len(skipped) == 1 and next(iter(skipped.reasons)).endswith("bob-1.wav")
     with pytest.raises(ManifestError, match=r"bob-1\.wav.*--strict"):
-        sphinx(sphinx_layout, strict=True)
+        sphinx(sphinx_layout, Skipped(strict=True))
 
 
 def test_sphinx_refuses_transcripts_that_contradict(sphinx_layout: Path) -> None:
@@ -136,7 +130,7 @@ def test_lhotse_recipe_goes_on_without_damaged_files(librispeech_layout: Path) -
         "12-3-0002.flac": "the audio file is corrupt",
     }
     with pytest.raises(ManifestError, match=r"12-3-0001\.flac"):
-        list(recipe_pairs("librispeech", librispeech_layout, "train", Skipped(), strict=True))
+        list(recipe_pairs("librispeech", librispeech_layout, "train", Skipped(strict=True)))
 
 
 def test_lhotse_recipe_errors_name_the_choices(librispeech_layout: Path) -> None:

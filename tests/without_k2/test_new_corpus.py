@@ -62,8 +62,11 @@ def utterances(source: Path, **options: object) -> dict[str, tuple]:
     }
 
 
-def all_pairs(source: Path, split: str = "train", rule: SplitRule | None = None, **options: object) -> list:
-    return list(source_pairs(source, split, rule or SplitRule(dev=0, test=0), TextRules(), Skipped(), **options))
+def all_pairs(
+    source: Path, split: str = "train", rule: SplitRule | None = None, strict: bool = False, **options: object
+) -> list:
+    skipped = Skipped(strict)
+    return list(source_pairs(source, split, rule or SplitRule(dev=0, test=0), TextRules(), skipped, **options))
 
 
 # ------------------------------------------------------------------------------------------------- the sources

@@ -56,7 +56,7 @@ def test_discounts_worked_by_hand():
     # n_1..n_4 = 10, 5, 3, 2: Y = 1/2; D = 1 - 2/2 5/10, 2 - 3/2 3/5, 3 - 4/2 2/3
     counts = [1] * 10 + [2] * 5 + [3] * 3 + [4] * 2 + [17]
     assert _discounts(counts) == pytest.approx((0, 0.5, 1.1, 3 - 4 / 3))
-    assert _discounts([5, 6, 7]) == (0, 0.5, 1.0, 1.5)  # no n_1: nothing to estimate from
+    assert _discounts([5, 6, 7]) == [0, 0.5, 1.0, 1.5]  # no n_1: nothing to estimate from
     assert _discounts([1, 1, 2]) == pytest.approx((0, 1 - 2 * 0.5 * 1 / 2, 1.0, 1.5))  # n_3 = 0
     assert _discounts([1] * 10 + [2] + [3] * 9)[2] == 1.0  # D_2 would be negative
 
@@ -187,7 +187,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"cut\.arpa"):
         read_arpa(tmp_path / "cut.arpa")
     (tmp_path / "page.arpa").write_text("<html>not found</html>\n")
-    with pytest.raises(ValueError, match="no whole ARPA"):
+    with pytest.raises(ValueError, match="no complete ARPA"):
         read_arpa(tmp_path / "page.arpa")
 
 

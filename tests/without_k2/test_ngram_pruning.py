@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from splitformer.corpora.ngram import BOS, EOS, NgramModel, estimate_arpa, estimate_ngrams, perplexity, read_arpa
-from splitformer.corpora.ngram_pruning import _with_backoffs, prune_ngrams
+from splitformer.corpora.ngram_pruning import prune_ngrams, with_backoffs
 from tests.texts import random_sentences
 
 
@@ -23,7 +23,7 @@ def history_prob(model: NgramModel, history: tuple[str, ...]) -> float:
 
 def rise_without(model: NgramModel, ngram: tuple[str, ...]) -> float:
     """The relative rise of the perplexity where only `ngram` is left out, by summing over the vocabulary."""
-    without = _with_backoffs({n: p for n, p in model.log10_probs.items() if n != ngram}, model.order)
+    without = with_backoffs({n: p for n, p in model.log10_probs.items() if n != ngram}, model.order)
     history = ngram[:-1]
     divergence = sum(
         10 ** model.log10_prob(word, history)

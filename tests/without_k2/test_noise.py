@@ -85,7 +85,7 @@ def test_musan_that_is_none_or_damaged(musan, tmp_path):
     assert found[2].sources[0].source == str(tmp_path / "speech/good.wav") and len(skipped) == 1
     assert len(list(musan_pairs(tmp_path, Skipped(), limit=1))) == 2
     with pytest.raises(ManifestError, match=r"broken\.wav.*--strict"):
-        list(musan_pairs(tmp_path, Skipped(), strict=True))
+        list(musan_pairs(tmp_path, Skipped(strict=True)))
 
 
 def mixer(path: Path, folder: Path, kind: str | None, p: float = 1.0, snr=(10.0, 20.0)) -> NoiseMixer:

@@ -6,15 +6,17 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lhotse import Recording, SupervisionSegment
 
 from splitformer.cli import command
-from splitformer.corpora.manifests import Skipped, audio_fault, spread, write_split
+from splitformer.corpora.manifests import Skipped, audio_error, spread, write_split
 from splitformer.data.manifests import ManifestError, Pair, use_soundfile
+
+TRANSCRIPT = re.compile(r"^\s*(?:<s>)?\s*(?P<text>.*?)\s*(?:</s>)?\s*\((?P<id>[^()\s]+)\)\s*$")
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Options:
     """Write the manifests of a split from the layout of CMU Sphinx's trainers."""
 
     fileids: Path
-    """list of files: one path a line, without suffix"""
+    """list of files: one path per line, without suffix; the last folder names the speaker, the file the utterance"""
     transcription: Path
-    """lines `<s> TEXT </s> (utterance)`"""
+    """lines `<s> TEXT </s> (utterance)`; the marks are optional"""
     audio_dir: Path
     """folder that the paths are relative to"""
     recordings: Path
@@ -45,73 +47,37 @@ class Options:
 
 def run(options: Options) -> None:
     logging.getLogger().setLevel(logging.WARNING)
-    skipped = Skipped()
-    pairs = sphinx_pairs(
-        options.fileids,
-        options.transcription,
-        options.audio_dir,
-        skipped,
-        suffix=options.suffix,
-        speakers=options.speakers,
-        exclude_speakers=options.exclude_speakers,
-        limit=options.limit_utterances,
-        strict=options.strict,
-    )
-    count = write_split(pairs, options.recordings, options.supervisions)
+    skipped = Skipped(options.strict)
+    count = write_split(sphinx_pairs(options, skipped), options.recordings, options.supervisions)
     print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
 
 
-_MARKS = re.compile(r"^\s*(?:<s>)?\s*(?P<text>.*?)\s*(?:</s>)?\s*\((?P<id>[^()\s]+)\)\s*$")
-
-
-def sphinx_pairs(
-    fileids: str | Path,
-    transcription: str | Path,
-    audio_dir: str | Path,
-    skipped: Skipped,
-    *,
-    suffix: str = ".sph",
-    speakers: Collection[str] = (),
-    exclude_speakers: Collection[str] = (),
-    limit: int | None = None,
-    strict: bool = False,
-) -> Iterator[Pair]:
-    """The utterances of a corpus as CMU sphinx trainers keep it.
+def sphinx_pairs(options: Options, skipped: Skipped) -> Iterator[Pair]:
+    """Yield the utterances.
 
     Args:
-      fileids: one path per line, relative to `audio_dir` and without suffix; the last folder names the
-        speaker and the file the utterance.
-      transcription: one line per utterance, `<s> TEXT </s> (utterance)`, the marks being optional.
-      skipped: where utterances without a transcript or with unreadable audio are noted.
-      speakers: where given, the only speakers taken.
-      exclude_speakers: speakers that are left out.
-      limit: at most so many utterances, taken evenly over the list.
+      skipped: records utterances without a transcript or with unreadable audio.
     Raises:
-      ManifestError: a line that is no transcription, unknown speakers, no utterance at all; anything that is
-        skipped, where `strict`.
+      ManifestError: a malformed line, unknown speakers, no utterance at all; anything skipped, if `skipped` is strict.
     """
     use_soundfile()
-    texts = _sphinx_texts(Path(transcription))
-    paths = [Path(line) for line in Path(fileids).read_text(encoding="utf-8").split()]
+    texts = _read_transcription(options.transcription)
+    paths = [Path(line) for line in options.fileids.read_text(encoding="utf-8").split()]
     known = {path.parent.name for path in paths}
-    unknown = sorted((set(speakers) | set(exclude_speakers)) - known)
+    wanted, excluded = set(options.speakers), set(options.exclude_speakers)
+    unknown = sorted((wanted | excluded) - known)
     if unknown:
-        raise ManifestError(f"{fileids} has no speakers {unknown}; it has {', '.join(sorted(known))}")
-    chosen = [
-        path
-        for path in paths
-        if (not speakers or path.parent.name in speakers) and path.parent.name not in exclude_speakers
-    ]
+        raise ManifestError(f"{options.fileids} has no speakers {unknown}; it has {', '.join(sorted(known))}")
+    chosen = [path for path in paths if path.parent.name in (wanted or known) - excluded]
     if not chosen:
-        raise ManifestError(f"{fileids}: no utterance is left of {len(paths)}; check the choice of speakers")
-    for path in spread(chosen, limit):
-        audio, utterance = Path(audio_dir) / f"{path}{suffix}", path.name
+        raise ManifestError(f"{options.fileids}: no utterance is left of {len(paths)}; check the choice of speakers")
+    for path in spread(chosen, options.limit_utterances):
+        audio, utterance = options.audio_dir / f"{path}{options.suffix}", path.name
         if not texts.get(utterance):
-            skipped.add(utterance, f"it has no transcript in {transcription}", strict)
+            skipped.add(utterance, f"it has no transcript in {options.transcription}")
             continue
-        reason = audio_fault(audio)
-        if reason:
-            skipped.add(str(audio), reason, strict)
+        if error := audio_error(audio):
+            skipped.add(str(audio), error)
             continue
         recording = Recording.from_file(audio, recording_id=utterance)
         segment = SupervisionSegment(
@@ -126,13 +92,13 @@ def sphinx_pairs(
         yield recording, [segment]
 
 
-def _sphinx_texts(transcription: Path) -> dict[str, str]:
-    """Utterance -> text."""
+def _read_transcription(transcription: Path) -> dict[str, str]:
+    """Return {utterance: text}."""
     texts: dict[str, str] = {}
     for number, line in enumerate(transcription.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
-        match = _MARKS.match(line)
+        match = TRANSCRIPT.match(line)
         if match is None:
             raise ManifestError(f"{transcription}:{number}: {line!r} is not `<s> TEXT </s> (utterance)`")
         if match["id"] in texts:

@@ -25,7 +25,7 @@ def run(options: Options) -> None:
 
 
 def sphinx_words(dictionary: str | Path) -> list[str]:
-    """The words of a sphinx dictionary, sorted; `WORD(2)` is another pronunciation of WORD.
+    """Return the words of a dictionary, sorted; `WORD(2)` is another pronunciation of WORD.
 
     Raises:
       UserError: a line without a pronunciation.
