@@ -1,25 +1,28 @@
-"""What the front end costs beside the layers, as ONNX files on one thread: every exit pays it.
+"""Measure what the front end costs beside the layers, as ONNX files on one thread: every exit pays for it.
 
     python -m benchmarks.front_end [--checkpoint EXP/averaged.pt ...] --output TABLE.md
 
-Without checkpoints the published shape with random weights, with its own front end and with wide Conv2d ones. The input
-is 10 s of random features; the fastest of several runs counts. Look at the ratios within a row.
+The shape of the published models is always measured, with random weights, with its own front end and with two wide
+Conv2d front ends. The input is 10 s of random features; the fastest of several runs counts. Compare the ratios within
+a row.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from splitformer.checkpoint import load_model
+from splitformer.cli import command
 from splitformer.config import ModelConfig
-from splitformer.export.onnx_files import onnx_function, write_onnx
-from splitformer.export.wrappers import Part, at_least_one_output_frame, stage_parts
+from splitformer.export.formats import onnx_function, write_onnx
+from splitformer.export.wrappers import Part, at_least_one_output_frame, stage_parts, traceable_encoder
 from splitformer.files import atomic_write
 from splitformer.model.asr import AsrModel
 from splitformer.provenance import command_line
@@ -29,21 +32,27 @@ FRAMES = 1000
 ROUNDS = 8
 
 
+@dataclass(frozen=True)
+class Options:
+    """Measure what the front end costs beside the layers, as ONNX files on one thread."""
+
+    checkpoint: tuple[Path, ...] = ()
+    """models to measure beside the published shape"""
+    output: Path | None = None
+    """also write the table to this file"""
+
+
 class FrontEnd(nn.Module):
     def __init__(self, model: AsrModel) -> None:
         super().__init__()
-        self.encoder = model.encoder
+        self.encoder = traceable_encoder(model)
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         return self.encoder.front_end(at_least_one_output_frame(x), x_lens)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
-    parser.add_argument("--output", type=Path, help="write the table there as well")
-    args = parser.parse_args()
-    models = {f"{path.parent.name}": load_model(path)[0] for path in args.checkpoint}
+def run(options: Options) -> None:
+    models = {path.parent.name: load_model(path)[0] for path in options.checkpoint}
     models["published shape, two linear Conv1d"] = AsrModel(ModelConfig()).eval()
     for channels in (32, 256):
         config = ModelConfig(subsampling="conv2d", subsampling_channels=channels)
@@ -60,17 +69,17 @@ def main() -> None:
         )
     text = "\n".join(lines) + "\n"
     print(text)
-    if args.output:
-        with atomic_write(args.output) as file:
+    if options.output:
+        with atomic_write(options.output) as file:
             file.write(text)
 
 
 def measure(model: AsrModel) -> tuple[float, list[tuple[str, float]]]:
-    """Real-time factors: of the front end, and of everything up to each exit with its layer."""
-    x, x_lens = torch.randn(1, FRAMES, model.encoder.num_mel_bins), torch.tensor([FRAMES])
+    """Return the real-time factor of the front end, and (layer, that of everything up to there) for each exit."""
+    module = FrontEnd(model)
+    x, x_lens = torch.randn(1, FRAMES, module.encoder.num_mel_bins), torch.tensor([FRAMES])
     stages = stage_parts(model)
-    axes = {name: stages[0].axes[name] for name in ("x", "x_lens", "hidden", "lengths")}
-    front = Part("front", FrontEnd(model).eval(), stages[0].example, ("x", "x_lens"), ("hidden", "lengths"), axes)
+    front = Part("front", module, stages[0].example, ("x", "x_lens"), ("hidden", "lengths"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.onnx"
         write_onnx(front, path, {})
@@ -84,14 +93,14 @@ def measure(model: AsrModel) -> tuple[float, list[tuple[str, float]]]:
 
 
 def best(path: Path, *inputs: Tensor) -> float:
-    """Real-time factor of the file, of frames of 10 ms."""
-    run, fastest = onnx_function(path), float("inf")
+    """Return the real-time factor of the file; frames are 10 ms."""
+    function, fastest = onnx_function(path), float("inf")
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        run(*inputs)
+        function(*inputs)
         fastest = min(fastest, time.perf_counter() - started)
     return fastest / (FRAMES * 0.01)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -1,10 +1,10 @@
-"""Recognise speech stage after stage and stop when an exit policy says so, with nothing but numpy and onnxruntime.
+"""Recognise speech stage by stage and stop when an exit policy says so, with numpy and onnxruntime alone.
 
     python examples/run_stages.py --stages DIR [--policy policy.json] [--int8] speech.wav [more.wav ...]
 
-DIR holds encoder-stage-*.onnx and tokens.txt of `bin/export --stages`; policy.json is from `bin/calibrate`, for CTC and
-made for the same checkpoint. Audio is WAV, 16 kHz, 16 bits, one channel. One file, to be copied to the device and
-changed.
+DIR holds the files encoder-stage-*.onnx and tokens.txt of `export --stages`; policy.json is a policy that `calibrate`
+fitted for the same checkpoint. Audio is WAV, 16 kHz, 16 bits, one channel. This is one file, to be copied to the device
+and changed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ import numpy as np
 import onnxruntime
 
 BLANK = 0
-STATISTICS = ("entropy", "entropy_non_blank", "posterior", "disagreement")
+STATISTICS = ("entropy", "entropy_non_blank", "posterior", "disagreement", "frames")
+REMEDY = """; stages run the policies fixed, entropy, entropy_non_blank, posterior, patience and learned. Fit one:
+  splitformer calibrate --policy learned --method greedy_search --checkpoint EXP/averaged.pt --cuts dev=DEV_CUTS \\
+    --lang-dir LANG --output policy-learned.json"""
 
 
 class Result(NamedTuple):
-    """layer: of the exit at which the utterance left; timestamps: the output frames at which its tokens start."""
+    """layer: encoder layer of the exit; timestamps: output frames at which the tokens start."""
 
     layer: int
     tokens: list[int]
@@ -35,20 +38,22 @@ class Result(NamedTuple):
 
 
 Stops = Callable[[int, np.ndarray, "list[list[int]]"], bool]
-"""(exit layer, its log_probs (T', V), the hypotheses of all exits so far, this one's last) to stop or not."""
+"""(layer of the exit, its log_probs (T', V), hypotheses of all exits so far including this one) to stop or not."""
 
 
 class Stages:
-    """The files encoder-stage-01.onnx ... of a folder; each is loaded when an utterance first gets there."""
+    """The files encoder-stage-01.onnx ... of a folder; each is loaded when an utterance first reaches it."""
 
     def __init__(self, folder: Path, int8: bool = False, threads: int = 1) -> None:
-        kind = ".int8.onnx" if int8 else ".onnx"
-        self.files = sorted(f for f in folder.glob(f"encoder-stage-??{kind}"))
+        suffix = ".int8.onnx" if int8 else ".onnx"
+        self.files = sorted(folder.glob(f"encoder-stage-??{suffix}"))
         if not self.files:
-            raise SystemExit(f"{folder} has no encoder-stage-01{kind}; make it with bin/export --stages")
+            raise SystemExit(f"{folder} has no encoder-stage-01{suffix}; write it with `splitformer export --stages`")
         self.threads = threads
         self._sessions: dict[int, onnxruntime.InferenceSession] = {}
         self.metadata = self._session(0).get_modelmeta().custom_metadata_map
+        if self.metadata.get("feature_type", "fbank") != "fbank":
+            raise SystemExit(f"{folder}: the model takes {self.metadata['feature_type']} features; this computes fbank")
 
     def _session(self, stage: int) -> onnxruntime.InferenceSession:
         if stage not in self._sessions:
@@ -60,30 +65,33 @@ class Stages:
         return self._sessions[stage]
 
     def recognise(self, features: np.ndarray, stops: Stops) -> Result:
-        """Features (T, C), float32, of one utterance through as many stages as `stops` wants."""
+        """Run features (T, C), float32, of one utterance through as many stages as `stops` asks for.
+
+        A stage whose output holds NaN is passed over.
+        """
         state = [features[np.newaxis], np.array([len(features)], dtype=np.int64)]
         hypotheses: list[list[int]] = []
-        sound: Result | None = None  # the last exit without NaN
+        result: Result | None = None
         for stage in range(len(self.files)):
             session = self._session(stage)
             names = [each.name for each in session.get_inputs()]
             hidden, lengths, log_probs = session.run(None, dict(zip(names, state)))
             state = [hidden, lengths]
             layer = int(session.get_modelmeta().custom_metadata_map["exit_layer"])
-            heard = log_probs[0, : lengths[0]]
-            if np.isnan(heard).any():
+            log_probs = log_probs[0, : lengths[0]]
+            if np.isnan(log_probs).any():
                 continue
-            sound = Result(layer, *greedy_search(heard))
-            hypotheses.append(sound.tokens)
-            if len(heard) == 0 or stops(layer, heard, hypotheses):
+            result = Result(layer, *greedy_search(log_probs))
+            hypotheses.append(result.tokens)
+            if len(log_probs) == 0 or stops(layer, log_probs, hypotheses):
                 break
-        if sound is None:
-            raise ValueError("all exits hold NaN: are the features right?")
-        return sound
+        if result is None:
+            raise ValueError("the outputs of all stages hold NaN: check the features")
+        return result
 
 
 def greedy_search(log_probs: np.ndarray) -> tuple[list[int], list[int]]:
-    """The best symbol of each frame of (T', V), repetitions merged, blanks dropped: tokens and their frames."""
+    """Return the tokens of the best path through (T', V), without repetitions and blanks, and their frames."""
     best = log_probs.argmax(axis=1)
     before = np.concatenate([[BLANK], best[:-1]])
     frames = np.flatnonzero((best != BLANK) & (best != before))
@@ -94,56 +102,53 @@ def greedy_search(log_probs: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def load_policy(path: Path, stages: Stages) -> Stops:
-    """What `bin/calibrate` wrote, as a function that answers stop or go on."""
+    """Return the policy of a policy.json as a function that says whether to stop."""
     fitted = json.loads(path.read_text(encoding="utf-8"))
     if fitted["checkpoint"] != stages.metadata["checkpoint"]:
         raise SystemExit(
-            f"{path} was fitted for checkpoint {fitted['checkpoint']}, and the stages are of "
+            f"{path} was fitted for checkpoint {fitted['checkpoint']}, but the stages are of "
             f"{stages.metadata['checkpoint']}: export or fit again"
         )
-    return make_policy(fitted["policy"])
+    policy, title = fitted["policy"], fitted["title"]
+    read = [policy["statistic"]] if "statistic" in policy else policy.get("weights", [])
+    unknown = [name for name in read if name not in STATISTICS]
+    if unknown:
+        raise SystemExit(f"{path}: the policy {title} reads {', '.join(unknown)}{REMEDY}")
+    if policy["kind"] not in ("fixed", "threshold", "patience", "learned"):
+        raise SystemExit(f"{path}: the policy {title} cannot run here{REMEDY}")
+    return make_policy(policy)
 
 
 def make_policy(policy: dict[str, Any]) -> Stops:
-    """The `policy` of a policy.json."""
+    """Return the function of the entry `policy` in a policy.json."""
     kind = policy["kind"]
     if kind == "fixed":
         return lambda layer, log_probs, hypotheses: layer >= policy["layer"]
+    thresholds = policy.get("thresholds", {})
     if kind == "threshold":
-        thresholds, name = policy["thresholds"], policy["statistic"]
-        _check_known([name])
-        return lambda layer, *heard: _at_most(statistic(name, *heard), thresholds.get(str(layer)))
+        return lambda layer, *outputs: _at_most(statistic(policy["statistic"], *outputs), thresholds.get(str(layer)))
     if kind == "patience":
         wanted = policy["consecutive"]
 
         def patient(layer: int, log_probs: np.ndarray, hypotheses: list[list[int]]) -> bool:
-            limit = policy["thresholds"].get(str(layer))
             pairs = list(itertools.pairwise(hypotheses))[-wanted:]
+            limit = thresholds.get(str(layer))
             return len(pairs) == wanted and all(_at_most(disagreement(*pair), limit) for pair in pairs)
 
         return patient
-    if kind == "learned":
-        _check_known(policy["weights"])
 
-        def learned(layer: int, *heard: Any) -> bool:
-            logit = policy["intercepts"].get(str(layer))
-            if logit is None:
-                return False
-            for name, weight in policy["weights"].items():
-                value = statistic(name, *heard)
-                if name != "disagreement":
-                    value = math.log(max(value, 0.0) + 1e-4)
-                logit += weight * (policy["means"][name] if math.isnan(value) else value)
-            return 1.0 / (1.0 + math.exp(-logit)) <= policy["probability"]
+    def learned(layer: int, *outputs: Any) -> bool:
+        logit = policy["intercepts"].get(str(layer))
+        if logit is None:
+            return False
+        for name, weight in policy["weights"].items():
+            value = statistic(name, *outputs)
+            if name != "disagreement":
+                value = math.log(max(value, 0.0) + 1e-4)
+            logit += weight * (policy["means"][name] if math.isnan(value) else value)
+        return 1.0 / (1.0 + math.exp(-logit)) <= policy["probability"]
 
-        return learned
-    raise SystemExit(f"policy of kind {kind!r}: this example knows fixed, threshold, patience and learned")
-
-
-def _check_known(names: Any) -> None:
-    unknown = [name for name in names if name not in STATISTICS]
-    if unknown:
-        raise SystemExit(f"the policy reads {', '.join(unknown)}; this example computes {', '.join(STATISTICS)}")
+    return learned
 
 
 def _at_most(value: float, limit: float | None) -> bool:
@@ -151,7 +156,9 @@ def _at_most(value: float, limit: float | None) -> bool:
 
 
 def statistic(name: str, log_probs: np.ndarray, hypotheses: list[list[int]]) -> float:
-    """How doubtful an exit is, from its log_probs (T', V); NaN for the disagreement of the first."""
+    """Return a statistic of an exit from its log_probs (T', V); NaN for the disagreement of the first exit."""
+    if name == "frames":
+        return float(len(log_probs))
     if name == "disagreement":
         return disagreement(*hypotheses[-2:]) if len(hypotheses) > 1 else math.nan
     if name == "posterior":
@@ -164,7 +171,7 @@ def statistic(name: str, log_probs: np.ndarray, hypotheses: list[list[int]]) -> 
 
 
 def disagreement(before: list[int], now: list[int]) -> float:
-    """Edit distance over the longer length, rounded as the thresholds were when they were fitted."""
+    """Return the edit distance over the longer length, rounded to float32 as in the fit of the thresholds."""
     row = list(range(len(now) + 1))
     for i, a in enumerate(before, 1):
         diagonal, row[0] = row[0], i
@@ -177,7 +184,7 @@ def disagreement(before: list[int], now: list[int]) -> float:
 
 
 def read_wav(path: Path) -> np.ndarray:
-    """(samples,) within -1 and 1."""
+    """Return samples (S,) between -1 and 1."""
     with wave.open(str(path), "rb") as file:
         shape = (file.getframerate(), file.getsampwidth(), file.getnchannels())
         if shape != (16000, 2, 1):
@@ -186,13 +193,13 @@ def read_wav(path: Path) -> np.ndarray:
 
 
 def fbank(samples: np.ndarray, num_mel_bins: int = 80) -> np.ndarray:
-    """(T, C) log-mel filterbank as Kaldi and Lhotse have it: 25 ms every 10 ms, mirrored at the ends, no dither."""
+    """Return (T, C) log-mel features as Lhotse computes them: 25 ms every 10 ms, mirrored at the ends, no dither."""
     size, shift, fft = 400, 160, 512
     count = (len(samples) + shift // 2) // shift
-    places = (np.arange(count) * shift + shift // 2 - size // 2)[:, np.newaxis] + np.arange(size)
-    places = np.where(places < 0, -1 - places, places)
-    places = np.where(places >= len(samples), 2 * len(samples) - 1 - places, places)
-    frames = samples[places].astype(np.float64)
+    index = (np.arange(count) * shift + shift // 2 - size // 2)[:, np.newaxis] + np.arange(size)
+    index = np.where(index < 0, -1 - index, index)
+    index = np.where(index >= len(samples), 2 * len(samples) - 1 - index, index)
+    frames = samples[index].astype(np.float64)
     frames -= frames.mean(axis=1, keepdims=True)
     frames -= 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     frames *= (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / (size - 1))) ** 0.85
@@ -212,19 +219,19 @@ def fbank(samples: np.ndarray, num_mel_bins: int = 80) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--policy", type=Path, help="policy.json (default: all stages)")
+    parser.add_argument("--policy", type=Path, help="policy.json (default: run all stages)")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("audio", type=Path, nargs="+")
     args = parser.parse_args()
     stages = Stages(args.stages, args.int8, args.threads)
-    stops = load_policy(args.policy, stages) if args.policy else lambda *heard: False
+    stops = load_policy(args.policy, stages) if args.policy else lambda *outputs: False
     lines = (args.stages / "tokens.txt").read_text(encoding="utf-8").split("\n")
     tokens = [line.rpartition(" ")[0] for line in lines if line]
     for path in args.audio:
-        found = stages.recognise(fbank(read_wav(path), int(stages.metadata["num_mel_bins"])), stops)
-        text = "".join(tokens[each] for each in found.tokens).replace("▁", " ").strip()
-        print(f"{path}\tlayer {found.layer}\t{text}")
+        result = stages.recognise(fbank(read_wav(path), int(stages.metadata["num_mel_bins"])), stops)
+        text = "".join(tokens[each] for each in result.tokens).replace("▁", " ").strip()
+        print(f"{path}\tlayer {result.layer}\t{text}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Whether an exported file computes what PyTorch does: the same inputs through both."""
+"""Compare exported files with PyTorch: the same inputs through both."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,21 +13,75 @@ from torch import Tensor
 from splitformer.decoding.hypothesis import Hypothesis
 from splitformer.export.wrappers import ExportError
 from splitformer.model.asr import AsrModel
+from splitformer.model.conformer import valid_frames
 from splitformer.model.encoder import ExitOutput
 from splitformer.model.subsampling import MIN_FRAMES
 
 Function = Callable[..., "tuple[Tensor, ...] | Tensor"]
 """An exported file as a function of tensors."""
 
-TOLERANCE = 1e-3
-"""Largest difference of a log-probability that an fp32 file may have."""
-
 Features = tuple[Tensor, Tensor]
 """x (N, T, C) with x_lens (N,)"""
 
 
+class CheckBatch(NamedTuple):
+    """Features with what PyTorch computes from them."""
+
+    x: Tensor
+    x_lens: Tensor
+    exits: dict[int, ExitOutput]
+    """{layer: output} of all exits of the whole model"""
+
+
+@dataclass
+class Comparison:
+    """How far the outputs of a file are from PyTorch's, over all valid frames added so far.
+
+    has_symbols: the outputs are scores of symbols, of which the best is compared.
+    difference: largest absolute difference.
+    frames, agreeing: number of frames, and of those in which the best symbol is the same.
+    """
+
+    has_symbols: bool = True
+    difference: float = 0.0
+    frames: int = 0
+    agreeing: int = 0
+
+    @property
+    def agreement(self) -> float:
+        """Share of frames with the same best symbol; 1 if there are no frames or no symbols."""
+        return self.agreeing / self.frames if self.frames else 1.0
+
+    def add(self, found: Tensor, found_lengths: Tensor, expected: Tensor, lengths: Tensor) -> None:
+        """Add outputs (N, T', D) with lengths (N,).
+
+        Raises:
+          ExportError: lengths or shapes differ, or an output in a valid frame is NaN.
+        """
+        if found_lengths.dtype != torch.int64 or found_lengths.tolist() != lengths.tolist():
+            raise ExportError(
+                f"the lengths are {found_lengths.dtype} {found_lengths.tolist()}, in PyTorch int64 {lengths.tolist()}"
+            )
+        if found.shape != expected.shape:
+            raise ExportError(f"the output has shape {tuple(found.shape)}, in PyTorch {tuple(expected.shape)}")
+        valid = valid_frames(lengths, expected.size(1))
+        self.add_frames(found[valid], expected[valid])
+
+    def add_frames(self, found: Tensor, expected: Tensor) -> None:
+        """Add outputs (M, D) of M frames."""
+        if not len(expected):
+            return
+        difference = float((found - expected).abs().max())
+        if math.isnan(difference):
+            raise ExportError("the output holds NaN")
+        self.difference = max(self.difference, difference)
+        if self.has_symbols:
+            self.frames += len(expected)
+            self.agreeing += int((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
+
+
 def random_features(num_mel_bins: int, seed: int = 0) -> list[Features]:
-    """Batches as filterbanks of speech are in size, for where there is no speech: mixed lengths, alone, very short."""
+    """Return batches of noise with the range of log-mel features: mixed lengths, one utterance, two very short ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def batch(*lengths: int) -> Features:
@@ -35,112 +92,97 @@ def random_features(num_mel_bins: int, seed: int = 0) -> list[Features]:
 
 
 @torch.no_grad()
-def reference_exits(model: AsrModel, x: Tensor, x_lens: Tensor) -> dict[int, ExitOutput]:
-    """{layer: output} of every exit, in PyTorch; features too short for the front end are padded."""
-    x = torch.nn.functional.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1))))
-    return {each.layer: each for each in model.encoder(x, x_lens)}
+def run_pytorch(model: AsrModel, features: Iterable[Features]) -> list[CheckBatch]:
+    """Return the batches with the outputs of all exits; features too short for the front end are padded."""
+    batches = []
+    for x, x_lens in features:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1))))
+        batches.append(CheckBatch(x, x_lens, {each.layer: each for each in model.encoder(padded, x_lens)}))
+    return batches
 
 
 @torch.no_grad()
-def ctc_difference(run: Function, model: AsrModel, layer: int, batches: Iterable[Features]) -> float:
-    """Largest difference between the file's log-probabilities and those of `model` at the exit after `layer`.
-
-    Raises ExportError where lengths or shapes differ.
-    """
-    largest = 0.0
-    for x, x_lens in batches:
-        expected = reference_exits(model, x, x_lens)[layer]
+def compare_ctc(
+    functions: Sequence[Function], model: AsrModel, layer: int, batches: Iterable[CheckBatch]
+) -> list[Comparison]:
+    """Compare the log-probabilities of one file with those of `model` at the exit after `layer`."""
+    [run] = functions
+    comparison = Comparison()
+    for x, x_lens, exits in batches:
         log_probs, lengths = run(x, x_lens)
-        largest = max(largest, difference(log_probs, lengths, model.ctc_log_probs(expected), expected.lengths))
-    return largest
+        comparison.add(log_probs, lengths, model.ctc_log_probs(exits[layer]), exits[layer].lengths)
+    return [comparison]
 
 
 @torch.no_grad()
-def transducer_differences(
-    encoder: Function, decoder: Function, joiner: Function, model: AsrModel, layer: int, batches: Iterable[Features]
-) -> tuple[float, float, float]:
-    """Largest differences of the three files' outputs; for the joiner of log-probabilities.
+def compare_transducer(
+    functions: Sequence[Function], model: AsrModel, layer: int, batches: Iterable[CheckBatch]
+) -> list[Comparison]:
+    """Compare the outputs of encoder, decoder and joiner; of the joiner its log-probabilities.
 
-    The joiner is given the files' own frames and contexts, so that its difference is what a search would see.
+    The joiner gets the frames and contexts that the other two files computed, so that its comparison covers all three.
     """
-    with_joiner, size = model.joiner(layer), model.decoder.context_size
+    run_encoder, run_decoder, run_joiner = functions
+    of_encoder, of_decoder, of_joiner = Comparison(has_symbols=False), Comparison(has_symbols=False), Comparison()
+    joiner, size = model.joiner(layer), model.decoder.context_size
     vocabulary = torch.arange(model.decoder.vocab_size)
     contexts = torch.stack([vocabulary.roll(shift) for shift in range(size)], dim=1)
     contexts[0] = model.decoder.blank_id
-    expected_decoder = with_joiner.decoder_proj(model.decoder(contexts)).squeeze(1)
-    contexts[0, :-1] = -1  # what sherpa-onnx starts with; a context of one token starts with the blank
-    found_decoder = _single(decoder(contexts))
-    of_decoder = float((found_decoder - expected_decoder).abs().max())
-    of_encoder = of_joiner = 0.0
-    for x, x_lens in batches:
-        expected = reference_exits(model, x, x_lens)[layer]
-        projected = with_joiner.encoder_proj(expected.encoder_out)
-        found, lengths = encoder(x, x_lens)
-        of_encoder = max(of_encoder, difference(found, lengths, projected, expected.lengths))
-        for row, length in enumerate(lengths.tolist()):
-            if not length:
-                continue
-            which = torch.arange(length) % len(contexts)
-            logits = _single(joiner(found[row, :length].contiguous(), found_decoder[which]))
-            wanted = with_joiner(projected[row, :length], expected_decoder[which])
-            of_joiner = max(of_joiner, float((logits.log_softmax(-1) - wanted.log_softmax(-1)).abs().max()))
-    return of_encoder, of_decoder, of_joiner
+    decoder_out = joiner.decoder_proj(model.decoder(contexts)).squeeze(1)
+    contexts[0, :-1] = -1  # sherpa-onnx starts with this; a context of one token starts with the blank
+    decoder_found = _single(run_decoder(contexts))
+    of_decoder.add_frames(decoder_found, decoder_out)
+    for x, x_lens, exits in batches:
+        encoder_out, lengths = joiner.encoder_proj(exits[layer].encoder_out), exits[layer].lengths
+        encoder_found, found_lengths = run_encoder(x, x_lens)
+        of_encoder.add(encoder_found, found_lengths, encoder_out, lengths)
+        valid = valid_frames(lengths, encoder_out.size(1))
+        which = torch.arange(int(valid.sum())) % len(contexts)
+        if len(which):
+            found = _single(run_joiner(encoder_found[valid], decoder_found[which]))
+            expected = joiner(encoder_out[valid], decoder_out[which])
+            of_joiner.add_frames(found.log_softmax(-1), expected.log_softmax(-1))
+    return [of_encoder, of_decoder, of_joiner]
 
 
 @torch.no_grad()
-def stage_differences(stages: Sequence[Function], model: AsrModel, batches: Iterable[Features]) -> list[float]:
-    """Largest difference of each stage's log-probabilities, run one after the other."""
-    largest = [0.0] * len(stages)
-    for x, x_lens in batches:
-        state: tuple[Tensor, Tensor] = (x, x_lens)
-        for stage, (run, expected) in enumerate(zip(stages, reference_exits(model, x, x_lens).values(), strict=True)):
+def compare_stages(
+    functions: Sequence[Function], model: AsrModel, batches: Iterable[CheckBatch]
+) -> list[Comparison]:
+    """Compare the log-probabilities of each stage, run one after the other."""
+    comparisons = [Comparison() for _ in functions]
+    for x, x_lens, exits in batches:
+        state = x, x_lens
+        for run, layer, comparison in zip(functions, exits, comparisons):
             hidden, lengths, log_probs = run(*state)
             state = hidden, lengths
-            found = difference(log_probs, lengths, model.ctc_log_probs(expected), expected.lengths)
-            largest[stage] = max(largest[stage], found)
-    return largest
-
-
-def difference(found: Tensor, found_lengths: Tensor, expected: Tensor, lengths: Tensor) -> float:
-    """Largest absolute difference over valid frames of (N, T', D) with lengths (N,); infinite where there is a NaN.
-
-    Raises ExportError where lengths or shapes differ.
-    """
-    if found_lengths.dtype != torch.int64 or found_lengths.tolist() != lengths.tolist():
-        raise ExportError(f"lengths are {found_lengths.dtype} {found_lengths.tolist()}, and int64 {lengths.tolist()}"
-                          " in PyTorch")  # fmt: skip
-    if found.shape != expected.shape:
-        raise ExportError(f"the output has shape {tuple(found.shape)}, and {tuple(expected.shape)} in PyTorch")
-    largest = 0.0
-    for row, length in enumerate(lengths.tolist()):
-        if length:
-            worst = float((found[row, :length] - expected[row, :length]).abs().max())
-            largest = max(largest, worst if worst == worst else float("inf"))
-    return largest
+            comparison.add(log_probs, lengths, model.ctc_log_probs(exits[layer]), exits[layer].lengths)
+    return comparisons
 
 
 @torch.no_grad()
 def transducer_greedy(
-    encoder: Function, decoder: Function, joiner: Function, context_size: int, x: Tensor, x_lens: Tensor
+    functions: Sequence[Function], context_size: int, x: Tensor, x_lens: Tensor
 ) -> list[Hypothesis]:
-    """Greedy search through the three files, at most one token a frame; batches of any size, one row at a time."""
-    frames, lengths = encoder(x, x_lens)
+    """Search greedily through encoder, decoder and joiner files, with at most one token per frame; x (N, T, C)."""
+    run_encoder, run_decoder, run_joiner = functions
+    frames, lengths = run_encoder(x, x_lens)
     hypotheses = []
     for row, length in enumerate(lengths.tolist()):
         tokens, timestamps, score = [0] * context_size, [], 0.0
-        state = _single(decoder(torch.tensor([tokens])))
+        state = _single(run_decoder(torch.tensor([tokens])))
         for frame in range(length):
-            log_probs = _single(joiner(frames[row, frame : frame + 1].contiguous(), state)).log_softmax(-1)
+            log_probs = _single(run_joiner(frames[row, frame : frame + 1].contiguous(), state)).log_softmax(-1)
             best, symbol = log_probs[0].max(dim=0)
             score += float(best)
             if symbol:
                 tokens.append(int(symbol))
                 timestamps.append(frame)
-                state = _single(decoder(torch.tensor([tokens[-context_size:]])))
+                state = _single(run_decoder(torch.tensor([tokens[-context_size:]])))
         hypotheses.append(Hypothesis(tokens[context_size:], timestamps, score))
     return hypotheses
 
 
 def _single(outputs: tuple[Tensor, ...] | Tensor) -> Tensor:
-    """The one output: onnxruntime gives a tuple, TorchScript the tensor."""
+    """Return the only output: onnxruntime gives a tuple, TorchScript the tensor."""
     return outputs[0] if isinstance(outputs, tuple) else outputs

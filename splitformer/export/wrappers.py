@@ -1,7 +1,7 @@
-"""Modules that trace: what an exported file computes, as functions of tensors alone.
+"""Modules that can be traced: what each exported file computes, as a function of tensors.
 
-Each wraps parts of a model that `load_model(path, exit_layer=exit)` has cut off at an exit, so that nothing above it is
-there to be written. Inputs and outputs are in the order that sherpa-onnx expects; it knows them by place.
+Each wraps parts of a model that `load_model(checkpoint, exit_layer=exit)` has truncated at an exit, so that the layers
+above it are in no file. Inputs and outputs are in the order that sherpa-onnx expects: it identifies them by position.
 """
 
 from __future__ import annotations
@@ -23,60 +23,51 @@ from splitformer.model.subsampling import MIN_FRAMES
 
 
 class ExportError(UserError):
-    """A model that cannot be exported as asked, or whose file computes something else."""
+    """A model cannot be exported as asked, or an exported file computes something else than PyTorch."""
 
 
 @contextmanager
 def refuse_frozen_values(name: str) -> Iterator[None]:
-    """Raises ExportError, which names the file, where tracing within took something for a constant.
+    """Raise an ExportError that names the file if tracing inside the block turned an input-dependent value into a
+    constant.
 
-    Torch's warnings are gathered and looked at afterwards: those that it gives from C++ cannot be made exceptions.
+    The warnings are collected and examined afterwards: those that torch issues from C++ cannot be made exceptions.
     """
-    with warnings.catch_warnings(record=True) as gathered:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for each in gathered:
-        if issubclass(each.category, torch.jit.TracerWarning):
-            raise ExportError(f"{name}: the trace would freeze what depends on the input: {each.message}")
+    for warning in caught:
+        if issubclass(warning.category, torch.jit.TracerWarning):
+            raise ExportError(f"{name}: tracing would freeze a value that depends on the input: {warning.message}")
 
 
-class CtcExport(nn.Module):
-    """Features to the CTC log-probabilities of the model's last exit."""
+class ExitExport(nn.Module):
+    """Features to the output of the model's last exit: CTC log-probabilities, or what its transducer joiner takes."""
 
-    def __init__(self, model: AsrModel) -> None:
+    def __init__(self, model: AsrModel, head: str) -> None:
         super().__init__()
-        self.encoder = model.encoder
-        self.head = model.ctc_heads[str(model.encoder.exit_layers[-1])]
+        self.encoder, self.head = traceable_encoder(model), head
+        layer = self.encoder.exit_layers[-1]
+        self.projection = model.ctc_heads[str(layer)] if head == "ctc" else model.joiner(layer).encoder_proj
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C) with x_lens (N,) to log_probs (N, T', V) and their lengths (N,), int64."""
-        hidden, lengths = last_exit(self.encoder, x, x_lens)
-        return self.head(hidden).log_softmax(dim=-1), lengths
-
-
-class TransducerEncoderExport(nn.Module):
-    """Features to the last exit's output, as its joiner takes it."""
-
-    def __init__(self, model: AsrModel) -> None:
-        super().__init__()
-        self.encoder = model.encoder
-        self.projection = model.joiner(model.encoder.exit_layers[-1]).encoder_proj
-
-    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C) with x_lens (N,) to encoder_out (N, T', J) and lengths (N,), int64."""
-        hidden, lengths = last_exit(self.encoder, x, x_lens)
-        return self.projection(hidden), lengths
+        """x (N, T, C) with x_lens (N,) to log_probs (N, T', V) or encoder_out (N, T', J), and lengths (N,), int64."""
+        hidden, lengths = self.encoder.front_end(at_least_one_output_frame(x), x_lens)
+        for layer in self.encoder.exit_layers:
+            hidden = self.encoder.block(layer, hidden, lengths)
+        output = self.projection(hidden)
+        return (output.log_softmax(dim=-1) if self.head == "ctc" else output), lengths
 
 
 class DecoderExport(nn.Module):
-    """The last tokens to what one exit's joiner takes."""
+    """The last tokens to the decoder output, projected for one exit's joiner."""
 
     def __init__(self, decoder: Decoder, joiner: Joiner) -> None:
         super().__init__()
         self.decoder, self.projection = decoder, joiner.decoder_proj
 
     def forward(self, y: Tensor) -> Tensor:
-        """y (N, context_size), int64, to (N, J). A negative token stands for none, as the blank does in training."""
+        """y (N, context_size), int64, to (N, J). A negative token means no token, like the blank in training."""
         return self.projection(self.decoder(y.clamp(min=self.decoder.blank_id))).squeeze(1)
 
 
@@ -92,59 +83,57 @@ class JoinerExport(nn.Module):
         return self.output_linear(torch.tanh(encoder_out + decoder_out))
 
 
-class FirstStage(nn.Module):
-    """Features to the first exit."""
-
-    def __init__(self, model: AsrModel) -> None:
-        super().__init__()
-        self.encoder, self.layer = model.encoder, model.encoder.exit_layers[0]
-        self.head = model.ctc_heads[str(self.layer)]
-
-    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, C) with x_lens (N,) to hidden (N, T', D), lengths (N,) and log_probs (N, T', V)."""
-        hidden, lengths = self.encoder.front_end(at_least_one_output_frame(x), x_lens)
-        hidden = self.encoder.block(self.layer, hidden, lengths)
-        return hidden, lengths, self.head(hidden).log_softmax(dim=-1)
-
-
-class NextStage(nn.Module):
-    """One exit to the next."""
+class Stage(nn.Module):
+    """One exit's output to the next exit's output and CTC log-probabilities."""
 
     def __init__(self, model: AsrModel, layer: int) -> None:
         super().__init__()
-        self.encoder, self.layer, self.head = model.encoder, layer, model.ctc_heads[str(layer)]
+        self.encoder, self.layer, self.head = traceable_encoder(model), layer, model.ctc_heads[str(layer)]
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The stage before's hidden (N, T', D) and lengths (N,) to the same three as `FirstStage`."""
+        """hidden (N, T', D) with lengths (N,) to the next hidden, the same lengths and log_probs (N, T', V)."""
         hidden = self.encoder.block(self.layer, hidden, lengths)
-        # an output that is an input is no node of the graph, and ONNX wants one
+        # + 0, because ONNX has no output that is an input
         return hidden, lengths + 0, self.head(hidden).log_softmax(dim=-1)
 
 
-def last_exit(encoder: Encoder, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Features x (N, T, C) with x_lens (N,) to the last exit's output (N, T', D) and lengths (N,)."""
-    hidden, lengths = encoder.front_end(at_least_one_output_frame(x), x_lens)
-    for layer in encoder.exit_layers:
-        hidden = encoder.block(layer, hidden, lengths)
-    return hidden, lengths
+class FirstStage(Stage):
+    """Features to the first exit's output and CTC log-probabilities."""
+
+    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, C) with x_lens (N,) to hidden (N, T', D), lengths (N,) and log_probs (N, T', V)."""
+        return super().forward(*self.encoder.front_end(at_least_one_output_frame(x), x_lens))
+
+
+def traceable_encoder(model: AsrModel) -> Encoder:
+    """Return the model's encoder, or raise an ExportError if it is the U-Net, which cannot be traced."""
+    if not isinstance(model.encoder, Encoder):
+        raise ExportError("the U-Net encoder cannot be exported to ONNX or TorchScript; use --format safetensors")
+    return model.encoder
 
 
 def at_least_one_output_frame(x: Tensor) -> Tensor:
-    """x (N, T, C), padded where the front end's convolutions would not fit (T < 7).
+    """Return x (N, T, C), padded if it is too short for the front end's convolutions (T < 7).
 
-    The frames are counted by a sum, because in a trace a size is sometimes a number and the branch would be frozen.
+    The frames are counted by a sum, because tracing may see `x.size(1)` as a number and freeze the branch.
     """
     frames = torch.ones_like(x[0, :, 0], dtype=torch.int64).sum()
     padded = torch.nn.functional.pad(x, (0, 0, 0, MIN_FRAMES - 1))
     return padded[:, : frames.clamp(min=MIN_FRAMES)]
 
 
+FRAME_AXES = {"x": "T", "hidden_in": "T_out", "hidden": "T_out", "log_probs": "T_out", "encoder_out": "T_out"}
+"""{tensor: name of its axis 1} for the tensors that have one row per frame."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """One file to be written.
+    """One file to be exported. Its module is set to evaluation mode.
 
-    stem: its name, without what the format adds. example: inputs to trace with. axes: {name: {axis: what varies}}.
-    metadata: what is told of this file beside what is told of all.
+    stem: file name without the suffix of the format.
+    example: inputs to trace with.
+    inputs, outputs: names of the tensors.
+    metadata: what is stored in this file beside the metadata of all files.
     """
 
     stem: str
@@ -152,127 +141,80 @@ class Part:
     example: tuple[Tensor, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    axes: dict[str, dict[int, str]]
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.module.eval()
 
-# Two utterances of unequal length, an odd number of frames: what tracing could mistake for a constant is none of them.
+    @property
+    def axes(self) -> dict[str, dict[int, str]]:
+        """{tensor: {axis: name}} of the axes that vary: the batch and, where there is one, the frames."""
+        single_frames = {name for name, tensor in zip(self.inputs, self.example) if tensor.dim() < 3}
+        return {
+            name: {0: "N", 1: FRAME_AXES[name]} if name in FRAME_AXES.keys() - single_frames else {0: "N"}
+            for name in (*self.inputs, *self.outputs)
+        }
+
+
+# Two utterances of different lengths and an odd number of frames, so that tracing mistakes none of them for a constant.
 TRACED_LENGTHS = (67, 50)
 
 
 def head_parts(model: AsrModel, head: str) -> list[Part]:
-    """The files of a model that ends at its exit: one for `ctc`, three for `transducer`.
+    """Return the files of a truncated model: one for the head `ctc`, three for `transducer`.
 
-    Raises ExportError where the model has no such head.
+    Raises:
+      ExportError: the model has no such head, or its encoder is the U-Net.
     """
     if head not in model.heads:
-        raise ExportError(f"the model has no {head} head; choose among {', '.join(model.heads)}")
+        raise ExportError(f"the model has no {head} head; choose one of {', '.join(model.heads)}")
     layer = model.encoder.exit_layers[-1]
-    features = _traced_features(model)
-    axes = {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}, "lengths": {0: "N"}}
+    name, inputs = f"exit-{layer:02d}", ("x", "x_lens")
+    module, features = ExitExport(model, head), _traced_features(model)
+    metadata = {"exit_layer": str(layer)}
     if head == "ctc":
-        axes["log_probs"] = {0: "N", 1: "T_out"}
-        parts = [
-            Part(
-                f"model-exit-{layer:02d}",
-                CtcExport(model),
-                features,
-                ("x", "x_lens"),
-                ("log_probs", "lengths"),
-                axes,
-                {"model_type": "zipformer2_ctc"},
-            )
-        ]
-    else:
-        joiner, context = model.joiner(layer), model.decoder.context_size
-        joined = joiner.encoder_proj.out_features
-        encoder_axes = {**axes, "encoder_out": {0: "N", 1: "T_out"}}
-        state_axes = {"encoder_out": {0: "N"}, "decoder_out": {0: "N"}, "logit": {0: "N"}}
-        tokens = torch.zeros(2, context, dtype=torch.int64)
-        states = (torch.randn(2, joined), torch.randn(2, joined))
-        parts = [
-            Part(
-                f"encoder-exit-{layer:02d}",
-                TransducerEncoderExport(model),
-                features,
-                ("x", "x_lens"),
-                ("encoder_out", "lengths"),
-                encoder_axes,
-                {"model_type": "zipformer2"},
-            ),
-            Part(
-                f"decoder-exit-{layer:02d}",
-                DecoderExport(model.decoder, joiner),
-                (tokens,),
-                ("y",),
-                ("decoder_out",),
-                {"y": {0: "N"}, "decoder_out": {0: "N"}},
-                {"context_size": str(context)},
-            ),
-            Part(
-                f"joiner-exit-{layer:02d}",
-                JoinerExport(joiner),
-                states,
-                ("encoder_out", "decoder_out"),
-                ("logit",),
-                state_axes,
-                {"joiner_dim": str(joined)},
-            ),
-        ]
-    return [_evaluating(part) for part in parts]
+        metadata["model_type"] = "zipformer2_ctc"
+        return [Part(f"model-{name}", module, features, inputs, ("log_probs", "lengths"), metadata)]
+    joiner, context_size = model.joiner(layer), model.decoder.context_size
+    dim = joiner.encoder_proj.out_features
+    tokens = torch.zeros(2, context_size, dtype=torch.int64)
+    states, joined = (torch.randn(2, dim), torch.randn(2, dim)), ("encoder_out", "decoder_out")
+    of_encoder = metadata | {"model_type": "zipformer2"}
+    of_decoder = metadata | {"context_size": str(context_size)}
+    of_joiner = metadata | {"joiner_dim": str(dim)}
+    decoder = DecoderExport(model.decoder, joiner)
+    return [
+        Part(f"encoder-{name}", module, features, inputs, ("encoder_out", "lengths"), of_encoder),
+        Part(f"decoder-{name}", decoder, (tokens,), ("y",), ("decoder_out",), of_decoder),
+        Part(f"joiner-{name}", JoinerExport(joiner), states, joined, ("logit",), of_joiner),
+    ]
 
 
 def stage_parts(model: AsrModel) -> list[Part]:
-    """One file per exit of the model, each going on from the one before; stages count from 1.
+    """Return one file per exit; each takes the output of the file before it. Stages are counted from 1.
 
-    Raises ExportError for a model without CTC heads: what a policy reads are their log-probabilities.
+    Raises:
+      ExportError: the model has no CTC head, whose log-probabilities exit policies read, or its encoder is the U-Net.
     """
     if "ctc" not in model.heads:
-        raise ExportError(f"stages are for exit policies, which read CTC's log-probabilities; heads: {model.heads}")
-    layers = model.encoder.exit_layers
-    axes = {
-        "x": {0: "N", 1: "T"},
-        "x_lens": {0: "N"},
-        "hidden_in": {0: "N", 1: "T_out"},
-        "lengths_in": {0: "N"},
-        "hidden": {0: "N", 1: "T_out"},
-        "lengths": {0: "N"},
-        "log_probs": {0: "N", 1: "T_out"},
-    }
-    parts = []
-    for stage, layer in enumerate(layers, 1):
-        if stage == 1:
-            module: nn.Module = FirstStage(model)
-            example, inputs = _traced_features(model), ("x", "x_lens")
-        else:
-            module = NextStage(model, layer)
-            example = (torch.randn(2, 15, module.head.in_features), torch.tensor([15, 11]))
-            inputs = ("hidden_in", "lengths_in")
-        outputs = ("hidden", "lengths", "log_probs")
-        parts.append(
-            Part(
-                f"encoder-stage-{stage:02d}",
-                module,
-                example,
-                inputs,
-                outputs,
-                {name: axes[name] for name in (*inputs, *outputs)},
-                {
-                    "model_type": "splitformer_stage",
-                    "stage": str(stage),
-                    "stages": str(len(layers)),
-                    "exit_layer": str(layer),
-                },
-            )
+        raise ExportError(
+            f"--stages needs a CTC head, because exit policies read its log-probabilities; this model has "
+            f"{', '.join(model.heads)}"
         )
-    return [_evaluating(part) for part in parts]
+    layers, parts = model.encoder.exit_layers, []
+    outputs = ("hidden", "lengths", "log_probs")
+    for stage, layer in enumerate(layers, 1):
+        metadata = {"stage": str(stage), "stages": str(len(layers)), "exit_layer": str(layer)}
+        metadata["model_type"] = "splitformer_stage"
+        name, module = f"encoder-stage-{stage:02d}", (FirstStage if stage == 1 else Stage)(model, layer)
+        if stage == 1:
+            parts.append(Part(name, module, _traced_features(model), ("x", "x_lens"), outputs, metadata))
+        else:
+            hidden = torch.randn(2, 15, module.head.in_features), torch.tensor([15, 11])
+            parts.append(Part(name, module, hidden, ("hidden_in", "lengths_in"), outputs, metadata))
+    return parts
 
 
 def _traced_features(model: AsrModel) -> tuple[Tensor, Tensor]:
-    bins = model.encoder.num_mel_bins
-    return torch.randn(len(TRACED_LENGTHS), max(TRACED_LENGTHS), bins), torch.tensor(TRACED_LENGTHS)
-
-
-def _evaluating(part: Part) -> Part:
-    part.module.eval()
-    return part
+    num_mel_bins = traceable_encoder(model).num_mel_bins
+    return torch.randn(len(TRACED_LENGTHS), max(TRACED_LENGTHS), num_mel_bins), torch.tensor(TRACED_LENGTHS)

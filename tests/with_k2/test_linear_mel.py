@@ -19,7 +19,7 @@ from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.features import FbankOptions, LinearMel, LinearMelConfig
 from splitformer.data.tokenizer import Tokenizer
 from tests.factories import make_lang_dir
-from tests.golden import KINDS, load_reference
+from tests.golden import KINDS, load_released_model
 
 
 def store(folder: Path, waves: list[np.ndarray]) -> Path:
@@ -52,7 +52,7 @@ def test_stored_features_are_those_of_the_released_code(shared: Path, tmp_path: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_wave_file_to_log_probabilities(shared: Path, tmp_path: Path, kind: str) -> None:
     """In a padded batch too, where the released code's own masks would let padding in."""
-    model, golden, _ = load_reference(shared, kind)
+    model, golden, _ = load_released_model(shared, kind)
     wave = golden["in.wav"][0].numpy()
     cuts = store(tmp_path / "data", [wave, np.tile(wave, 2)])
     tokenizer = Tokenizer(make_lang_dir(tmp_path, ["AB"]))

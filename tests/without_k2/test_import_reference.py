@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from splitformer.bin.import_reference import main
-from splitformer.checkpoint import CheckpointError, adopt_checkpoint, load_model
+from splitformer.bin.import_reference import run
+from splitformer.checkpoint import CheckpointError, adopt_checkpoint, checkpoint_id, load_model
+from splitformer.cli import command
 from splitformer.config import DataConfig
 from splitformer.corpora.tokens import import_tokenizer, take_tokenizer
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.errors import UserError
+from tests.golden import KINDS, load_golden
 from tests.tokens import SENTENCES, foreign_tokens
 
 
@@ -53,7 +54,7 @@ def test_imported_tokens_can_be_taken_elsewhere_and_foreign_ones_cannot(tmp_path
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "lang" / name).read_bytes()
     with pytest.raises(ValueError, match=r"theirs\.model: token 0 is '@', expected '<blk>'.*import_reference"):
         take_tokenizer(tmp_path / "theirs.model", tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="there is no"):
+    with pytest.raises(UserError, match="there is no"):
         take_tokenizer(tmp_path / "absent", tmp_path / "none")
     (tmp_path / "text").write_text("no model")
     with pytest.raises(ValueError, match="text is no sentencepiece model"):
@@ -74,62 +75,73 @@ def test_bad_tokens_are_named(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """The command, with its exit status and what it says."""
+def import_reference(capsys):
+    """Run the command in this process: (exit status, what it printed)."""
 
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["import_reference", *map(str, arguments)])
-        status = main()
-        told = capsys.readouterr()
-        return status, told.out + told.err
+        status = command(run, list(map(str, arguments)), prog="import-reference")
+        output = capsys.readouterr()
+        return status, output.out + output.err
 
     return call
 
 
-def released(shared, folder, kind):
-    """The files that the authors would have released, and what their model computes."""
-    golden = load_file(shared / f"data/golden/reference_{kind}_tiny.safetensors")
-    torch.save({k.removeprefix("model."): v for k, v in golden.items() if k.startswith("model.")}, folder / "model")
+def released(shared, folder, kind, **changed):
+    """Options of the command for files such as the authors would release, and what their model computes."""
+    state, tensors = load_golden(shared, kind)
+    torch.save(state, folder / "model")
     foreign_tokens(folder / "theirs.model")
-    return ["--state", folder / "model", "--bpe-model", folder / "theirs.model", "--num-heads", 4], golden
+    options = {"state": folder / "model", "bpe-model": folder / "theirs.model", "num-heads": 4}
+    options |= {"output": folder / "made/averaged.pt"} | {name.replace("_", "-"): x for name, x in changed.items()}
+    return [word for name, value in options.items() for word in (f"--{name}", value)], tensors
 
 
-@pytest.mark.parametrize("kind", ["splitformer", "early_conformer", "early_zipformer"])
-def test_a_checkpoint_computes_what_the_released_code_does(shared, tmp_path, run, kind):
-    arguments, golden = released(shared, tmp_path, kind)
-    status, told = run(*arguments, "--output", tmp_path / "made/averaged.pt")
-    assert status == 0 and "24 units; tokens in" in told
-    model, config, contents = load_model(tmp_path / "made/averaged.pt")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_computes_what_the_released_code_does(shared, tmp_path, import_reference, kind):
+    arguments, tensors = released(shared, tmp_path, kind)
+    status, output = import_reference(*arguments)
+    assert status == 0 and "24 units; tokens in" in output
+    checkpoint = tmp_path / "made/averaged.pt"
+    model, config, contents = load_model(checkpoint)
     assert contents["tokens"] == Tokenizer(tmp_path / "made").tokens and config.data.features == "linear-mel"
+    assert contents["imported_from"]["states"] == {"model": checkpoint_id(tmp_path / "model")}
     rows = contents["imported_from"]["units"]
     with torch.no_grad():
-        exits = list(model(golden["in.mel"].transpose(1, 2), torch.tensor([209])))
-    assert len(exits) == len(golden["out.mel"])
-    for (_, log_probs), expected in zip(exits, golden["out.mel"]):
+        exits = list(model(tensors["in.mel"].transpose(1, 2), torch.tensor([209])))
+    for (_, log_probs), expected in zip(exits, tensors["out.mel"], strict=True):
         torch.testing.assert_close(log_probs, expected[:, :, rows], atol=1e-4, rtol=0)
-    assert {"progress", "seed", "world_size", "device", "epoch", "avg"} <= contents.keys()
-    adopt_checkpoint(tmp_path / "made/averaged.pt", replace(config, data=DataConfig(features="linear-mel")),
-                     tmp_path / "exp/averaged.pt")  # fmt: skip
-    assert (tmp_path / "exp/averaged.pt").read_bytes() == (tmp_path / "made/averaged.pt").read_bytes()
+    # run.sh --checkpoint takes it
+    adopt_checkpoint(checkpoint, config, tmp_path / "exp/averaged.pt")
+    assert (tmp_path / "exp/averaged.pt").read_bytes() == checkpoint.read_bytes()
     with pytest.raises(CheckpointError, match=r"data\.features = fbank in the conf, linear-mel in the checkpoint"):
-        adopt_checkpoint(tmp_path / "made/averaged.pt", replace(config, data=DataConfig()), tmp_path / "none.pt")
-    assert json.dumps(contents["imported_from"]["states"]).startswith('{"model": ')
+        adopt_checkpoint(checkpoint, replace(config, data=DataConfig()), tmp_path / "none.pt")
 
 
-def test_files_that_do_not_fit_are_named(shared, tmp_path, run):
-    arguments, _ = released(shared, tmp_path, "splitformer")
-    output = tmp_path / "made/averaged.pt"
+def test_the_conf_becomes_the_configuration_of_the_checkpoint(shared, tmp_path, import_reference):
+    conf = tmp_path / "tiny.toml"
+    conf.write_text(
+        "[model]\nd_model = 32\nnum_heads = 2\nfeedforward_dim = 64\nconv_kernel = 7\nnum_layers = 6\n"
+        'exit_layers = [2, 4, 6]\nparallel_exits = []\n[data]\nfeatures = "linear-mel"\nmax_duration = 77\n'
+    )
+    arguments, _ = released(shared, tmp_path, "early_conformer", config=conf, num_heads=2, lang_dir=tmp_path / "lang")
+    status, output = import_reference(*arguments)
+    assert status == 0, output
+    _, config, contents = load_model(tmp_path / "made/averaged.pt")
+    assert (config.model.num_heads, config.model.vocab_size, config.data.max_duration) == (2, 24, 77.0)
+    assert contents["tokens"] == Tokenizer(tmp_path / "lang").tokens
+
+
+def test_files_that_do_not_fit_are_named(shared, tmp_path, import_reference):
+    def check(message, **changed):
+        status, output = import_reference(*released(shared, tmp_path, "splitformer", **changed)[0])
+        assert status == 1 and message in output, output
+
     conf = tmp_path / "other.toml"
     conf.write_text("[model]\nd_model = 32\nnum_heads = 4\nfeedforward_dim = 64\nconv_kernel = 9\n")
-    status, told = run(*arguments, "--output", output, "--config", conf)
-    assert status == 1 and "model.conv_kernel = 9 there, 7 here; model.num_layers = 12 there, 6 here" in told
+    check("model.conv_kernel = 9 in the conf, 7 in the weights; model.num_layers = 12 in the conf, 6 in", config=conf)
     foreign_tokens(tmp_path / "larger.model", vocab_size=28)
-    status, told = run(*arguments, "--output", output, "--bpe-model", tmp_path / "larger.model")
-    assert status == 1 and "larger.model has 28 units, the heads of the model have 24" in told
-    status, told = run(*arguments, "--output", output, "--bpe-model", tmp_path / "none.model")
-    assert status == 1 and "none.model" in told
-    status, told = run(*arguments, "--output", output, "--num-heads", 5)
-    assert status == 1 and "must be a multiple of model.num_heads = 5" in told
-    status, told = run(*arguments, "--output", output, "--state", tmp_path / "theirs.model")
-    assert status == 1 and "cannot be read as a state dict" in told
-    assert not output.parent.exists()
+    check("larger.model has 28 units", bpe_model=tmp_path / "larger.model")
+    check("none.model", bpe_model=tmp_path / "none.model")
+    check("must be a multiple of model.num_heads = 5", num_heads=5)
+    check("cannot be read as a state dict", state=tmp_path / "theirs.model")
+    assert not (tmp_path / "made").exists()

@@ -43,7 +43,7 @@ TENSOR_SEARCHES = modules(
 )  # fmt: skip
 SEARCHES = (*MODEL, *TENSOR_SEARCHES)
 POLICIES = modules("early_exit", "statistics", "policies", "exit_table", "calibration", "tradeoff", "running")
-LOSSES = modules("losses", "ctc", "multi_exit")
+LOSSES = modules("losses", "multi_exit")
 SCORING = ("splitformer.scoring",)
 DATA = (*MODEL, "splitformer.data.*")
 TRAINING = (*SEARCHES, *LOSSES, *RECORDS, *SCORING, *DATA, "splitformer.training.*")
@@ -51,11 +51,12 @@ SPEECH = (
     *SEARCHES,
     *POLICIES,
     "splitformer.early_exit.search",
+    "splitformer.decoding.lang",
     "splitformer.decoding.searches",
     "splitformer.speech.*",
 )
 REPORT = (*BASE, "splitformer.report.*")
-EXPORT = modules("export", "wrappers", "check", "reference")
+EXPORT = modules("export", "wrappers", "check")
 
 IO = {"numpy", "tqdm"}
 CUTS = {"torch", "torchaudio", "lhotse", "kaldifeat", "sentencepiece", "soundfile", *IO}
@@ -68,12 +69,13 @@ TIERS = {
     "model": Tier(MODEL, frozenset({"torch"}), MODEL),
     "tensor searches": Tier(TENSOR_SEARCHES, frozenset({"torch", "rapidfuzz"}), SEARCHES),
     "exit policies": Tier(POLICIES, frozenset({"torch", "rapidfuzz"}), (*SEARCHES, *RECORDS, *POLICIES)),
-    "losses": Tier(LOSSES, frozenset({"torch"}), (*MODEL, *LOSSES)),
+    # the transducer loss is imported inside a function: CTC trains without k2
+    "losses": Tier(LOSSES, frozenset({"torch"}), (*MODEL, "splitformer.losses.*")),
     "transducer loss": Tier(("splitformer.losses.*",), frozenset({"torch", "k2"}), (*MODEL, *LOSSES)),
     "scoring": Tier(SCORING, frozenset({"kaldialign"}), (*BASE, *SCORING)),
     "data": Tier(("splitformer.data.*",), frozenset(CUTS), DATA),
     "training": Tier(("splitformer.training.*",), frozenset({*CUTS, "tensorboard", "filelock", "rapidfuzz"}), TRAINING),
-    "speech": Tier(("splitformer.speech.*",), frozenset({"torch", "soundfile", *IO}), SPEECH),
+    "speech": Tier(("splitformer.speech.*",), frozenset({"torch", "soundfile", "rapidfuzz", *IO}), SPEECH),
     "decoding": Tier(
         ("splitformer.decoding.*", "splitformer.early_exit.*"),
         frozenset({"torch", "k2", "kaldilm", "rapidfuzz", *IO}),
@@ -82,13 +84,16 @@ TIERS = {
     "corpora": Tier(
         ("splitformer.corpora.*",),
         frozenset({*CUTS, "k2", "google"}),  # google.protobuf reads sentencepiece's files
-        (*DATA, "splitformer.decoding.lang", "splitformer.speech.audio", "splitformer.corpora.*"),
+        (*DATA, *modules("decoding", "lang", "graphs"), "splitformer.speech.audio", "splitformer.corpora.*"),
     ),
     "export without packages": Tier(EXPORT, frozenset({"torch"}), (*SEARCHES, *EXPORT)),
+    "export formats": Tier(
+        ("splitformer.export.formats",), frozenset({"torch", "onnx", "onnxruntime", "safetensors"}), (*SEARCHES, *EXPORT)
+    ),
     "export": Tier(
         ("splitformer.export.*",),
-        frozenset({"torch", "onnx", "onnxruntime", "safetensors"}),
-        (*SEARCHES, *SCORING, *DATA, "splitformer.export.*"),
+        frozenset({*CUTS, "onnx", "onnxruntime", "safetensors", "kaldialign", "google"}),
+        (*SEARCHES, *SCORING, *DATA, "splitformer.corpora.tokens", "splitformer.export.*"),
     ),
     "report": Tier(("splitformer.report.*",), frozenset({"matplotlib"}), REPORT),
     "commands without k2": Tier(

@@ -1,4 +1,4 @@
-"""The U-Net variant keeps the encoder's contracts; test_reference holds it against the authors' code."""
+"""The U-Net variant keeps the encoder's contracts; test_released holds it against the authors' code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published system's way, at a small size: released files in, decoded test sets out, nothing trained."""
+"""run.sh --checkpoint with weights such as the authors released, at a small size: nothing is trained."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.tokens import foreign_tokens
+from tests.golden import load_golden
+from tests.tokens import RELEASED, foreign_tokens
 
 TINY = "[model]\nd_model = 32\nnum_heads = 4\nfeedforward_dim = 64\nconv_kernel = 7\n"
 CONF = TINY + 'num_layers = 6\nexit_layers = [2, 4, 6]\nparallel_exits = [2, 6]\n[data]\nfeatures = "linear-mel"\n'
@@ -23,22 +23,20 @@ WORDS = ["the", "they", "quick", "brown", "fox", "jumps", "over", "lazy", "dog",
 
 @pytest.fixture
 def imported(shared: Path, repo_root: Path, tmp_path: Path) -> Path:
-    """A checkpoint made from files such as the authors would release."""
-    golden = load_file(shared / "data/golden/reference_splitformer_tiny.safetensors")
-    state = {k.removeprefix("model."): v for k, v in golden.items() if k.startswith("model.")}
+    """A checkpoint imported from files such as the authors would release."""
+    state, _ = load_golden(shared, "splitformer")
     # 60 units instead of 24: real transcripts have more letters
     for name in [name for name in state if name.startswith("linears.")]:
         state[name] = state[name].repeat(3, *[1] * (state[name].dim() - 1))[:60]
     torch.save(state, tmp_path / "model")
-    options = {"bos_id": 1, "eos_id": 2, "pad_id": 11, "unk_id": 12, "user_defined_symbols": ["@"]}
-    foreign_tokens(tmp_path / "theirs.model", options, ["the quick brown fox jumps over the lazy dog's " * 3,
-                   " ".join(WORDS)], 60)  # fmt: skip
+    sentences = ["the quick brown fox jumps over the lazy dog's " * 3, " ".join(WORDS)]
+    foreign_tokens(tmp_path / "theirs.model", RELEASED, sentences, 60)
     (tmp_path / "tiny.toml").write_text(CONF)
     command = ["splitformer.bin.import_reference", "--state", tmp_path / "model", "--case", "upper"]
-    command += ["--bpe-model", tmp_path / "theirs.model", "--output", tmp_path / "published/averaged.pt"]
+    command += ["--bpe-model", tmp_path / "theirs.model", "--output", tmp_path / "released/averaged.pt"]
     command += ["--config", tmp_path / "tiny.toml"]
     subprocess.run([sys.executable, "-m", *map(str, command)], cwd=repo_root, check=True)
-    return tmp_path / "published/averaged.pt"
+    return tmp_path / "released/averaged.pt"
 
 
 def test_a_given_checkpoint_is_decoded(shared: Path, repo_root: Path, tmp_path: Path, imported: Path) -> None:
