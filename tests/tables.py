@@ -1,4 +1,4 @@
-"""Tables of exits made on the spot: what a model of no particular skill would have given at every exit."""
+"""Random tables of exits, in which errors fall with depth as those of a trained model do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from splitformer.early_exit.exit_table import ExitTable
 
 LAYERS = (2, 4, 6, 8, 10, 12)
-DOUBTS = ("entropy", "entropy_non_blank", "posterior", "nbest_posterior")
+UNCERTAINTIES = ("entropy", "entropy_non_blank", "posterior", "nbest_posterior")
 
 
 def make_table(
@@ -20,11 +20,13 @@ def make_table(
     prefix: str = "dev",
     search: float = 0.5,
 ) -> ExitTable:
-    """Utterances with a latent difficulty, in part their speaker's; errors fall with depth, though not of every
-    utterance; doubts rise with the errors to be expected; costs rise with depth and length.
+    """Return utterances with a latent difficulty, which depends on the speaker too.
+
+    Errors fall with depth, though not for every utterance. Uncertainty rises with the expected errors; costs rise with
+    depth and length.
 
     Args:
-      search: seconds of a search beside those of a layer; doubtful exits take longer.
+      search: seconds of a search relative to those of a layer; uncertain exits take longer.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,13 +41,13 @@ def make_table(
     speaker = torch.arange(utterances) % speakers
     difficulty = (0.8 * normal(speakers)[speaker] + normal(utterances)).unsqueeze(1)
     words = torch.randint(3, 20, (utterances,), generator=generator)
-    gain = 2.0 * (1.0 - torch.exp(-0.7 * torch.arange(len(layers))))  # less and less with depth
+    gain = 2.0 * (1.0 - torch.exp(-0.7 * torch.arange(len(layers))))  # saturates with depth
     logit = 1.5 * difficulty - 1.0 - gain + 0.2 * normal(*shape)
-    # a word that is hard at one exit is hard at all of them, but for a little luck
+    # a word that is hard at one exit is hard at all of them, except for some noise
     hard = uniform(utterances, 1, 20) + 0.03 * normal(*shape, 20)
     errors = ((hard < torch.sigmoid(logit).unsqueeze(2)) & (torch.arange(20) < words.view(-1, 1, 1))).sum(dim=2)
-    doubts = {name: (logit - 1.0 + 0.4 * normal(*shape)).exp() for name in DOUBTS}
-    doubts["posterior"] = doubts["posterior"] / (1.0 + doubts["posterior"])
+    uncertainty = {name: (logit - 1.0 + 0.4 * normal(*shape)).exp() for name in UNCERTAINTIES}
+    uncertainty["posterior"] = uncertainty["posterior"] / (1.0 + uncertainty["posterior"])
     disagreement = (20 * torch.sigmoid(logit + 0.3 * normal(*shape))).round() / 20
     disagreement[:, 0] = math.nan
 
@@ -53,7 +55,7 @@ def make_table(
     encoder_seconds = 1e-5 * (frames * torch.diff(depth, prepend=torch.zeros(1)) * (1.0 + 0.2 * uniform(*shape)))
     encoder_seconds = encoder_seconds.cumsum(dim=1)
     head_seconds = 1e-6 * frames * (1.0 + uniform(*shape))
-    search_seconds = 1e-5 * search * frames * (1.0 + doubts["entropy"])
+    search_seconds = 1e-5 * search * frames * (1.0 + uncertainty["entropy"])
     return ExitTable(
         layers=layers,
         utterances=[f"{prefix}-{number}" for number in range(utterances)],
@@ -62,7 +64,7 @@ def make_table(
         ref_words=words.double(),
         errors=errors.double(),
         statistics={
-            **doubts,
+            **uncertainty,
             "disagreement": disagreement,
             "frames": frames,
             "batch_frames": frames,
@@ -76,6 +78,6 @@ def make_table(
         search_seconds=search_seconds,
         statistic_seconds={
             name: 1e-6 * frames * (1.0 + uniform(*shape)) + (search_seconds if name == "nbest_posterior" else 0.0)
-            for name in (*DOUBTS, "disagreement")
+            for name in (*UNCERTAINTIES, "disagreement")
         },
     )

@@ -1,124 +1,113 @@
-"""Fitting exit policies: from a table of what every exit would have given to thresholds that meet a target.
+"""Fitting an exit policy to a table of exits, so that it meets a target.
 
-All utterances of a calibration set are run through all exits once; the table keeps statistics, errors and costs. What a
-policy would do is then arithmetic on the table, so that thousands of settings cost seconds.
+A calibration set runs through all exits once. Its `ExitTable` keeps statistics, errors and costs, so that what a policy
+would do is arithmetic, and thousands of settings cost seconds.
 
-How thresholds are found. A threshold for each exit, chosen freely to minimise errors on a hundred utterances, learns
-those utterances: exits that happen to be better than deeper ones are taken everywhere. Instead, what a statistic s says
-at an exit is made comparable between exits by a logistic regression over all of them,
+A threshold for each exit, chosen freely for the fewest errors on a hundred utterances, overfits: exits that are better
+than deeper ones by chance are taken everywhere. Instead, a logistic regression over all exits makes a statistic s
+comparable between them,
 
     logit P(a deeper exit has fewer errors) = a_exit + w f(s),
 
-one slope for all exits and an intercept for each, drawn towards a common one (Platt's calibration, pooled). One
-probability p for all exits then is a threshold of its own for each: leave where a_exit + w f(s) <= logit p. So a curve
-of WER against cost has one free number, and that is chosen by the target with the speakers left out in turn.
+with one slope for all exits, and an intercept for each that is drawn towards a common one (pooled Platt scaling). One
+probability p for all exits then gives a threshold for each: leave where a_exit + w f(s) <= logit p. The curve of WER
+against cost therefore has one free number, the setting, which is chosen by cross-validation over speakers.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from splitformer.early_exit.exit_table import ExitTable, Outcome, fixed, outcome
-from splitformer.early_exit.policies import FLOOR, Deadline, Fixed, Learned, Patience, Policy, Threshold, feature
+from splitformer.early_exit.names import POLICIES
+from splitformer.early_exit.policies import (
+    FLOOR,
+    Deadline,
+    Fixed,
+    Learned,
+    Patience,
+    Policy,
+    Regression,
+    Threshold,
+    feature,
+)
+from splitformer.errors import UserError
 
-# ---- the benefit of going on
-
-_NO_CTC = "use the policy fixed or deadline: this one is fitted to what the model's CTC heads give, and there is no"
+# ---- the regression
 
 
-@dataclass(frozen=True)
-class Benefit:
-    """logit P(a deeper exit has fewer errors) = intercepts[layer] + sum of weights[name] * feature(name, statistic).
+def fit_regression(table: ExitTable, names: Sequence[str], penalty: float = 1.0) -> Regression:
+    """Fit the regression on statistics `names` to all utterances at all exits but the last.
 
-    means: of the features; what an utterance lacks counts as that.
+    Minimises the sum of log-losses + penalty / 2 * (sum of squares of the weights, for features scaled to variance 1,
+    and of the intercepts' differences from a common one, which is free). Exits at which no statistic is known, as
+    `disagreement` at the first, are left out.
     """
+    features = torch.stack([feature(name, table.statistics[name][:, :-1]) for name in names], dim=2)  # (U, E - 1, K)
+    known = ~features.isnan().all(dim=2).all(dim=0)
+    layers = list(itertools.compress(table.layers[:-1], known.tolist()))
+    features = features[:, known]
+    means = features.flatten(0, 1).nanmean(dim=0).nan_to_num()  # the mean of nothing is NaN
+    features = torch.where(features.isnan(), means, features) - means
+    scales = features.flatten(0, 1).square().mean(dim=0).sqrt().nan_to_num().clamp(min=1e-9)
+    best_deeper = table.errors.flip(1).cummin(dim=1).values.flip(1)[:, 1:]
+    target = (best_deeper < table.errors[:, :-1])[:, known].double().flatten()
 
-    weights: dict[str, float]
-    means: dict[str, float]
-    intercepts: dict[int, float]
-
-    @classmethod
-    def fit(cls, table: ExitTable, names: Sequence[str], penalty: float = 1.0) -> Benefit:
-        """Penalised maximum likelihood by Newton's method, over all utterances at all exits but the last.
-
-        Minimised is the sum of log-losses + penalty / 2 * (sum of squares of the weights, of features scaled to
-        variance 1, and of the intercepts' differences from a common one, which is free).
-        Exits at which none of the statistics is known (`disagreement`, at the first) are left out; a statistic that no
-        exit knows gets the weight 0.
-        """
-        missing = [name for name in names if name not in table.statistics]
-        if missing:
-            raise ValueError(f"{_NO_CTC} {', '.join(missing)}")
-        features = torch.stack(
-            [feature(name, table.statistics[name][:, :-1]) for name in names], dim=2
-        )  # (U, E - 1, K)
-        known = ~features.isnan().all(dim=2).all(dim=0)
-        layers = list(itertools.compress(table.layers[:-1], known.tolist()))
-        features = features[:, known]
-        # the means of nothing are NaN
-        means = features.flatten(0, 1).nanmean(dim=0).nan_to_num()
-        features = torch.where(features.isnan(), means, features) - means
-        scales = features.flatten(0, 1).square().mean(dim=0).sqrt().nan_to_num().clamp(min=1e-9)
-        best_deeper = table.errors.flip(1).cummin(dim=1).values.flip(1)[:, 1:]
-        target = (best_deeper < table.errors[:, :-1])[:, known].double().flatten()
-
-        exits = torch.eye(len(layers), dtype=torch.float64).repeat(len(table), 1)
-        x = torch.cat([torch.ones(len(target), 1), exits, (features / scales).flatten(0, 1)], dim=1)
-        penalties = torch.full((x.size(1),), penalty, dtype=torch.float64)
-        penalties[0] = 1e-6
-        found = _logistic_regression(x, target, penalties)
-        weights = found[1 + len(layers) :] / scales
-        intercepts = found[0] + found[1 : 1 + len(layers)] - (weights * means).sum()
-        return cls(
-            dict(zip(names, weights.tolist())), dict(zip(names, means.tolist())), dict(zip(layers, intercepts.tolist()))
-        )
-
-    def log_loss(self, table: ExitTable) -> float:
-        """The sum of log-losses over utterances and exits."""
-        total = 0.0
-        for place, layer in enumerate(table.layers[:-1]):
-            if layer in self.intercepts:
-                logit = torch.full((len(table),), self.intercepts[layer], dtype=torch.float64)
-                for name, weight in self.weights.items():
-                    value = feature(name, table.statistics[name][:, place])
-                    logit += weight * torch.where(value.isnan(), self.means[name], value)
-                better = (table.errors[:, place + 1 :].amin(dim=1) < table.errors[:, place]).double()
-                total += float(torch.nn.functional.binary_cross_entropy_with_logits(logit, better, reduction="sum"))
-        return total
-
-    def thresholds(self, probability: float) -> dict[int, float]:
-        """Of one statistic: for each exit the largest value at which P is at most `probability`.
-
-        Empty where P falls with the statistic, which then is no doubt at all, and for probability 0.
-        """
-        [(name, weight)] = self.weights.items()
-        if weight <= 0 or probability == 0:
-            return {}
-        edges = {layer: (_logit(probability) - intercept) / weight for layer, intercept in self.intercepts.items()}
-        if name == "disagreement":
-            return edges
-        return {layer: math.exp(min(edge, 50.0)) - FLOOR for layer, edge in edges.items()}
+    exits = torch.eye(len(layers), dtype=torch.float64).repeat(len(table), 1)
+    x = torch.cat([torch.ones(len(target), 1), exits, (features / scales).flatten(0, 1)], dim=1)
+    penalties = torch.full((x.size(1),), penalty, dtype=torch.float64)
+    penalties[0] = 1e-6
+    b = logistic_regression(x, target, penalties)
+    weights = b[1 + len(layers) :] / scales
+    intercepts = b[0] + b[1 : 1 + len(layers)] - (weights * means).sum()
+    return Regression(
+        dict(zip(names, weights.tolist())), dict(zip(names, means.tolist())), dict(zip(layers, intercepts.tolist()))
+    )
 
 
-def _logit(probability: float) -> float:
-    return math.log(probability / (1.0 - probability))
+def log_loss(regression: Regression, table: ExitTable) -> float:
+    """Return the sum of log-losses over utterances and exits."""
+    total = 0.0
+    for place, layer in enumerate(table.layers[:-1]):
+        if layer in regression.intercepts:
+            logit = regression.logit(layer, {name: table.statistics[name][:, place] for name in regression.weights})
+            better = (table.errors[:, place + 1 :].amin(dim=1) < table.errors[:, place]).double()
+            total += float(binary_cross_entropy_with_logits(logit, better, reduction="sum"))
+    return total
 
 
-def _logistic_regression(x: Tensor, target: Tensor, penalties: Tensor, steps: int = 50) -> Tensor:
-    """The minimum of sum of log-losses of x @ b against target (0 or 1) + sum of penalties / 2 * b^2.
+def thresholds(regression: Regression, probability: float) -> dict[int, float]:
+    """Return for each exit the largest value of the one statistic at which P is at most `probability`.
 
-    Newton's method; a step that does not lower the objective is halved. The objective is strictly convex.
+    Empty for probability 0, and where P falls with the statistic, which then does not measure uncertainty.
+    """
+    [(name, weight)] = regression.weights.items()
+    if weight <= 0 or probability == 0:
+        return {}
+    logit = math.log(probability / (1.0 - probability))
+    edges = {layer: (logit - intercept) / weight for layer, intercept in regression.intercepts.items()}
+    if name == "disagreement":
+        return edges
+    return {layer: math.exp(min(edge, 50.0)) - FLOOR for layer, edge in edges.items()}
+
+
+def logistic_regression(x: Tensor, target: Tensor, penalties: Tensor, steps: int = 50) -> Tensor:
+    """Return the b that minimises the sum of log-losses of x @ b for target (0 or 1) + sum of penalties / 2 * b^2.
+
+    Newton's method on a strictly convex objective; a step that does not lower it is halved.
     """
 
     def objective(b: Tensor) -> Tensor:
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(x @ b, target, reduction="sum")
+        losses = binary_cross_entropy_with_logits(x @ b, target, reduction="sum")
         return losses + 0.5 * (penalties * b.square()).sum()
 
     b = torch.zeros(x.size(1), dtype=torch.float64)
@@ -138,12 +127,16 @@ def _logistic_regression(x: Tensor, target: Tensor, penalties: Tensor, steps: in
     return b
 
 
-# ---- families: policies with one free number, the setting
+# ---- families: policies of one kind with one free number
 
 
 class Family(NamedTuple):
-    """Policies of one kind. `fit(table)` learns all but the setting; settings go from the deepest, at which nothing
-    leaves before the last exit, to the shallowest."""
+    """Policies that differ in one number, the setting.
+
+    fit: learns all else from a table, and returns the policy of a setting.
+    settings: from the deepest, with which all utterances reach the last exit, to the shallowest.
+    describe: puts a setting in words.
+    """
 
     name: str
     fit: Callable[[ExitTable], Callable[[float], Policy]]
@@ -152,64 +145,43 @@ class Family(NamedTuple):
 
 
 LEARNED_FROM = ("entropy", "posterior", "disagreement", "frames")
-"""Statistics of the learned policy; the length in frames is one of them. `learned_nbest` reads nbest_posterior too, for
-which every exit that is asked must be searched."""
+"""Statistics of `learned`. `learned_nbest` reads nbest_posterior too, for which every exit on the way is searched."""
 
-FAMILY_NAMES = (
-    "entropy",
-    "entropy_non_blank",
-    "posterior",
-    "nbest_posterior",
-    "patience",
-    "learned",
-    "learned_nbest",
-    "budget",
-    "deadline",
-    "fixed",
-)
-
-WITHOUT_CTC = ("deadline", "fixed")
-"""Those of a model without CTC head, too."""
+Cost = Literal["layers", "macs"]
 
 
-def make_family(name: str, cost: str = "macs") -> Family:
-    """The family of that name.
+def make_family(name: str, cost: Cost = "macs") -> Family:
+    """Return the family of the policy `name`, one of `names.POLICIES`.
 
-    Args:
-      cost: what a `budget` is of: layers or macs. (Not seconds: a doubtful exit may take longer to search than the
-        last one takes for everything.)
-    Raises:
-      ValueError: an unknown name.
+    The setting of `budget` is a share of `cost`. That cannot be seconds, because an uncertain exit may take longer to
+    search than the last exit takes altogether.
     """
-    if name in ("entropy", "entropy_non_blank", "posterior", "nbest_posterior"):
-        return _by_probability(name, lambda table: _threshold_policies(table, name))
-    if name == "patience":
-        return _by_probability(name, _patience_policies)
-    if name in ("learned", "learned_nbest"):
-        names = (*LEARNED_FROM, "nbest_posterior") if name == "learned_nbest" else LEARNED_FROM
-        return _by_probability(name, lambda table: _learned_policies(table, names))
-    if name == "budget":
-        return Family(
-            name,
-            lambda table: _budget_policies(table, cost),
-            lambda table: torch.linspace(1.0, float(_shares_of_cost(table, cost)[0]), 41, dtype=torch.float64).tolist(),
+    if name not in POLICIES:
+        raise UserError(f"unknown policy {name!r}; choose among {', '.join(POLICIES)}")
+    families = [
+        Family("fixed", lambda table: lambda layer: Fixed(int(layer)), _layers, lambda layer: f"layer {layer:.0f}"),
+        *(
+            _by_probability(statistic, functools.partial(_threshold_policies, statistic=statistic))
+            for statistic in ("entropy", "entropy_non_blank", "posterior", "nbest_posterior")
+        ),
+        _by_probability("patience", _patience_policies),
+        _by_probability("learned", functools.partial(_learned_policies, names=LEARNED_FROM)),
+        _by_probability(
+            "learned_nbest", functools.partial(_learned_policies, names=(*LEARNED_FROM, "nbest_posterior"))
+        ),
+        Family(
+            "budget",
+            functools.partial(_budget_policies, cost=cost),
+            functools.partial(_budgets, cost=cost),
             lambda budget: f"{100 * budget:.0f} % of {cost}",
-        )
-    if name == "deadline":
-        return Family(
-            name,
-            _deadline_policies,
-            _deadline_settings,
-            lambda s: "no limit" if s == _NO_LIMIT else f"{1000 * s:.1f} ms",
-        )
-    if name == "fixed":
-        return Family(
-            name,
-            lambda table: lambda layer: Fixed(int(layer)),
-            lambda table: [float(layer) for layer in reversed(table.layers)],
-            lambda layer: f"layer {layer:.0f}",
-        )
-    raise ValueError(f"unknown policy {name!r}; there are {', '.join(FAMILY_NAMES)}")
+        ),
+        Family("deadline", _deadline_policies, _deadlines, _describe_deadline),
+    ]
+    return next(family for family in families if family.name == name)
+
+
+def _layers(table: ExitTable) -> list[float]:
+    return [float(layer) for layer in reversed(table.layers)]
 
 
 def _by_probability(name: str, fit: Callable[[ExitTable], Callable[[float], Policy]]) -> Family:
@@ -218,56 +190,58 @@ def _by_probability(name: str, fit: Callable[[ExitTable], Callable[[float], Poli
 
 
 def _threshold_policies(table: ExitTable, statistic: str) -> Callable[[float], Policy]:
-    benefit = Benefit.fit(table, [statistic])
-    return lambda probability: Threshold(statistic, benefit.thresholds(probability))
+    regression = fit_regression(table, [statistic])
+    return lambda probability: Threshold(statistic, thresholds(regression, probability))
 
 
 def _patience_policies(table: ExitTable) -> Callable[[float], Policy]:
-    benefit = Benefit.fit(table, ["disagreement"])
-    return lambda probability: Patience(benefit.thresholds(probability))
+    regression = fit_regression(table, ["disagreement"])
+    return lambda probability: Patience(thresholds(regression, probability))
 
 
 def _learned_policies(table: ExitTable, names: Sequence[str]) -> Callable[[float], Policy]:
-    """The penalty is the one of the lowest log-loss on speakers that the fit has not seen."""
-    parts = folds(table)
+    """The penalty is the one with the lowest log-loss in cross-validation."""
+    held_out = folds(table)
 
     def unseen_loss(penalty: float) -> float:
-        return sum(Benefit.fit(table.some(~part), names, penalty).log_loss(table.some(part)) for part in parts)
+        return sum(log_loss(fit_regression(table.some(~fold), names, penalty), table.some(fold)) for fold in held_out)
 
-    benefit = Benefit.fit(table, names, min((0.3, 1.0, 3.0, 10.0, 30.0), key=unseen_loss))
-    return lambda probability: Learned(benefit.weights, benefit.means, benefit.intercepts, probability)
+    regression = fit_regression(table, names, min((0.3, 1.0, 3.0, 10.0, 30.0), key=unseen_loss))
+    return lambda probability: Learned(**vars(regression), probability=probability)
 
 
-def _budget_policies(table: ExitTable, cost: str) -> Callable[[float], Policy]:
-    """Thresholds that let a fixed share of utterances, the surest, go at each exit; errors are not looked at.
+def _budget_policies(table: ExitTable, cost: Cost) -> Callable[[float], Policy]:
+    """Return thresholds with which a given share of the utterances, the most certain, leaves at each exit.
 
-    The shares are exponential weights exp(-rate * cost), the rate such that their mean cost is the budget: of all
-    distributions over exits with that cost the one of the largest entropy. EERO (Valade, Hebiri and Gay, UAI 2025)
-    has such weights, with the exits' risks in them too; without, audio that nobody transcribed is enough.
+    The shares are exponential weights exp(-rate * cost), with the rate at which their mean cost is the budget: of all
+    distributions over exits with this cost the one of the largest entropy. EERO (Valade, Hebiri and Gay, UAI 2025) has
+    the exits' risks in the weights too. Without them audio without transcripts is enough.
     """
     statistic = "nbest_posterior" if "nbest_posterior" in table.statistics else "posterior"
-    if statistic not in table.statistics:
-        raise ValueError(f"{_NO_CTC} {statistic}")
-    doubt, costs = table.statistics[statistic], _shares_of_cost(table, cost)
+    uncertainty, costs = table.statistics[statistic], _cost_shares(table, cost)
 
     def policy(budget: float) -> Policy:
-        shares = _exponential_weights(costs, budget)
-        left, thresholds = torch.ones(len(table), dtype=torch.bool), {}
+        shares = exponential_weights(costs, budget)
+        active, limits = torch.ones(len(table), dtype=torch.bool), {}
         for place, layer in enumerate(table.layers[:-1]):
-            leaving = round(float(shares[: place + 1].sum()) * len(table)) - int((~left).sum())
+            leaving = round(float(shares[: place + 1].sum()) * len(table)) - int((~active).sum())
             if leaving > 0:
-                here = doubt[left, place].sort().values
-                thresholds[layer] = float(here[min(leaving, len(here)) - 1])
-                left &= doubt[:, place] > thresholds[layer]  # those of equal doubt leave together
-            if not left.any():
+                here = uncertainty[active, place].sort().values
+                limits[layer] = float(here[min(leaving, len(here)) - 1])
+                active &= uncertainty[:, place] > limits[layer]  # utterances with equal values leave together
+            if not active.any():
                 break
-        return Threshold(statistic, thresholds)
+        return Threshold(statistic, limits)
 
     return policy
 
 
-def _exponential_weights(costs: Tensor, budget: float) -> Tensor:
-    """softmax(-rate * costs) of mean cost `budget`, by bisection; costs rise."""
+def _budgets(table: ExitTable, cost: Cost) -> list[float]:
+    return torch.linspace(1.0, float(_cost_shares(table, cost)[0]), 41, dtype=torch.float64).tolist()
+
+
+def exponential_weights(costs: Tensor, budget: float) -> Tensor:
+    """Return softmax(-rate * costs) with the mean cost `budget`, by bisection of the rate; `costs` rise."""
     low, high = -1e3, 1e3
     for _ in range(100):
         rate = (low + high) / 2
@@ -278,27 +252,26 @@ def _exponential_weights(costs: Tensor, budget: float) -> Tensor:
     return torch.softmax(-rate * costs, dim=0)
 
 
-def _shares_of_cost(table: ExitTable, cost: str) -> Tensor:
-    """(E,) what each exit costs, as a share of the last one."""
-    by_exit = [fixed(table, layer) for layer in table.layers]
-    costs = torch.stack([{"layers": each.layers, "macs": each.macs}[cost].sum() for each in by_exit])
+def _cost_shares(table: ExitTable, cost: Cost) -> Tensor:
+    """Return (E,) the cost of each exit as a share of the last one's."""
+    costs = torch.stack([getattr(fixed(table, layer), cost).sum() for layer in table.layers])
     return costs / costs[-1]
 
 
 def _deadline_policies(table: ExitTable) -> Callable[[float], Policy]:
-    """Lines through the measured seconds against frames: block by block, so that deeper exits take longer."""
+    """Fit lines to seconds against frames, block by block, so that deeper exits take longer."""
     frames = table.statistics["frames"]
     blocks = torch.cat([table.encoder_seconds[:, :1], table.encoder_seconds.diff(dim=1)], dim=1) + table.head_seconds
     encoder, answer, so_far = {}, {}, (0.0, 0.0)
     for place, layer in enumerate(table.layers):
-        a, b = _rising_line(frames[:, place], blocks[:, place])
+        a, b = rising_line(frames[:, place], blocks[:, place])
         so_far = encoder[layer] = (so_far[0] + a, so_far[1] + b)
-        answer[layer] = _rising_line(frames[:, place], table.search_seconds[:, place])
+        answer[layer] = rising_line(frames[:, place], table.search_seconds[:, place])
     return lambda seconds: Deadline(seconds, encoder, answer)
 
 
-def _rising_line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """a, b >= 0 of a + b x, by least squares; without the one that would be negative."""
+def rising_line(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return a, b >= 0 of the least-squares line a + b x; where one would be negative, of the best line without it."""
     centred = x - x.mean()
     b = float((centred * y).sum() / centred.square().sum().clamp(min=1e-12))
     a = float(y.mean() - b * x.mean())
@@ -307,110 +280,133 @@ def _rising_line(x: Tensor, y: Tensor) -> tuple[float, float]:
     return (a, b) if a >= 0 else (0.0, float((x * y).sum() / x.square().sum().clamp(min=1e-12)))
 
 
-_NO_LIMIT = 1e6
-"""seconds, of a deadline that cuts nothing short (JSON has no infinity)"""
+NO_LIMIT = 1e6
+"""Seconds of a deadline that is never reached; JSON has no infinity."""
 
 
-def _deadline_settings(table: ExitTable) -> list[float]:
-    seconds = [fixed(table, layer).seconds for layer in (table.layers[0], table.layers[-1])]
-    limits = torch.linspace(float(seconds[1].max()) * 1.2, float(seconds[0].min()), 41, dtype=torch.float64)
-    return [_NO_LIMIT, *limits.tolist()]
+def _deadlines(table: ExitTable) -> list[float]:
+    first, last = (fixed(table, layer).seconds for layer in (table.layers[0], table.layers[-1]))
+    limits = torch.linspace(float(last.max()) * 1.2, float(first.min()), 41, dtype=torch.float64)
+    return [NO_LIMIT, *limits.tolist()]
 
 
-# ---- choosing the setting by a target
+def _describe_deadline(seconds: float) -> str:
+    return "no limit" if seconds == NO_LIMIT else f"{1000 * seconds:.1f} ms"
 
 
-class Target(NamedTuple):
-    """What a policy is fitted to."""
+# ---- choosing the setting
 
-    kind: str
-    """max_relative_wer, layers, macs (a share of the last exit's) or rtf"""
+
+TargetKind = Literal["max_relative_wer", "layers", "macs", "rtf", "deadline_ms"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a policy is fitted to.
+
+    max_relative_wer: the errors that early exits may add, as a share of the last exit's errors.
+    layers: mean layer; macs: share of the last exit's multiply-accumulates; rtf: real-time factor. At most these.
+    deadline_ms: milliseconds for each batch, with the policy `deadline`; they are the setting.
+    """
+
+    kind: TargetKind
     value: float
+
+    def __post_init__(self) -> None:
+        lowest = 0.0 if self.kind == "max_relative_wer" else math.ulp(0.0)
+        highest = 1.0 if self.kind == "macs" else math.inf
+        if not (lowest <= self.value <= highest and math.isfinite(self.value)):
+            allowed = {"max_relative_wer": "0 or above", "macs": "a share above 0 and at most 1"}
+            raise UserError(f"the target {self} must be {allowed.get(self.kind, 'above 0')}")
 
     def __str__(self) -> str:
         return f"{self.kind} {self.value:g}"
 
 
 class Fitted(NamedTuple):
-    """A policy, its setting, and what it does on the calibration set with each speaker left out of the fit in turn."""
+    """A policy and its setting, with the result on the calibration set by cross-validation."""
 
     policy: Policy
     setting: str
     wer: float
-    last_wer: float
+    last_exit_wer: float
     layers: float
     macs_share: float
     rtf: float
 
 
 def folds(table: ExitTable, most: int = 10) -> list[Tensor]:
-    """Masks (U,) that part the utterances: by speakers, where three or more are known, else by turns."""
+    """Return masks (U,) that partition the utterances, by speaker where three or more and all are known."""
     speakers = sorted(set(table.speakers))
     if len(speakers) < 3 or "" in speakers:
         groups = [number % min(most, len(table)) for number in range(len(table))]
     else:
         groups = [speakers.index(speaker) % min(most, len(speakers)) for speaker in table.speakers]
-    found = torch.tensor(groups)
-    return [found == group for group in sorted(set(groups))]
+    of_utterance = torch.tensor(groups)
+    return [of_utterance == group for group in sorted(set(groups))]
 
 
-def calibrate(table: ExitTable, family: Family, target: Target) -> Fitted:
-    """The family's policy, fitted to all of `table`, with the setting that meets `target`.
+def calibrate(table: ExitTable, family: Family, targets: Sequence[Target]) -> list[Fitted]:
+    """Fit the family's policy to `table`, and for each target choose the setting that meets it.
 
-    Every setting is judged on utterances that the fit has not seen: the speakers are left out in turn.
+    Every setting is judged by cross-validation: on utterances of speakers that the fit has not seen.
 
-    For max_relative_wer x, the errors that leaving early adds may be x times the last exit's errors. What it takes away
-    elsewhere is not set against them: utterances that an earlier exit happens to have right are as many on a small set
-    as those that it loses, and other ones on the next set. Taken is the shallowest setting before the first, from the
-    deepest on, that adds more. For a cost it is the deepest setting that costs no more.
+    For max_relative_wer only the errors that early exits add are counted. Errors that they remove elsewhere do not make
+    up for them: on a small set an earlier exit is better by chance as often as it is worse, and for other utterances on
+    the next set. Of the settings from the deepest on, the last before the first that adds too many errors is chosen.
+    For a cost it is the deepest setting that costs no more than the target.
 
     Raises:
-      ValueError: fewer than two utterances, no reference words, or a cost below that of the first exit.
+      UserError: fewer than two utterances, no reference words, or a cost below that of the cheapest setting.
     """
     if len(table) < 2:
-        raise ValueError(f"{len(table)} utterances to calibrate on; give two at the least, and better hundreds")
-    if float(table.ref_words.sum()) == 0:
-        raise ValueError("the calibration set has no reference words; check the supervisions' text")
+        raise UserError(f"the calibration set has {len(table)} utterance(s); give at least two, better hundreds")
+    words, audio = float(table.ref_words.sum()), float(table.audio_seconds.sum())
+    if words == 0:
+        raise UserError("the calibration set has no reference words; check the text of its supervisions")
     settings = family.settings(table)
-    unseen, last_unseen = _unseen(table, family, settings)
-    errors, layers, macs, seconds = (torch.stack([o[i].sum() for o in unseen]) for i in (1, 2, 3, 4))
-    last = fixed(table, table.layers[-1])
-    audio = float(table.audio_seconds.sum())
-    if target.kind == "max_relative_wer":
-        added = torch.stack([(each.errors - last_unseen.errors).clamp(min=0.0).sum() for each in unseen])
-        over = (added > float(last.errors.sum()) * target.value + 1e-9).nonzero().flatten().tolist()
-        chosen = max(0, (over[0] if over else len(settings)) - 1)
-    else:
-        costs = {
-            "layers": layers / len(table),
-            "macs": macs / last.macs.sum(),
-            "rtf": seconds / audio,
-        }[target.kind]
-        within = (costs <= target.value + 1e-9).nonzero().flatten().tolist()
+    unseen, last_unseen = _cross_validated(table, family, settings)
+    last, policies = fixed(table, table.layers[-1]), family.fit(table)
+    last_errors = float(last.errors.sum())
+    errors = torch.stack([each.errors.sum() for each in unseen])
+    added = torch.stack([(each.errors - last_unseen.errors).clamp(min=0.0).sum() for each in unseen])
+    costs = {
+        "layers": torch.stack([each.layers.sum() for each in unseen]) / len(table),
+        "macs": torch.stack([each.macs.sum() for each in unseen]) / last.macs.sum(),
+        "rtf": torch.stack([each.seconds.sum() for each in unseen]) / audio,
+    }
+
+    def choose(target: Target) -> int:
+        if target.kind == "max_relative_wer":
+            over = (added > last_errors * target.value + 1e-9).nonzero().flatten().tolist()
+            return max(0, (over[0] if over else len(settings)) - 1)
+        within = (costs[target.kind] <= target.value + 1e-9).nonzero().flatten().tolist()
         if not within:
-            raise ValueError(
-                f"no setting of {family.name} costs at most {target}; the least is {float(costs.min()):.3g}: give "
-                "more, or take another policy"
+            raise UserError(
+                f"no setting of {family.name} costs at most {target}; the cheapest costs "
+                f"{float(costs[target.kind].min()):.3g}: raise the target, or choose another policy"
             )
-        chosen = within[0]
-    words = float(table.ref_words.sum())
-    return Fitted(
-        family.fit(table)(settings[chosen]),
-        family.describe(settings[chosen]),
-        wer=100.0 * float(errors[chosen]) / words,
-        last_wer=100.0 * float(last.errors.sum()) / words,
-        layers=float(layers[chosen]) / len(table),
-        macs_share=float(macs[chosen] / last.macs.sum()),
-        rtf=float(seconds[chosen]) / audio,
-    )
+        return within[0]
+
+    return [
+        Fitted(
+            policies(settings[place]),
+            family.describe(settings[place]),
+            wer=100.0 * float(errors[place]) / words,
+            last_exit_wer=100.0 * last_errors / words,
+            layers=float(costs["layers"][place]),
+            macs_share=float(costs["macs"][place]),
+            rtf=float(costs["rtf"][place]),
+        )
+        for place in map(choose, targets)
+    ]
 
 
-def _unseen(table: ExitTable, family: Family, settings: Sequence[float]) -> tuple[list[Outcome], Outcome]:
-    """For each setting the outcome over all utterances, each by a policy fitted without its speaker; and the last
-    exit's, in the same order."""
-    by_part = []
-    for part in folds(table):
-        policies, rest = family.fit(table.some(~part)), table.some(part)
-        by_part.append([*(outcome(policies(setting), rest) for setting in settings), fixed(rest, table.layers[-1])])
-    *unseen, last = (Outcome(*(torch.cat(values) for values in zip(*each))) for each in zip(*by_part))
+def _cross_validated(table: ExitTable, family: Family, settings: Sequence[float]) -> tuple[list[Outcome], Outcome]:
+    """Return each setting's outcome, by policies that were fitted without the utterance's fold, and the last exit's."""
+    by_fold = []
+    for fold in folds(table):
+        policies, rest = family.fit(table.some(~fold)), table.some(fold)
+        by_fold.append([*(outcome(policies(setting), rest) for setting in settings), fixed(rest, table.layers[-1])])
+    *unseen, last = (Outcome(*(torch.cat(values) for values in zip(*each))) for each in zip(*by_fold))
     return unseen, last

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from splitformer.checkpoint import checkpoint_id
 from splitformer.data.batches import Batch, evaluation_batches, load_cuts
-from splitformer.decoding.loading import (
-    check_features,
-    load_for_decoding,
-    make_method,
-    speakers_of,
-    system_name,
-    timed,
-)
-from splitformer.decoding.searches import Method
+from splitformer.decoding.decode import system_name, timed
+from splitformer.decoding.hypothesis import words_of
+from splitformer.decoding.loading import check_features, load_for_decoding, speakers_of
+from splitformer.decoding.searches import Method, make_method
 from splitformer.early_exit.disjoint import check_disjoint
 from splitformer.early_exit.policies import FittedPolicy
-from splitformer.early_exit.search import EarlyResult, search_early, words_of
+from splitformer.early_exit.search import EarlyResult, search_early
 from splitformer.errors import UserError
 from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import complexity, transducer_heads
@@ -38,23 +34,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_settled(policy: Path, methods: Sequence[str], options: Sequence[str]) -> None:
-    """Raise a UserError where a search or its options are given that the policy has settled.
-
-    Args:
-      policy: policy.json.
-      methods: the names that --methods gave.
-      options: other options that were given and that choose or weight a search, such as "--tune-set".
-    """
+    """Raise UserError if `methods` or other `options` are given, such as "--tune-set", that policy.json settles."""
     fitted = FittedPolicy.load(policy)
     if methods and list(methods) != [fitted.method]:
-        raise UserError(
-            f"--methods {' '.join(methods)}: {policy} was fitted with {fitted.method}; leave --methods out, or fit "
-            "another policy (bin/calibrate --method)"
-        )
+        options = [f"--methods {' '.join(methods)}", *options]
     if options:
         raise UserError(
-            f"{', '.join(options)}: {policy} holds the search and its weights, and was fitted with these alone; leave "
-            "the options out"
+            f"{', '.join(options)}: {policy} was fitted with the search {fitted.method} and its weights; leave the "
+            "options out, or fit another policy (bin/calibrate --method)"
         )
 
 
@@ -79,7 +66,7 @@ def decode_early(
       max_duration: seconds of audio in a batch.
     Raises:
       PolicyError: the policy was fitted for another model.
-      UserError: a set shares an utterance or some of the speakers with the set that the policy was fitted on.
+      UserError: the policy was fitted on utterances or speakers of a set (`check_unseen`).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fitted = FittedPolicy.load(policy)
@@ -94,13 +81,14 @@ def decode_early(
             log.warning("%s", warnings[name])
         batches = evaluation_batches(load_cuts([path]), tokenizer, max_duration)
         progress = tqdm(batches, desc=f"decoding {name}", unit="batch", disable=None, leave=False)
-        decoded = decode_with_policy(model, progress, fitted, method, device)
+        decoded, seconds = decode_with_policy(model, progress, fitted, method, device)
         scored = score(
-            (cut_id, text.split(), words_of(result.hypothesis, tokenizer.decode))
-            for cut_id, text, result in zip(decoded.cut_ids, decoded.texts, decoded.results, strict=True)
+            (each.cut_id, each.text.split(), words_of(each.result.hypothesis, tokenizer.decode)) for each in decoded
         )
-        mean_seconds = decoded.audio_seconds / len(decoded.results)
-        macs, last_macs = macs_with_policy(model, config.model.num_mel_bins, method.head, mean_seconds)
+        counts = ("wer", "errors", "insertions", "deletions", "substitutions", "ref_words")
+        audio = math.fsum(each.duration for each in decoded)
+        layers = [each.result.layer for each in decoded]
+        macs, last_macs = macs_with_policy(model, config.model.num_mel_bins, method.head, audio / len(decoded))
         record = EarlyExitRecord(
             corpus=corpus,
             system=system or system_name(checkpoint),
@@ -109,22 +97,17 @@ def decode_early(
             method=method.name,
             policy=fitted.title,
             target=str(fitted.fitted_on.get("target", "")),
-            wer=scored.wer,
-            errors=scored.errors,
-            insertions=scored.insertions,
-            deletions=scored.deletions,
-            substitutions=scored.substitutions,
-            ref_words=scored.ref_words,
-            num_utterances=len(decoded.results),
-            fallback_utterances=sum(result.fallback for result in decoded.results),
-            nan_exits=sum(result.nan_exits for result in decoded.results),
-            late_utterances=sum(result.late for result in decoded.results),
-            exits={layer: decoded.layers.count(layer) for layer in config.model.exit_layers},
-            layers=sum(decoded.layers) / len(decoded.layers),
-            macs_per_second=decoded.mean_over_audio(macs),
+            **{count: getattr(scored, count) for count in counts},
+            num_utterances=len(decoded),
+            fallback_utterances=sum(each.result.fallback for each in decoded),
+            nan_exits=sum(each.result.nan_exits for each in decoded),
+            late_utterances=sum(each.result.late for each in decoded),
+            exits={layer: layers.count(layer) for layer in config.model.exit_layers},
+            layers=sum(layers) / len(layers),
+            macs_per_second=sum(each.duration * macs[each.result.layer] for each in decoded) / audio,
             last_exit_macs_per_second=last_macs,
-            audio_seconds=decoded.audio_seconds,
-            rtf=decoded.seconds / decoded.audio_seconds,
+            audio_seconds=audio,
+            rtf=seconds / audio,
             commit=git_commit(ROOT),
             command=command_line(ROOT),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -138,15 +121,13 @@ def decode_early(
 
 
 def check_unseen(fitted: FittedPolicy, source: Path, test_set: str, speakers: Mapping[str, str]) -> str:
-    """Check that the policy was not fitted on the utterances or the speakers of a test set.
+    """Return a warning or "", as `check_disjoint`, for a test set and the set that a policy was fitted on.
 
     Args:
-      source: the file of the policy, for messages.
+      source: file of the policy, for messages.
       speakers: {utterance: speaker} of the test set; unknown speakers are "".
-    Returns:
-      a warning for the record, or "" (see `check_disjoint`).
     Raises:
-      UserError: it was.
+      UserError: they are one set or share too much.
     """
     on = fitted.fitted_on
     if test_set == on.get("set"):
@@ -154,68 +135,47 @@ def check_unseen(fitted: FittedPolicy, source: Path, test_set: str, speakers: Ma
     utterances = on.get("cuts", on.get("without_speaker", []))
     warning = check_disjoint(f"{on.get('set')} of {source}", utterances, on.get("speakers", []), test_set, speakers)
     if warning and "cuts" not in on:
-        raise UserError(
-            f"{source} was fitted on {on.get('set')}, which shares its speakers with {test_set}, and does not list its "
-            "utterances: they may be the same; fit it again with bin/calibrate"
-        )
+        raise UserError(f"{warning}; {source} does not list its utterances: fit it again with bin/calibrate")
     return warning
 
 
-@dataclass
-class EarlyDecoding:
-    """The results of one set under an exit policy; lists have one entry for each utterance."""
+class Decoded(NamedTuple):
+    """The result of one utterance."""
 
-    cut_ids: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    durations: list[float] = field(default_factory=list)
-    """seconds of audio"""
-    results: list[EarlyResult] = field(default_factory=list)
-    seconds: float = 0.0
-    """time of encoder, heads, policy and search"""
-
-    @property
-    def layers(self) -> list[int]:
-        return [result.layer for result in self.results]
-
-    @property
-    def audio_seconds(self) -> float:
-        return math.fsum(self.durations)
-
-    def mean_over_audio(self, of_layer: Mapping[int, float]) -> float:
-        """Return the mean over all seconds of audio of a value that depends on the exit."""
-        every = zip(self.durations, self.layers, strict=True)
-        return sum(seconds * of_layer[layer] for seconds, layer in every) / self.audio_seconds
+    cut_id: str
+    text: str
+    duration: float
+    result: EarlyResult
 
 
 def decode_with_policy(
     model: AsrModel, batches: Iterable[Batch], fitted: FittedPolicy, method: Method, device: torch.device
-) -> EarlyDecoding:
-    """Run every utterance up to the exit that the policy chooses, and search that exit."""
+) -> tuple[list[Decoded], float]:
+    """Run every utterance up to the exit that the policy chooses, and search that exit.
+
+    Returns:
+      the results, and the seconds that encoder, heads, policy and search took.
+    """
     options = {layer: tuple(each.items()) for layer, each in fitted.options.items()}
-    decoded = EarlyDecoding()
+    decoded, seconds = [], 0.0
     for batch in (b.to(device) for b in batches):
-        results, seconds = timed(
-            device, lambda b=batch: search_early(model, b.x, b.x_lens, fitted.policy, method, options)
-        )
-        decoded.cut_ids += batch.cut_ids
-        decoded.texts += batch.texts
-        decoded.durations += batch.durations
-        decoded.results += results
-        decoded.seconds += seconds
-    return decoded
+        search = functools.partial(search_early, model, batch.x, batch.x_lens, fitted.policy, method, options)
+        results, elapsed = timed(device, search)
+        decoded += [Decoded(*each) for each in zip(batch.cut_ids, batch.texts, batch.durations, results, strict=True)]
+        seconds += elapsed
+    return decoded, seconds
 
 
 def macs_with_policy(model: AsrModel, num_mel_bins: int, head: str, seconds: float) -> tuple[dict[int, float], float]:
-    """Return {layer: MACs per second of audio of an utterance that exits there}, and those of the last exit alone.
+    """Return {layer: MACs per second of audio for utterances that leave there}, and those of the last exit alone.
 
     Whatever the search, a policy reads the CTC heads of all exits on the way. `seconds`: length of an utterance.
     """
-    ctc = complexity(model.encoder, model.ctc_heads, num_mel_bins, seconds) if "ctc" in model.heads else {}
+    ctc = complexity(model.encoder, dict(model.ctc_heads), num_mel_bins, seconds) if "ctc" in model.heads else {}
     searched = ctc if head == "ctc" else complexity(model.encoder, transducer_heads(model), num_mel_bins, seconds)
     heads = {layer: cost.head_macs_per_second for layer, cost in ctc.items()}
-    macs = {layer: cost.macs_per_second for layer, cost in searched.items()}
-    if head != "ctc":  # the CTC head of the exit is read beside the head that is searched
-        macs = {layer: value + heads.get(layer, 0.0) for layer, value in macs.items()}
+    beside = {} if head == "ctc" else heads  # the CTC head is read beside the one that is searched
+    macs = {layer: cost.macs_per_second + beside.get(layer, 0.0) for layer, cost in searched.items()}
     passed = {layer: sum(value for each, value in heads.items() if each < layer) for layer in macs}
     return {layer: value + passed[layer] for layer, value in macs.items()}, macs[max(macs)]
 

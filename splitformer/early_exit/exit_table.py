@@ -1,48 +1,33 @@
-"""Fitting exit policies: from a table of what every exit would have given to thresholds that meet a target.
-
-All utterances of a calibration set are run through all exits once; the table keeps statistics, errors and costs. What a
-policy would do is then arithmetic on the table, so that thousands of settings cost seconds.
-
-How thresholds are found. A threshold for each exit, chosen freely to minimise errors on a hundred utterances, learns
-those utterances: exits that happen to be better than deeper ones are taken everywhere. Instead, what a statistic s says
-at an exit is made comparable between exits by a logistic regression over all of them,
-
-    logit P(a deeper exit has fewer errors) = a_exit + w f(s),
-
-one slope for all exits and an intercept for each, drawn towards a common one (Platt's calibration, pooled). One
-probability p for all exits then is a threshold of its own for each: leave where a_exit + w f(s) <= logit p. So a curve
-of WER against cost has one free number, and that is chosen by the target with the speakers left out in turn.
-"""
+"""A table of what each exit gives for each utterance of a set, and the result of a policy computed from it."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from splitformer.early_exit.policies import Policy
+from splitformer.errors import UserError
 from splitformer.files import atomic_write, read_json
-
-# ---- what every exit would have given
 
 
 @dataclass(frozen=True)
 class ExitTable:
-    """U utterances at E exits; each alone, in a batch of one.
+    """U utterances at E exits, each utterance run in a batch of one.
 
-    layers: the exits' names. utterances, speakers: U of each; a speaker may be "", unknown.
-    audio_seconds, ref_words: (U,). errors: (U, E), of the words searched at each exit.
-    statistics: {name: (U, E)}, see exit_policy.STATISTICS.
-    encoder_macs: (U, E) multiply-accumulates up to each exit, heads left out; head_macs: (U, E) of its CTC head;
-      search_macs: (U, E) of a transducer's decoder and joiner, of greedy search.
-    encoder_seconds, head_seconds, search_seconds: (U, E) likewise; statistic_seconds: {name: (U, E)}, of
-      nbest_posterior with the search that it is read from.
+    layers: the exits. utterances, speakers: U of each; an unknown speaker is "".
+    audio_seconds, ref_words: (U,). errors: (U, E), of the words found at each exit.
+    statistics: {name: (U, E)}, see `statistics.STATISTICS`.
+    encoder_macs: (U, E) multiply-accumulates up to each exit without heads; head_macs: (U, E) of its CTC head;
+      search_macs: (U, E) of greedy search with the decoder and joiner of a transducer.
+    encoder_seconds, head_seconds, search_seconds: (U, E) likewise; statistic_seconds: {name: (U, E)}, for
+      nbest_posterior with the search that it comes from.
     """
 
     layers: tuple[int, ...]
@@ -64,72 +49,68 @@ class ExitTable:
         return len(self.utterances)
 
     def some(self, which: Tensor) -> ExitTable:
-        """The utterances of `which` (U,), a mask."""
-        taken = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, Tensor):
-                taken[each.name] = value[which]
-            elif isinstance(value, dict):
-                taken[each.name] = {name: tensor[which] for name, tensor in value.items()}
-            elif isinstance(value, list):
-                taken[each.name] = list(itertools.compress(value, which.tolist()))
-        return replace(self, **taken)
+        """Return the utterances of `which` (U,), a mask."""
+
+        def select(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: column[which] for name, column in value.items()}
+            return value[which] if isinstance(value, Tensor) else list(itertools.compress(value, which.tolist()))
+
+        return replace(self, **{name: select(value) for name, value in vars(self).items() if name != "layers"})
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON: what each utterance would have been at each exit."""
-        values = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        """Write the table as JSON."""
         with atomic_write(path) as file:
-            json.dump(values, file, ensure_ascii=False)
+            json.dump(_to_json(vars(self)), file, ensure_ascii=False)
             file.write("\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ExitTable:
-        """Read what `save` wrote. Raises ValueError that names the file where it is something else."""
-        values = read_json(path)
-        names = {each.name for each in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
-            raise ValueError(f"{path} is no table of exits of this version; make it again")
+        """Read what `save` wrote. Raise UserError, naming the file, if it holds something else."""
         try:
-            for name in names - {"layers", "utterances", "speakers"}:
-                value = values[name]
-                values[name] = (
-                    {key: _tensor(each) for key, each in value.items()} if isinstance(value, dict) else _tensor(value)
-                )
-            table = cls(**{**values, "layers": tuple(values["layers"])})
+            values = read_json(path)
+            names = {name: values.pop(name) for name in ("utterances", "speakers")}
+            table = cls(layers=tuple(values.pop("layers")), **names, **_from_json(values))
             table.check()
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged table of exits ({error}); make it again") from error
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} holds no table of exits ({error!r}); make it again with bin/tradeoff") from error
         return table
 
     def check(self) -> None:
-        """Raises ValueError where the columns are not all of the same utterances and exits."""
-        shape = (len(self), len(self.layers))
+        """Raise ValueError unless all columns have the shapes of the same utterances and exits."""
         if len(self.speakers) != len(self):
             raise ValueError(f"{len(self.speakers)} speakers of {len(self)} utterances")
-        columns = [(each.name, getattr(self, each.name)) for each in fields(self) if each.type == "Tensor"]
-        for name, column in [*columns, *self.statistics.items(), *self.statistic_seconds.items()]:
-            expected = shape[:1] if name in ("audio_seconds", "ref_words") else shape
-            if column.shape != expected:
-                raise ValueError(f"{name} is {tuple(column.shape)}, and should be {expected}")
+        for name, value in vars(self).items():
+            if name not in ("layers", "utterances", "speakers"):
+                shape = (len(self),) if name in ("audio_seconds", "ref_words") else (len(self), len(self.layers))
+                for column in value.values() if isinstance(value, dict) else [value]:
+                    if tuple(column.shape) != shape:
+                        raise ValueError(f"{name} is {tuple(column.shape)}; expected {shape}")
 
 
-def _plain(value: object) -> object:
+def _to_json(value: Any) -> Any:
+    """Return tensors as lists, with None for NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    # JSON has no NaN: null, which a statistic has where there is none
+        return {name: _to_json(each) for name, each in value.items()}
     if isinstance(value, Tensor):
-        return [[None if math.isnan(x) else x for x in row] if isinstance(row, list) else row for row in value.tolist()]
-    return value
+        return _to_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_to_json(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _tensor(rows: list) -> Tensor:
-    filled = [[math.nan if x is None else x for x in row] if isinstance(row, list) else row for row in rows]
-    return torch.tensor(filled, dtype=torch.float64)
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _from_json(each) for name, each in value.items()}
+    rows = [[math.nan if x is None else x for x in row] if isinstance(row, list) else row for row in value]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# ---- the result of a policy
 
 
 class Outcome(NamedTuple):
-    """What a policy does with each of U utterances."""
+    """The result of a policy for U utterances."""
 
     taken: Tensor
     """(U,) index of the exit in table.layers"""
@@ -140,47 +121,55 @@ class Outcome(NamedTuple):
 
 
 def outcome(policy: Policy, table: ExitTable) -> Outcome:
-    """What `policy` would have done, and what it would have cost: layers, every head that was read, the statistics,
-    and one search where the statistics had not searched already."""
+    """Return the exits that `policy` would have chosen, their errors, and the cost.
+
+    The cost is that of the layers, of every head that was read, of the statistics, and of one search unless the
+    statistics searched that exit already.
+    """
     last = len(table.layers) - 1
     taken = torch.full((len(table),), last)
     for place in reversed(range(last)):
         passed = {name: table.statistics[name][:, : place + 1] for name in policy.needs}
         taken[policy.stops(table.layers[place], passed)] = place
-    heads = at(table.head_macs.cumsum(dim=1), taken)
-    seconds = at(table.encoder_seconds, taken) + at(table.head_seconds.cumsum(dim=1), taken)
+    heads = _at(table.head_macs.cumsum(dim=1), taken)
+    seconds = _at(table.encoder_seconds, taken) + _at(table.head_seconds.cumsum(dim=1), taken)
     for name in policy.needs:
         if name in table.statistic_seconds:
             asked = table.statistic_seconds[name].clone()
-            asked[:, last] = 0.0  # nobody asks at the last exit
-            seconds = seconds + at(asked.cumsum(dim=1), taken)
+            asked[:, last] = 0.0  # the last exit is not asked
+            seconds = seconds + _at(asked.cumsum(dim=1), taken)
     searched = (taken < last) & ("nbest_posterior" in policy.needs)
-    seconds = seconds + at(table.search_seconds, taken).masked_fill(searched, 0.0)
-    layers = torch.tensor(table.layers, dtype=torch.float64)[taken]
-    macs = at(table.encoder_macs + table.search_macs, taken) + heads
-    return Outcome(taken, at(table.errors, taken), layers, macs, seconds)
+    seconds = seconds + _at(table.search_seconds, taken).masked_fill(searched, 0.0)
+    macs = _at(table.encoder_macs + table.search_macs, taken) + heads
+    return Outcome(taken, _at(table.errors, taken), _layers(table, taken), macs, seconds)
 
 
 def without_policy(table: ExitTable, taken: Tensor) -> Outcome:
-    """The outcome of leaving at exits `taken` (U,) without anybody asking: a truncated model, or an oracle."""
-    macs = at(table.encoder_macs + table.head_macs + table.search_macs, taken)
-    seconds = at(table.encoder_seconds + table.head_seconds + table.search_seconds, taken)
-    layers = torch.tensor(table.layers, dtype=torch.float64)[taken]
-    return Outcome(taken, at(table.errors, taken), layers, macs, seconds)
+    """Return the outcome of exits `taken` (U,) that no policy chose: no other exit's head is read."""
+    macs = _at(table.encoder_macs + table.head_macs + table.search_macs, taken)
+    seconds = _at(table.encoder_seconds + table.head_seconds + table.search_seconds, taken)
+    return Outcome(taken, _at(table.errors, taken), _layers(table, taken), macs, seconds)
 
 
 def fixed(table: ExitTable, layer: int) -> Outcome:
-    """Everything leaves at the exit after `layer`."""
+    """Return the outcome of the model that ends at the exit after `layer`."""
     return without_policy(table, torch.full((len(table),), table.layers.index(layer)))
 
 
 def oracle(table: ExitTable, price: float) -> Outcome:
-    """For each utterance the exit with the lowest errors + price * cost, the cost a share of the last exit's mean
-    multiply-accumulates: no policy can be below the curve of errors against them that prices trace."""
+    """Return the outcome of each utterance's exit with the lowest errors + price * cost.
+
+    The cost is a share of the last exit's mean multiply-accumulates. Over all prices the outcomes form a curve of
+    errors against cost that no policy can be below.
+    """
     cost = table.encoder_macs + table.head_macs + table.search_macs
     return without_policy(table, (table.errors + price * cost / cost[:, -1].mean()).argmin(dim=1))
 
 
-def at(values: Tensor, taken: Tensor) -> Tensor:
-    """values (U, E) at exits taken (U,)."""
+def _layers(table: ExitTable, taken: Tensor) -> Tensor:
+    return torch.tensor(table.layers, dtype=torch.float64)[taken]
+
+
+def _at(values: Tensor, taken: Tensor) -> Tensor:
+    """Return values (U, E) at exits taken (U,)."""
     return values.gather(1, taken.unsqueeze(1)).squeeze(1)

@@ -1,20 +1,20 @@
-"""Exit policies: when an utterance has been heard well enough to leave the encoder.
+"""Exit policies: decide after each exit which utterances leave the encoder there.
 
-A policy reads statistics of the exits that an utterance has passed and answers stop or go on. Statistics are numbers
-of doubt: the lower, the surer. `Meter` computes them as a batch goes through the exits; a table of them, made once from
-all exits of a set, answers what any policy would have done (`splitformer.calibration`). Both ask the same `stops`.
+A policy reads uncertainty statistics of the exits that an utterance has passed. `Meter` measures them while a batch
+runs through the encoder. An `ExitTable` holds them for all exits of a set, so that the result of a policy can be
+computed without running the model again. Both ask the same `stops`.
 
-An exit is named by the encoder layer that it follows. The last exit is never asked: whatever gets there leaves.
+An exit is named by the encoder layer that it follows. The last exit is not asked: all remaining utterances leave there.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,26 +23,28 @@ from splitformer.early_exit.statistics import Statistics
 from splitformer.errors import UserError
 from splitformer.files import atomic_write, read_json
 
-# ---- policies
 
+@dataclass(frozen=True)
+class Policy:
+    """Base class of the policies. `kind` names the class in policy.json."""
 
-class Policy(Protocol):
-    """What every policy has: a name, the statistics it reads, and the answer."""
-
-    name: ClassVar[str]
+    kind: ClassVar[str]
 
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """Names of the statistics that the policy reads."""
+        raise NotImplementedError
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
-        """(n,) true where an utterance leaves at the exit after `layer`; `statistics` holds (n, e) of what it needs."""
+        """Return (n,) true where an utterance leaves at the exit after `layer`; `statistics` are (n, e) each."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Everything leaves after one layer."""
+class Fixed(Policy):
+    """All utterances leave at the first exit at or above `layer`."""
 
-    name: ClassVar[str] = "fixed"
+    kind = "fixed"
     layer: int
 
     @property
@@ -54,15 +56,15 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """Leave where a statistic is at most the exit's threshold.
+class Threshold(Policy):
+    """Utterances leave where a statistic is at most the exit's threshold; at an exit without one none leaves.
 
-    With `entropy` the policy of HuBERT-EE (arXiv 2204.06328), with `posterior` and `nbest_posterior` the two of
-    arXiv 2309.09546; there one threshold serves all exits. Here each has its own, because a shallow exit is less sure
-    of what it has right. An exit without one lets nothing go.
+    With `entropy` the policy of HuBERT-EE (arXiv 2204.06328), with `posterior` and `nbest_posterior` those of
+    arXiv 2309.09546. These use one threshold for all exits. Here each exit has its own, because a shallow exit is less
+    certain of what it has right.
     """
 
-    name: ClassVar[str] = "threshold"
+    kind = "threshold"
     statistic: str
     thresholds: dict[int, float]
 
@@ -75,14 +77,13 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Patience:
-    """Leave where the hypotheses of `consecutive` + 1 exits in a row are each within `tolerance` of the one before.
+class Patience(Policy):
+    """Utterances leave where `consecutive` disagreements in a row are at most the threshold of the present exit.
 
-    PABEE (arXiv 2006.04152) with edit distances for equal classes (arXiv 2211.08989). The tolerance, of `disagreement`,
-    is the exit's own, and applies to each of the comparisons.
+    PABEE (arXiv 2006.04152) with edit distances in place of equal classes (arXiv 2211.08989).
     """
 
-    name: ClassVar[str] = "patience"
+    kind = "patience"
     thresholds: dict[int, float]
     consecutive: int = 1
 
@@ -91,25 +92,48 @@ class Patience:
         return ("disagreement",)
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
-        passed = statistics["disagreement"]
-        recent = passed[:, -self.consecutive :]
-        enough = recent.size(1) == self.consecutive  # NaN, of the first exit, is within no tolerance
+        recent = statistics["disagreement"][:, -self.consecutive :]  # NaN, at the first exit, is below no threshold
+        enough = recent.size(1) == self.consecutive
         return (recent <= self.thresholds.get(layer, -math.inf)).all(dim=1) & enough
 
 
 @dataclass(frozen=True)
-class Learned:
-    """Leave where the probability that a deeper exit does better is at most `probability`.
+class Regression:
+    """A logistic regression of whether a deeper exit has fewer errors.
 
-    A logistic regression: logit P = intercepts[layer] + sum of weights[name] * f(statistic), f the logarithm (of the
-    value plus `FLOOR`), but for `disagreement`, which may be 0 and is taken as it is. What a first exit lacks counts as
-    the training's mean, `means`.
+        logit P = intercepts[layer] + sum of weights[name] * feature(name, statistic)
+
+    `means` of the features replace NaN. An exit without an intercept has no prediction.
     """
 
-    name: ClassVar[str] = "learned"
     weights: dict[str, float]
     means: dict[str, float]
     intercepts: dict[int, float]
+
+    def logit(self, layer: int, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return (n,) logit P at the exit after `layer`, from its statistics (n,)."""
+        first = next(iter(statistics.values()))
+        logit = torch.full_like(first, self.intercepts[layer], dtype=torch.float64)
+        for name, weight in self.weights.items():
+            value = feature(name, statistics[name])
+            logit = logit + weight * torch.where(value.isnan(), self.means[name], value)
+        return logit
+
+
+FLOOR = 1e-4
+"""Added to a statistic before its logarithm is taken."""
+
+
+def feature(name: str, value: Tensor) -> Tensor:
+    """Return the logarithm of a statistic, or itself for `disagreement`, which may be 0."""
+    return value.double() if name == "disagreement" else (value.double().clamp(min=0.0) + FLOOR).log()
+
+
+@dataclass(frozen=True)
+class Learned(Regression, Policy):
+    """Utterances leave where the probability that a deeper exit has fewer errors is at most `probability`."""
+
+    kind = "learned"
     probability: float
 
     @property
@@ -117,34 +141,23 @@ class Learned:
         return tuple(self.weights)
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
+        present = {name: values[:, -1] for name, values in statistics.items()}
         if layer not in self.intercepts:
-            return torch.zeros(len(next(iter(statistics.values()))), dtype=torch.bool)
-        logit = self.intercepts[layer]
-        for name, weight in self.weights.items():
-            value = feature(name, statistics[name][:, -1])
-            logit = logit + weight * torch.where(value.isnan(), self.means[name], value)
-        return torch.sigmoid(logit) <= self.probability
-
-
-FLOOR = 1e-4
-"""Added before a logarithm: doubts below it are all alike."""
-
-
-def feature(name: str, value: Tensor) -> Tensor:
-    """A statistic as the regressions see it."""
-    return value.double() if name == "disagreement" else (value.double().clamp(min=0.0) + FLOOR).log()
+            return torch.zeros(len(next(iter(present.values()))), dtype=torch.bool)
+        return torch.sigmoid(self.logit(layer, present)) <= self.probability
 
 
 @dataclass(frozen=True)
-class Deadline:
-    """The deepest exit whose answer is due within `seconds` of the batch setting out; always an answer.
+class Deadline(Policy):
+    """Utterances leave where no deeper exit would give its words within `seconds` after the batch started.
 
-    `encoder` gives for each layer (a, b): a + b * frames seconds from setting out to this exit's log-probabilities, and
-    `answer` likewise from there to the words, both measured on the machine that runs it. Where it runs slower than it
-    was measured, the rest is expected to be slower by as much. Frames are those of the batch, which shares one clock.
+    `encoder` holds for each layer (a, b): a + b * frames seconds from the start to the exit's log-probabilities.
+    `answer` holds the same from there to the words. Both were measured on one machine. Where it runs slower than
+    measured, the rest is expected to be slower by the same factor. Frames are those of the batch, since its utterances
+    share one clock. The words of the first exit may come late.
     """
 
-    name: ClassVar[str] = "deadline"
+    kind = "deadline"
     seconds: float
     encoder: dict[int, tuple[float, float]]
     answer: dict[int, tuple[float, float]]
@@ -154,14 +167,14 @@ class Deadline:
         return ("elapsed", "batch_frames")
 
     def predicted(self, layer: int, frames: Tensor) -> Tensor:
-        """Seconds until the words of the exit after `layer`, of batches of `frames`."""
+        """Return the seconds until the words of the exit after `layer`, for batches of `frames`."""
         return _line(self.encoder[layer], frames) + _line(self.answer[layer], frames)
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
         elapsed, frames = statistics["elapsed"][:, -1], statistics["batch_frames"][:, -1]
         so_far = _line(self.encoder[layer], frames)
         slowness = (elapsed / so_far.clamp(min=1e-9)).clamp(min=1.0)
-        # of any deeper exit, not of the next one only: doubtful exits take longer to search
+        # of any deeper exit, not only the next one: the lattice of an uncertain exit takes longer to search
         deeper = torch.stack([self.predicted(each, frames) for each in self.encoder if each > layer])
         rest = deeper.min(dim=0).values - so_far
         return elapsed + rest * slowness > self.seconds
@@ -171,10 +184,7 @@ def _line(coefficients: tuple[float, float], frames: Tensor) -> Tensor:
     return coefficients[0] + coefficients[1] * frames
 
 
-POLICIES: tuple[type[Policy], ...] = (Fixed, Threshold, Patience, Learned, Deadline)
-
-
-# ---- policy.json
+KINDS: dict[str, type[Policy]] = {kind.kind: kind for kind in (Fixed, Threshold, Patience, Learned, Deadline)}
 
 
 class PolicyError(UserError):
@@ -183,12 +193,12 @@ class PolicyError(UserError):
 
 @dataclass(frozen=True)
 class FittedPolicy:
-    """A policy with what it was fitted for and on; `policy.json` holds it.
+    """The contents of policy.json: a policy, and what it was fitted for and on.
 
-    title: what it is called in tables, such as `entropy_non_blank` or `budget`.
+    title: name of the policy in tables, such as `entropy_non_blank` or `budget`.
     exit_layers, checkpoint: of the model (`checkpoint_id`) that it was fitted for.
-    method, options: the search whose errors counted, and its options at each exit.
-    fitted_on: the set, its speakers and utterances, the target, and what the policy did there.
+    method, options: the search whose errors were counted, and its options at each exit.
+    fitted_on: the set, its utterances and speakers, the target, and the result there.
     """
 
     title: str
@@ -200,50 +210,45 @@ class FittedPolicy:
     fitted_on: dict[str, Any] = field(default_factory=dict)
 
     def check(self, exit_layers: Sequence[int], checkpoint: str, source: str = "the policy") -> None:
-        """Raises PolicyError unless the policy was fitted for a model with these exits, from this checkpoint."""
+        """Raise PolicyError unless the policy was fitted for this checkpoint and a model with these exits."""
         if tuple(exit_layers) != self.exit_layers:
+            ours, theirs = (", ".join(map(str, layers)) for layers in (self.exit_layers, exit_layers))
             raise PolicyError(
-                f"{source} was fitted for exits after layers {_listed(self.exit_layers)}, and the model has exits "
-                f"after {_listed(exit_layers)}; fit it again with bin/calibrate"
+                f"{source} was fitted for exits after layers {ours}, and the model has exits after {theirs}; fit it "
+                "again with bin/calibrate"
             )
         if checkpoint != self.checkpoint:
             raise PolicyError(
-                f"{source} was fitted for checkpoint {self.checkpoint}, and this one is {checkpoint}; its thresholds "
-                "would mean something else: fit it again with bin/calibrate"
+                f"{source} was fitted for checkpoint {self.checkpoint}, and this one is {checkpoint}: its thresholds "
+                "do not fit; fit it again with bin/calibrate"
             )
 
     def save(self, path: str | Path) -> None:
-        contents = {**asdict(self), "policy": {"kind": self.policy.name, **asdict(self.policy)}}
+        """Write policy.json."""
+        contents = {**asdict(self), "policy": {"kind": self.policy.kind, **asdict(self.policy)}}
         with atomic_write(path) as file:
             json.dump(contents, file, indent=1, ensure_ascii=False)
             file.write("\n")
 
     @classmethod
     def load(cls, path: str | Path) -> FittedPolicy:
-        """Raises PolicyError that names the file where it is no policy of this version."""
+        """Read policy.json. Raise PolicyError, naming the file, if it holds no policy."""
         try:
             values = read_json(path)
             described = dict(values.pop("policy"))
-            kinds = {each.name: each for each in POLICIES}
-            kind = kinds.get(described.pop("kind"))
-            if kind is None:
-                raise PolicyError(f"its kind is none of {', '.join(kinds)}")
-            policy = kind(**{name: _with_layers(value) for name, value in described.items()})
-            values |= {"exit_layers": tuple(values["exit_layers"]), "options": _with_layers(values["options"])}
+            kind = described.pop("kind")
+            if kind not in KINDS:
+                raise ValueError(f"its kind {kind!r} is none of {', '.join(KINDS)}")
+            policy = KINDS[kind](**{name: _from_json(value) for name, value in described.items()})
+            values |= {"exit_layers": tuple(values["exit_layers"]), "options": _from_json(values["options"])}
             return cls(policy=policy, **values)
-        except (PolicyError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PolicyError(
-                f"{path} is no exit policy of this version ({error}); make it with bin/calibrate"
-            ) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PolicyError(f"{path} is no exit policy ({error}); make it with bin/calibrate") from error
 
 
-def _with_layers(value: Any) -> Any:
-    """JSON's string keys as layers, where all are; lists as tuples."""
+def _from_json(value: Any) -> Any:
+    """Return JSON's keys as layers where all are numbers, and lists as tuples."""
     if isinstance(value, dict):
         by_layer = bool(value) and all(isinstance(key, str) and key.isdecimal() for key in value)
-        return {int(key) if by_layer else key: _with_layers(each) for key, each in value.items()}
+        return {int(key) if by_layer else key: _from_json(each) for key, each in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

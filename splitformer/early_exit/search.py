@@ -1,4 +1,4 @@
-"""Searching a batch whose utterances leave the encoder early, as an exit policy says."""
+"""Searching a batch whose utterances leave the encoder at the exits that a policy chooses."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 from splitformer.decoding.hypothesis import Hypothesis
-from splitformer.decoding.searches import ExitView, Method, Options
+from splitformer.decoding.searches import Method, Options, exit_view
 from splitformer.early_exit.policies import Deadline, Policy
 from splitformer.early_exit.running import exit_early
 from splitformer.early_exit.statistics import Meter
+from splitformer.errors import UserError
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import ExitOutput
 
 
 @dataclass(frozen=True)
 class EarlyResult:
-    """What became of one utterance.
+    """The result of one utterance under an exit policy.
 
     layer: of the exit whose output was searched.
-    fallback: its lattice came out empty, so that this is the greedy hypothesis.
-    nan_exits: exits that were passed because their output held a NaN.
-    seconds: from the batch's setting out, with features, to this utterance's words.
-    late: that was more than the policy's deadline.
+    fallback: whether its lattice was empty, so that the hypothesis is that of greedy search.
+    nan_exits: number of exits passed over because their output held a NaN.
+    seconds: from features to words; of the batch up to this exit.
+    late: whether these are more than the policy's deadline.
     """
 
     layer: int
@@ -35,24 +36,6 @@ class EarlyResult:
     nan_exits: int
     seconds: float
     late: bool
-
-
-def exit_view(model: AsrModel, exit_output: ExitOutput, log_probs: Tensor | None) -> ExitView:
-    """What a search sees of one exit."""
-    transducer = "transducer" in model.heads
-    return ExitView(
-        exit_output.lengths,
-        log_probs,
-        exit_output.encoder_out,
-        model.decoder if transducer else None,
-        model.joiner(exit_output.layer) if transducer else None,
-        [],
-    )
-
-
-def words_of(hypothesis: Hypothesis, spell: Callable[[list[int]], str]) -> list[str]:
-    """Return the words that a lexicon chose, or those that `spell` makes of the tokens."""
-    return spell(hypothesis.tokens).split() if hypothesis.words is None else hypothesis.words
 
 
 @torch.no_grad()
@@ -65,48 +48,47 @@ def search_early(
     options: Mapping[int, Options],
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[EarlyResult]:
-    """Run each utterance as far as `policy` lets it, and search the exit at which it leaves.
+    """Run each utterance up to the exit at which `policy` stops it, and search that exit.
 
-    Where the policy reads n-best posteriors, every exit that is asked is searched, and the answer of the last one taken
-    as it is.
+    A policy that reads n-best posteriors searches every exit on the way; the result of the last of them is kept.
 
     Args:
       x, x_lens: features (N, T, C) and their lengths (N,).
-      options: of the method at each exit; those of an exit that is not there are the method's default.
-      clock: seconds.
+      options: of the method at each exit; the method's default where an exit has none.
+      clock: returns seconds.
     Returns:
       N results in the order of the batch.
     Raises:
-      ValueError: where every exit of an utterance holds a NaN, where the policy reads what the model's heads cannot
-        give, and as the method.
+      UserError: all exits of an utterance hold a NaN, or the policy needs a head that the model lacks.
     """
     # {row: (layer, hypothesis, fallback)} of the last exit searched
-    found: dict[int, tuple[int, Hypothesis, bool]] = {}
+    searched: dict[int, tuple[int, Hypothesis, bool]] = {}
     exit_layers = model.encoder.exit_layers
 
-    def search(
-        rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None, with_uncertainty: bool = False
-    ) -> Tensor | None:
-        run = method.run_with_uncertainty if with_uncertainty else method.run
-        chosen = options.get(exit_output.layer, method.default)
-        hypotheses, fallbacks, *doubts = run(exit_view(model, exit_output, log_probs), chosen)
+    def keep(rows: Tensor, layer: int, hypotheses: list[Hypothesis], fallbacks: list[int]) -> None:
         for place, (row, hypothesis) in enumerate(zip(rows.tolist(), hypotheses, strict=True)):
-            found[row] = (exit_output.layer, hypothesis, place in fallbacks)
-        return doubts[0] if with_uncertainty else None
+            searched[row] = (layer, hypothesis, place in fallbacks)
+
+    def nbest(rows: Tensor, exit_output: ExitOutput, log_probs: Tensor) -> Tensor:
+        view, layer = exit_view(model, exit_output, log_probs), exit_output.layer
+        hypotheses, fallbacks, uncertainty = method.run_with_uncertainty(view, options.get(layer, method.default))
+        keep(rows, layer, hypotheses, fallbacks)
+        return uncertainty
 
     def stops(rows: Tensor, exit_output: ExitOutput, log_probs: Tensor | None) -> Tensor:
         return policy.stops(exit_output.layer, meter.measure(rows, exit_output, log_probs)).to(rows.device)
 
-    meter = Meter(len(x), policy.needs, lambda *exit: search(*exit, with_uncertainty=True), clock, exit_layers)
-    results: list[EarlyResult | None] = [None] * len(x)
-    for leaving in exit_early(model, x, x_lens, stops):
-        if (leaving.nan_exits == len(exit_layers)).any():  # not every method looks at what it is given
-            raise ValueError("all exits of an utterance hold NaN: has the training diverged?")
-        layer = leaving.exit_output.layer
-        if any(row not in found or found[row][0] != layer for row in leaving.rows.tolist()):
-            search(leaving.rows, leaving.exit_output, leaving.log_probs)
+    meter = Meter(len(x), exit_layers, policy.needs, nbest, clock)
+    results: dict[int, EarlyResult] = {}
+    for exited in exit_early(model, x, x_lens, stops):
+        if (exited.nan_exits == len(exit_layers)).any():  # not every method looks for NaN
+            raise UserError("all exits of an utterance hold NaN: has the training diverged?")
+        rows, layer = exited.rows.tolist(), exited.exit_output.layer
+        if any(row not in searched or searched[row][0] != layer for row in rows):
+            view = exit_view(model, exited.exit_output, exited.log_probs)
+            keep(exited.rows, layer, *method.run(view, options.get(layer, method.default)))
         seconds = clock() - meter.started
         late = isinstance(policy, Deadline) and seconds > policy.seconds
-        for row, nan_exits in zip(leaving.rows.tolist(), leaving.nan_exits.tolist()):
-            results[row] = EarlyResult(*found[row], nan_exits, seconds, late)
-    return results
+        for row, nan_exits in zip(rows, exited.nan_exits.tolist()):
+            results[row] = EarlyResult(*searched[row], nan_exits, seconds, late)
+    return [results[row] for row in range(len(x))]

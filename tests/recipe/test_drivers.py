@@ -18,7 +18,7 @@ from splitformer.config import Config, ModelConfig
 from splitformer.data.manifests import read_cuts
 from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.early_exit.calibration import FAMILY_NAMES
+from splitformer.early_exit.names import POLICIES
 from splitformer.model.asr import AsrModel
 from splitformer.report.records import EarlyExitRecord, TradeoffRecord, read_training_log
 
@@ -92,7 +92,7 @@ def check_early_exit(experiment: Path, method: str | None = None) -> None:
     found = EarlyExitRecord.load(experiment / "early_exit/test-learned_nbest.json")
     assert set(found.exits) == {1, 2, 3, 4, 5, 6} and found.method == policy["method"]
     curves = TradeoffRecord.load(experiment / "early_exit/tradeoff-test.json")
-    assert {point.policy for point in curves.points} == {*FAMILY_NAMES, "oracle"}
+    assert {point.policy for point in curves.points} == {*POLICIES, "oracle"}
     assert sum(found.exits.values()) == found.num_utterances == curves.num_utterances
 
 
@@ -263,7 +263,7 @@ def test_bad_configurations_are_told_before_any_work(driver, tmp_path: Path) -> 
     result = driver("run.sh", "--work-dir", tmp_path, "--methods", "nonesuch")
     assert result.returncode == 2 and "unknown method 'nonesuch'; methods are: greedy_search" in result.stderr
     for option, value, message in (
-        ("--policy", "nonesuch", f"--policy is 'nonesuch'; choose one of: {' '.join(FAMILY_NAMES)}"),
+        ("--policy", "nonesuch", f"--policy is 'nonesuch'; choose one of: {' '.join(POLICIES)}"),
         ("--max-relative-wer", "x", "--max-relative-wer is 'x' and must be a number such as 0.05"),
         ("--max-relative-wer", "-0.1", "--max-relative-wer is '-0.1' and must be a number such as 0.05"),
     ):
@@ -283,7 +283,7 @@ def test_a_model_with_one_exit_has_no_policies(driver, tmp_path: Path) -> None:
 
 def test_the_driver_knows_the_policies_that_can_be_fitted(repo_root: Path) -> None:
     text = (repo_root / "run.sh").read_text()
-    assert text.split("known_policies=(")[1].split(")")[0].split() == list(FAMILY_NAMES)
+    assert text.split("known_policies=(")[1].split(")")[0].split() == list(POLICIES)
 
 
 def test_without_an_environment_the_remedy_is_named(driver, tmp_path: Path) -> None:

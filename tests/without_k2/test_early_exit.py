@@ -1,4 +1,4 @@
-"""Utterances that leave the encoder on the way: what leaves, what goes on, and what is not computed for it."""
+"""Running a batch whose utterances exit early: what exits, what continues, and which layers are not run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_batch(frames, padding=3.0):
 
 
 def alone(model, x, x_lens, row):
-    """{layer: (valid encoder frames (T', D), their CTC log-probabilities)} of one utterance by itself."""
+    """Return {layer: (valid encoder frames (T', D), their CTC log-probabilities)} of one utterance by itself."""
     length = max(7, int(x_lens[row]))
     outputs = {}
     for exit_output in model.encoder(x[row : row + 1, :length], x_lens[row : row + 1]):
@@ -82,7 +82,7 @@ def assert_close(actual, expected, **more):
 
 @contextlib.contextmanager
 def counted_layers(model):
-    """{name of an encoder layer: [(utterances, frames) of each call]}"""
+    """Yield {name of an encoder layer: [(utterances, frames) of each call]}."""
     calls = defaultdict(list)
     handles = [
         module.register_forward_hook(lambda _, inputs, __, name=name: calls[name].append(tuple(inputs[0].shape[:2])))
@@ -96,12 +96,12 @@ def counted_layers(model):
             handle.remove()
 
 
-def expected_calls(config, frames, left_at):
-    """The same from first principles: each layer sees those that leave at the exit of its block or above it."""
+def expected_calls(config, frames, exited_at):
+    """Return the same from first principles: a layer runs for the utterances that exit at its block or above it."""
     lengths = subsampled_lengths(torch.tensor(frames)).tolist()
     calls, below = {}, 0
     for exit_layer in config.exit_layers:
-        here = [i for i, layer in enumerate(left_at) if layer >= exit_layer]
+        here = [i for i, layer in enumerate(exited_at) if layer >= exit_layer]
         if not here:
             break
         longest = max(max(lengths[i] for i in here), 1)
@@ -118,42 +118,42 @@ def expected_calls(config, frames, left_at):
 
 @each_variant
 @pytest.mark.parametrize(
-    "going_on",
+    "active",
     [
-        {1: [0, 1, 3, 4, 5]},  # the longest leaves, an odd number of frames stays
+        {1: [0, 1, 3, 4, 5]},  # the longest exits, an odd number of frames remains
         {1: [1, 3, 4], 2: [0, 1], 4: [1]},
-        {2: [3]},  # a single frame goes on, through a branch that takes every second one
-        {1: [0, 1, 2, 4, 5], 4: [4, 0]},  # the longest stays; the rows that go on may come in any order
+        {2: [3]},  # a single frame remains, for a branch that takes every second one
+        {1: [0, 1, 2, 4, 5], 4: [4, 0]},  # the longest stays; active rows may come in any order
         {1: [0, 1, 2, 3, 4, 5]},
     ],
 )
-def test_those_that_go_on_are_as_in_the_full_run(config, going_on):
+def test_active_utterances_give_the_same_as_in_a_full_run(config, active):
     model = build(config)
     x, x_lens = make_batch(FRAMES)
     full = {each.layer: each for each in model.encoder(x, x_lens)}
     rows, send = list(range(len(FRAMES))), None
     exits = model.encoder(x, x_lens)
     for layer in config.exit_layers:
-        part = exits.send(send)
-        assert part.layer == layer
-        assert part.lengths.tolist() == full[layer].lengths[rows].tolist()
-        assert part.encoder_out.shape[:2] == (len(rows), part.lengths.max())
-        for place, (row, length) in enumerate(zip(rows, part.lengths.tolist(), strict=True)):
-            assert_close(part.encoder_out[place, :length], full[layer].encoder_out[row, :length])
+        output = exits.send(send)
+        assert output.layer == layer
+        assert output.lengths.tolist() == full[layer].lengths[rows].tolist()
+        assert output.encoder_out.shape[:2] == (len(rows), output.lengths.max())
+        for place, (row, length) in enumerate(zip(rows, output.lengths.tolist(), strict=True)):
+            assert_close(output.encoder_out[place, :length], full[layer].encoder_out[row, :length])
         send = None
-        if layer in going_on:
-            send = torch.tensor(going_on[layer])
-            rows = [rows[place] for place in going_on[layer]]
+        if layer in active:
+            send = torch.tensor(active[layer])
+            rows = [rows[place] for place in active[layer]]
     with pytest.raises(StopIteration):
         next(exits)
 
 
-# ---- leave_early
+# ---- exit_early
 
 
 def run(model, x, x_lens, wishes):
-    """Leave as `wishes` {(row, layer)} say. Gives {row: what left} and {layer: rows that were asked about}."""
-    asked, found = {}, {}
+    """Stop at `wishes` {(row, layer)}. Return {row: its exit} and {layer: rows that `stops` was asked about}."""
+    asked, exits = {}, {}
 
     def stops(rows, exit_output, log_probs):
         assert exit_output.layer not in asked
@@ -162,28 +162,28 @@ def run(model, x, x_lens, wishes):
         asked[exit_output.layer] = rows.tolist()
         return torch.tensor([(row, exit_output.layer) in wishes for row in rows.tolist()])
 
-    for leaving in exit_early(model, x, x_lens, stops):
-        for place, row in enumerate(leaving.rows.tolist()):
-            assert row not in found, f"utterance {row} leaves twice"
-            lengths = leaving.exit_output.lengths
+    for exited in exit_early(model, x, x_lens, stops):
+        for place, row in enumerate(exited.rows.tolist()):
+            assert row not in exits, f"utterance {row} exits twice"
+            lengths = exited.exit_output.lengths
             valid = int(lengths[place])
-            found[row] = (
-                leaving.exit_output.layer,
-                leaving.exit_output.encoder_out[place, :valid],
-                None if leaving.log_probs is None else leaving.log_probs[place, :valid],
-                int(leaving.nan_exits[place]),
+            exits[row] = (
+                exited.exit_output.layer,
+                exited.exit_output.encoder_out[place, :valid],
+                None if exited.log_probs is None else exited.log_probs[place, :valid],
+                int(exited.nan_exits[place]),
             )
-            assert lengths.size(0) == leaving.exit_output.encoder_out.size(0) == leaving.nan_exits.size(0)
+            assert lengths.size(0) == exited.exit_output.encoder_out.size(0) == exited.nan_exits.size(0)
             assert valid == int(subsampled_lengths(x_lens[row]))
-    return found, asked
+    return exits, asked
 
 
-def check(model, x, x_lens, found, left_at, nan_exits=None, expected=None):
-    """Every utterance left once, where it should, with what it has there by itself (or `expected`[row][layer])."""
-    assert sorted(found) == list(range(len(x)))
-    assert [found[row][0] for row in sorted(found)] == left_at
-    assert [found[row][3] for row in sorted(found)] == (nan_exits or [0] * len(x))
-    for row, (layer, encoder_out, log_probs, _) in found.items():
+def check(model, x, x_lens, exits, exited_at, nan_exits=None, expected=None):
+    """Every utterance exits once, at its layer, with the output that it has there alone (or `expected`[row][layer])."""
+    assert sorted(exits) == list(range(len(x)))
+    assert [exits[row][0] for row in sorted(exits)] == exited_at
+    assert [exits[row][3] for row in sorted(exits)] == (nan_exits or [0] * len(x))
+    for row, (layer, encoder_out, log_probs, _) in exits.items():
         expected_out, expected_log_probs = (expected or {}).get(row, alone(model, x, x_lens, row))[layer]
         assert_close(encoder_out, expected_out, msg=lambda text, row=row: f"utterance {row}: {text}")
         if expected_log_probs is None:
@@ -193,67 +193,67 @@ def check(model, x, x_lens, found, left_at, nan_exits=None, expected=None):
 
 
 @each_variant
-def test_all_leave_at_the_first_exit_or_at_the_last(config):
+def test_all_exit_at_the_first_or_at_the_last_layer(config):
     model = build(config)
     x, x_lens = make_batch(FRAMES)
     first, last = config.exit_layers[0], config.exit_layers[-1]
     everyone = list(range(len(FRAMES)))
-    for left_at, wishes, asked_at in (
+    for exited_at, wishes, asked_at in (
         (first, {(row, first) for row in everyone}, config.exit_layers[:1]),
-        (last, set(), config.exit_layers[:-1]),  # the last exit is no question
+        (last, set(), config.exit_layers[:-1]),  # the last exit is not asked
     ):
         with counted_layers(model) as calls:
-            found, asked = run(model, x, x_lens, wishes)
-        check(model, x, x_lens, found, [left_at] * len(FRAMES))
+            exits, asked = run(model, x, x_lens, wishes)
+        check(model, x, x_lens, exits, [exited_at] * len(FRAMES))
         assert asked == dict.fromkeys(asked_at, everyone)
-        assert calls == expected_calls(config, FRAMES, [left_at] * len(FRAMES))
+        assert calls == expected_calls(config, FRAMES, [exited_at] * len(FRAMES))
 
 
 @each_variant
 @pytest.mark.parametrize("seed", range(6))
-def test_a_random_pattern_of_leaving(config, seed):
+def test_random_exits(config, seed):
     rng = random.Random(seed)
     frames = [rng.choice([0, 5, *range(7, 150)]) for _ in range(7)] + [rng.choice([0, 6]), 150]
     rng.shuffle(frames)
     x, x_lens = make_batch(frames)
     layers, empty = config.exit_layers, [t < 7 for t in frames]
     wishes = {(row, layer) for row in range(len(frames)) for layer in layers if rng.random() < 0.4}
-    left_at = [
+    exited_at = [
         layers[0] if empty[row] else next((layer for layer in layers[:-1] if (row, layer) in wishes), layers[-1])
         for row in range(len(frames))
     ]
     model = build(config)
     with counted_layers(model) as calls:
-        found, asked = run(model, x, x_lens, wishes)
-    check(model, x, x_lens, found, left_at)
-    assert calls == expected_calls(config, frames, left_at)
+        exits, asked = run(model, x, x_lens, wishes)
+    check(model, x, x_lens, exits, exited_at)
+    assert calls == expected_calls(config, frames, exited_at)
     for layer in layers:
-        there = [row for row in range(len(frames)) if left_at[row] >= layer and not empty[row]]
+        there = [row for row in range(len(frames)) if exited_at[row] >= layer and not empty[row]]
         assert asked.get(layer, []) == ([] if layer == layers[-1] else there)
 
 
 @each_variant
-def test_without_a_single_frame_nobody_is_asked_and_one_block_runs(config):
+def test_without_frames_one_block_runs_and_stops_is_not_called(config):
     model = build(config)
     x, x_lens = make_batch([0, 6, 5])
     with counted_layers(model) as calls:
-        found, asked = run(model, x, x_lens, set())
+        exits, asked = run(model, x, x_lens, set())
     first = config.exit_layers[0]
     assert asked == {}
-    assert {row: (layer, nan_exits) for row, (layer, *_, nan_exits) in found.items()} == dict.fromkeys(
+    assert {row: (layer, nan_exits) for row, (layer, *_, nan_exits) in exits.items()} == dict.fromkeys(
         range(3), (first, 0)
     )
     assert calls == expected_calls(config, [0, 6, 5], [first] * 3)
     assert list(exit_early(model, x[:0], x_lens[:0], None)) == []
 
 
-def test_an_empty_utterance_leaves_a_model_of_one_exit():
+def test_an_empty_utterance_in_a_model_with_one_exit():
     config = dataclasses.replace(CTC, exit_layers=(6,), parallel_exits=())
     model = build(config)
     x, x_lens = make_batch([30, 3, 50])
-    found, asked = run(model, x, x_lens, set())
+    exits, asked = run(model, x, x_lens, set())
     assert asked == {}
-    check(model, x, x_lens, found, [6, 6, 6])
+    check(model, x, x_lens, exits, [6, 6, 6])
 
 
 # ---- NaN
@@ -261,7 +261,7 @@ def test_an_empty_utterance_leaves_a_model_of_one_exit():
 
 @contextlib.contextmanager
 def nan_from(module, places):
-    """NaN in the output of `module` for the utterances at `places` of its batch."""
+    """Put NaN into the output of `module` for the utterances at `places` of its batch."""
 
     def poison(_, __, output):
         output = output.clone()
@@ -277,47 +277,47 @@ def nan_from(module, places):
 
 @pytest.mark.parametrize("variant", ["ctc", "both_heads_gated_conv2d_normalised"])
 @pytest.mark.parametrize("layer", CTC.exit_layers[:-1])
-def test_nan_at_one_exit_sends_its_utterance_on(variant, layer):
+def test_an_utterance_with_nan_at_an_exit_continues(variant, layer):
     model = build(VARIANTS[variant])
     x, x_lens = make_batch(FRAMES)
-    wishes = {(row, layer) for row in range(len(FRAMES))}  # all would leave at the exit with the NaN
+    wishes = {(row, layer) for row in range(len(FRAMES))}  # all would exit where the NaN is
     with nan_from(model.ctc_heads[str(layer)], [2]):
-        found, asked = run(model, x, x_lens, wishes | {(2, 4)})
-    left_at = [layer] * len(FRAMES)
-    left_at[2] = 4 if layer < 4 else 6
+        exits, asked = run(model, x, x_lens, wishes | {(2, 4)})
+    exited_at = [layer] * len(FRAMES)
+    exited_at[2] = 4 if layer < 4 else 6
     assert 2 not in asked[layer]
-    check(model, x, x_lens, found, left_at, nan_exits=[0, 0, 1, 0, 0, 0])
+    check(model, x, x_lens, exits, exited_at, nan_exits=[0, 0, 1, 0, 0, 0])
 
 
 @each_variant
 @pytest.mark.parametrize(
-    ("encoder_layer", "last_sound", "nan_exits"), [(1, 1, 3), (2, 2, 2), (3, 2, 2), (4, 4, 1), (5, 4, 1)]
+    ("encoder_layer", "last_good", "nan_exits"), [(1, 1, 3), (2, 2, 2), (3, 2, 2), (4, 4, 1), (5, 4, 1)]
 )
-def test_nan_from_some_layer_on_takes_the_last_sound_exit(config, encoder_layer, last_sound, nan_exits):
+def test_nan_from_a_layer_on_falls_back_to_the_last_exit_without(config, encoder_layer, last_good, nan_exits):
     model = build(config)
     x, x_lens = make_batch(FRAMES)
     expected = {row: alone(model, x, x_lens, row) for row in range(len(FRAMES))}
-    # utterance 3 leaves at the first exit, so that the broken one, number 4, changes its place in the batch
+    # utterance 3 exits first, so that the broken one, number 4, changes its place in the batch
     with nan_from(model.encoder.layers[encoder_layer], [3]):
-        found, asked = run(model, x, x_lens, {(3, 1), *((4, layer) for layer in (2, 4, 6) if layer > last_sound)})
-    assert all((4 in asked[layer]) == (layer <= last_sound) for layer in (1, 2, 4))
+        exits, asked = run(model, x, x_lens, {(3, 1), *((4, layer) for layer in (2, 4, 6) if layer > last_good)})
+    assert all((4 in asked[layer]) == (layer <= last_good) for layer in (1, 2, 4))
     check(
-        model, x, x_lens, found, [6, 6, 6, 1, last_sound, 6], nan_exits=[0, 0, 0, 0, nan_exits, 0], expected=expected
+        model, x, x_lens, exits, [6, 6, 6, 1, last_good, 6], nan_exits=[0, 0, 0, 0, nan_exits, 0], expected=expected
     )
 
 
 @each_variant
-def test_nan_everywhere_leaves_at_the_last_exit(config):
+def test_nan_at_every_exit_goes_to_the_last(config):
     model = build(config)
     x, x_lens = make_batch(FRAMES)
-    sound = {row: alone(model, x, x_lens, row) for row in range(1, len(FRAMES))}
+    good = {row: alone(model, x, x_lens, row) for row in range(1, len(FRAMES))}
     with nan_from(model.encoder.layers[0], [0]):
-        found, _ = run(model, x, x_lens, {(0, layer) for layer in config.exit_layers} | {(5, 2)})
-    layer, encoder_out, log_probs, nan_exits = found[0]
+        exits, _ = run(model, x, x_lens, {(0, layer) for layer in config.exit_layers} | {(5, 2)})
+    layer, encoder_out, log_probs, nan_exits = exits[0]
     assert (layer, nan_exits) == (6, 4)
     assert (encoder_out if log_probs is None else log_probs).isnan().any()
-    found[0] = (6, encoder_out.nan_to_num(), None if log_probs is None else log_probs.nan_to_num(), 0)
-    check(model, x, x_lens, found, [6, 6, 6, 6, 6, 2], expected={**sound, 0: {6: found[0][1:3]}})
+    exits[0] = (6, encoder_out.nan_to_num(), None if log_probs is None else log_probs.nan_to_num(), 0)
+    check(model, x, x_lens, exits, [6, 6, 6, 6, 6, 2], expected={**good, 0: {6: exits[0][1:3]}})
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -329,19 +329,19 @@ def test_random_nan_in_the_heads(seed):
     pairs = [(row, layer) for row in range(len(FRAMES)) for layer in layers]
     broken = {pair for pair in pairs if rng.random() < 0.5}
     wishes = {pair for pair in pairs if rng.random() < 0.4}
-    # told for each utterance by itself
-    left_at, nan_exits, reached = [], [], []
+    # expected for each utterance by itself
+    exited_at, nan_exits, reached = [], [], []
     for row in range(len(FRAMES)):
-        sound, nans = [], 0
+        good, nans = [], 0
         for layer in layers:
             if (row, layer) in broken:
                 nans += 1
             else:
-                sound.append(layer)
+                good.append(layer)
                 if (row, layer) in wishes:
                     break
         reached.append(layer)
-        left_at.append(sound[-1] if sound else layer)
+        exited_at.append(good[-1] if good else layer)
         nan_exits.append(nans)
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -349,20 +349,20 @@ def test_random_nan_in_the_heads(seed):
             places = [place for place, row in enumerate(there) if (row, layer) in broken]
             stack.enter_context(nan_from(model.ctc_heads[str(layer)], places))
         with counted_layers(model) as calls:
-            found, asked = run(model, x, x_lens, wishes)
+            exits, asked = run(model, x, x_lens, wishes)
     assert calls == expected_calls(CTC, FRAMES, reached)
     for layer in layers[:-1]:
-        sound_here = [row for row in range(len(FRAMES)) if reached[row] >= layer and (row, layer) not in broken]
-        assert asked.get(layer, []) == sound_here
-    for row, (layer, _, log_probs, _) in found.items():
-        if (row, layer) in broken:  # at no exit was it sound
+        good_here = [row for row in range(len(FRAMES)) if reached[row] >= layer and (row, layer) not in broken]
+        assert asked.get(layer, []) == good_here
+    for row, (layer, _, log_probs, _) in exits.items():
+        if (row, layer) in broken:  # NaN at all exits
             assert nan_exits[row] == len(layers) and log_probs.isnan().any()
-            expected[row] = {layer: found[row][1:3]}
-            found[row][2].nan_to_num_()
-    check(model, x, x_lens, found, left_at, nan_exits, expected)
+            expected[row] = {layer: exits[row][1:3]}
+            exits[row][2].nan_to_num_()
+    check(model, x, x_lens, exits, exited_at, nan_exits, expected)
 
 
-# ---- models that end early
+# ---- models that end at an exit
 
 
 def save(path, config, loss=None):
@@ -373,7 +373,7 @@ def save(path, config, loss=None):
 
 
 @each_variant
-def test_a_model_loaded_up_to_an_exit_is_the_full_one_there(tmp_path, config):
+def test_a_model_loaded_up_to_an_exit_equals_the_full_one(tmp_path, config):
     full, path = save(tmp_path / "model.pt", config)
     x, x_lens = make_batch(FRAMES)
     outputs = list(full.encoder(x, x_lens))
@@ -401,15 +401,15 @@ def test_a_model_loaded_up_to_an_exit_is_the_full_one_there(tmp_path, config):
                 for number in range(layer + 1, config.num_layers + 1)
             ),
         )
-        left = {name for name in full.state_dict() if not name.startswith(beyond)}
-        assert set(contents["model"]) == set(model.state_dict()) == left
+        kept_names = {name for name in full.state_dict() if not name.startswith(beyond)}
+        assert set(contents["model"]) == set(model.state_dict()) == kept_names
     assert load_model(path)[1].model == config
 
 
-def test_where_there_is_no_exit_none_can_be_last(tmp_path):
+def test_a_model_cannot_end_where_it_has_no_exit(tmp_path):
     _, path = save(tmp_path / "model.pt", CTC)
     for layer in (0, 3, 7):
-        with pytest.raises(CheckpointError, match=rf"no exit after layer {layer}; choose among 1, 2, 4, 6"):
+        with pytest.raises(CheckpointError, match=rf"no exit after layer {layer}; choose one of 1, 2, 4, 6"):
             load_model(path, exit_layer=layer)
 
 
@@ -418,10 +418,10 @@ def test_where_there_is_no_exit_none_can_be_last(tmp_path):
     [
         ((), (1 / 2, 1 / 2)),
         ((1.0, 3.0, 2.0, 2.0), (1 / 4, 3 / 4)),
-        ((0.0, 0.0, 0.0, 1.0), (1 / 2, 1 / 2)),  # nothing is left to weigh by: all alike
+        ((0.0, 0.0, 0.0, 1.0), (1 / 2, 1 / 2)),  # all remaining weights are 0: equal weights
     ],
 )
-def test_exit_weights_of_the_exits_that_are_left(tmp_path, weights, kept):
+def test_exit_weights_of_the_remaining_exits(tmp_path, weights, kept):
     _, path = save(tmp_path / "model.pt", CTC, LossConfig(exit_weights=weights))
     model, config, _ = load_model(path, exit_layer=2)
     loss = MultiExitLoss(model, config.loss)
@@ -431,7 +431,7 @@ def test_exit_weights_of_the_exits_that_are_left(tmp_path, weights, kept):
     assert float(losses.total) == pytest.approx(float((losses.per_exit * torch.tensor(kept)).sum()), rel=1e-5)
 
 
-def test_a_checkpoint_is_known_by_its_bytes(tmp_path):
+def test_the_id_of_a_checkpoint_depends_on_its_bytes(tmp_path):
     model, first = save(tmp_path / "first.pt", CTC)
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes(first.read_bytes())
@@ -451,13 +451,13 @@ def test_a_checkpoint_is_known_by_its_bytes(tmp_path):
 
 
 def test_layers_that_are_skipped_take_no_time():
-    """Two of twelve layers take less than half of the time of twelve; benchmarks/skipping.md has the figures."""
+    """Two of twelve layers take less than half of the time of twelve (benchmarks/skipping.md has measurements)."""
     layers = (2, 4, 6, 8, 10, 12)
     shape = {"num_layers": 12, "exit_layers": layers, "parallel_exits": (2, 12)}
     model = build(dataclasses.replace(CTC, d_model=64, feedforward_dim=256, **shape))
     x, x_lens = make_batch([400, 300])
     seconds = {2: [], 12: []}
-    for _ in range(5):  # in turns: whatever else the machine does slows both
+    for _ in range(5):  # alternating, so that other processes slow down both
         for layer in seconds:
             started = time.perf_counter()
             run(model, x, x_lens, {(0, layer), (1, layer)})
