@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitformer.speech.recognizer import Recognizer, load
     from splitformer.speech.transcripts import Segment, Transcript, Word
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "AudioError": "splitformer.speech.audio",

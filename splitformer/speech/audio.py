@@ -1,7 +1,7 @@
 """Recordings read as streams: files in any format that libsndfile reads, and arrays, at any sampling rate.
 
 Samples are decoded, checked and resampled block by block, so that memory does not grow with the length of a
-recording. The blocks hold the samples that Lhotse's decoding and resampling of the whole recording gives.
+recording. The samples equal those of Lhotse and torchaudio, which decode and resample the whole recording at once.
 """
 
 from __future__ import annotations

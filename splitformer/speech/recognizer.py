@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from splitformer.checkpoint import checkpoint_id, load_model
+from splitformer.decoding.lang import lang_file, read_symbols
 from splitformer.decoding.methods import METHODS
-from splitformer.decoding.searches import Method, Options, Weights, make_methods
+from splitformer.decoding.searches import Method, Options, make_method
 from splitformer.early_exit.policies import FittedPolicy, Fixed, Policy
 from splitformer.early_exit.search import EarlyResult, search_early
 from splitformer.errors import UserError
@@ -255,8 +256,8 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, config, contents = load_model(checkpoint, device, exit)
     exits, heads = config.model.exit_layers, config.model.heads
-    if lang_dir is not None:
-        _check_tokens(Path(lang_dir), contents["tokens"])
+    if lang_dir is not None and read_symbols(path := lang_file(lang_dir, "tokens.txt")) != contents["tokens"]:
+        raise UserError(f"{path} has other tokens than {checkpoint}: give the lang_dir of the training")
     weights = {"hlg_scale": hlg_scale, "ngram_lm_scale": ngram_lm_scale, "blank_penalty": blank_penalty}
     given = {name: value for name, value in weights.items() if value is not None}
     fitted = None
@@ -266,7 +267,11 @@ def load(
         if given or method not in (None, fitted.method):
             raise UserError(f"{exit_policy} sets the method ({fitted.method}) and its weights; leave both out")
         method = fitted.method
-    search = _method(method, heads, lang_dir, config.model.vocab_size, device)
+    method = method or ("greedy_search" if "ctc" in heads else "transducer-greedy_search")
+    choices = [each.name for each in METHODS.values() if each.head in heads and each.name != "nbest-oracle"]
+    if method not in choices:
+        raise UserError(f"method {method}: the heads are {' and '.join(heads)}; choose among {', '.join(choices)}")
+    search = make_method(method, None if lang_dir is None else Path(lang_dir), config.model.vocab_size, device)
     known = dict(search.default)
     if unknown := sorted(given.keys() - known.keys()):
         raise UserError(f"{', '.join(unknown)}: {search.name} has {' and '.join(known) or 'no weights'}; leave it out")
@@ -284,27 +289,3 @@ def load(
         device=device,
         max_duration=max_duration,
     )
-
-
-def _method(
-    name: str | None, heads: Sequence[str], lang_dir: str | Path | None, vocab_size: int, device: torch.device
-) -> Method:
-    name = name or ("greedy_search" if "ctc" in heads else "transducer-greedy_search")
-    choices = [each.name for each in METHODS.values() if each.head in heads and each.name != "nbest-oracle"]
-    if name not in choices:
-        raise UserError(f"method {name}: the model has {' and '.join(heads)} heads; choose among {', '.join(choices)}")
-    folder = None if lang_dir is None else Path(lang_dir)
-    return make_methods([name], folder, vocab_size, device, Weights())[0]
-
-
-def _check_tokens(lang_dir: Path, tokens: Sequence[str]) -> None:
-    """Raise UserError unless the lang_dir has the tokens of the checkpoint."""
-    path = lang_dir / "tokens.txt"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give the lang_dir of the training")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if [line.rsplit(maxsplit=1)[0] for line in lines if line.strip()] != list(tokens):
-        raise UserError(
-            f"{path} has other tokens ({len(lines)}) than the checkpoint ({len(tokens)}): give the lang_dir of the "
-            "training"
-        )

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from lhotse import Fbank, FbankConfig, Recording
+from lhotse.augmentation import get_or_create_resampler
 
 import splitformer
 from splitformer.checkpoint import checkpoint_id
@@ -193,8 +194,11 @@ def check_against_lhotse(checkpoint: Path, audio: list[Path], repo_root: Path) -
     """Every recording is one segment with the tokens of Lhotse's audio and features."""
     results = transcribed_without_packages(checkpoint, audio, repo_root)
     for path, segments in zip(audio, results, strict=True):
-        samples = Recording.from_file(path).resample(RATE).load_audio()
-        tokens, starts = greedy_tokens(checkpoint, Fbank(FbankConfig(num_filters=80)).extract(samples, RATE))
+        recording = Recording.from_file(path)
+        samples = torch.from_numpy(recording.load_audio())
+        if recording.sampling_rate != RATE:  # Recording.resample uses scipy where there is no torchaudio
+            samples = get_or_create_resampler(recording.sampling_rate, RATE)(samples)
+        tokens, starts = greedy_tokens(checkpoint, Fbank(FbankConfig(num_filters=80)).extract(samples, RATE).numpy())
         [(found, timestamps)] = segments
         assert found == tokens and timestamps == pytest.approx(starts), path
         assert tokens

@@ -97,9 +97,9 @@ TIERS = {
     ),
     "report": Tier(("splitformer.report.*",), frozenset({"matplotlib"}), REPORT),
     "commands without k2": Tier(
-        modules("bin", "train", "average", "export", "report", "doctor", "import_reference"),
-        frozenset({"torch"}),
-        (*TRAINING, *REPORT, "splitformer.cli", "splitformer.corpora.tokens", "splitformer.export.*"),
+        modules("bin", "train", "average", "export", "report", "doctor", "import_reference", "transcribe"),
+        frozenset({"torch", "tqdm"}),
+        (*TRAINING, *REPORT, *SPEECH, "splitformer.cli", "splitformer.corpora.tokens", "splitformer.export.*"),
     ),
     "commands": Tier(("splitformer.bin.*",), frozenset({"torch", *IO}), ("splitformer.*",)),
     "stage scripts": Tier(("local.*",), frozenset({"torch", "lhotse", *IO}), ("splitformer.*",)),
