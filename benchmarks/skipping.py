@@ -1,33 +1,26 @@
-"""What it saves to leave the encoder early: time and layer calls per exit, and in batches that shrink.
+"""Measure what exiting early saves: time and layer calls at each exit, and in batches that shrink.
 
-    python -m benchmarks.skipping [--systems conf published] [--output benchmarks/skipping.md]
-
-Weights and features are random: time does not depend on them, and the stop rules here look at neither. Of each exit
-
-    stop       the full model, let go at this exit by `exit_early`
-    truncated  the same weights loaded up to this exit, to the end of that model
-    all        every layer and every exit's head, whatever exit is used: what the authors' released code does
-
-run in turns, and a figure is the median over the turns of the ratio within one: what else a machine does changes from
-turn to turn, and a ratio little. Batches of 1 are the utterances of the larger batch, one in a turn, and as they take
-less time they have four times the turns.
+python -m benchmarks.skipping [--systems conf published] [--output benchmarks/skipping.md]
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from splitformer.checkpoint import load_model, save_checkpoint
+from splitformer.cli import command
 from splitformer.config import Config, load_config
 from splitformer.early_exit.running import exit_early
 from splitformer.files import atomic_write
@@ -38,47 +31,68 @@ from splitformer.provenance import command_line
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES_PER_SECOND = 100
 
+System = Literal["conf", "published"]
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", choices=("conf", "published"), default=["conf", "published"])
-    parser.add_argument("--conf", type=Path, default=ROOT / "egs/an4/conf/splitformer-ungated.toml")
-    parser.add_argument("--utterances", type=int, default=8, help="in the larger batch, of 3 to 10 s each")
-    parser.add_argument("--rounds", type=int, nargs=2, default=[12, 3], help="turns: of the conf, of the published")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the tables there as well")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
 
-    configs = {"conf": load_config(args.conf), "published": Config()}
-    names = {"conf": str(args.conf).removeprefix(f"{ROOT}/"), "published": "The published system"}
-    rounds = dict(zip(configs, args.rounds))
+@dataclass(frozen=True)
+class Options:
+    """Measure what exiting early saves: time and layer calls at each exit, and in batches that shrink.
+
+    Weights and features are random, since time does not depend on them. At each exit three runs alternate:
+
+        stop       the full model, stopped at this exit by `exit_early`
+        truncated  the same weights loaded up to this exit, run to their end
+        all        every layer and every exit's head, as the authors' released code runs for any exit
+
+    A figure is the median over the rounds of the ratio within a round, which the load of the machine affects little.
+    Batches of 1 are the utterances of the larger batch, one in each round. They have four times as many rounds.
+    """
+
+    systems: tuple[System, ...] = ("conf", "published")
+    """systems to measure: that of --conf, the published one"""
+    conf: Path = ROOT / "egs/an4/conf/splitformer.toml"
+    """configuration file"""
+    utterances: int = 8
+    """utterances in the larger batch, of 3 to 10 s each"""
+    rounds: tuple[int, int] = (12, 3)
+    """rounds of the conf, and of the published system"""
+    threads: int = 1
+    """threads of torch"""
+    output: Path | None = None
+    """file for the tables, besides standard output"""
+
+
+def run(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    configs: dict[System, Config] = {"conf": load_config(options.conf), "published": Config()}
+    names = {"conf": str(options.conf).removeprefix(f"{ROOT}/"), "published": "The published system"}
+    rounds = dict(zip(configs, options.rounds))
     text = [
-        f"{args.threads} thread(s), random weights; made by",
+        f"{options.threads} thread(s), random weights; made by",
         "",
         f"    {command_line(ROOT)}",
         "",
-        "stop: leaving the full model at this exit; truncated: the same weights loaded up to this exit; all: every",
-        "layer and head, whatever exit is used. Medians of ratios within a turn; calls are of Conformer layers, and",
-        "of the parallel ones.",
+        "stop: the full model, stopped at this exit; truncated: the same weights loaded up to this exit; all: every",
+        "layer and head, whatever exit is used. Medians of ratios within a round; calls are of Conformer layers,",
+        "parallel ones included.",
     ]
     with torch.no_grad():
-        for system in args.systems:
+        for system in options.systems:
             models = build_models(configs[system])
             parameters = sum(p.numel() for p in models[max(models)].parameters())
             text += ["", f"## {names[system]}: {parameters / 1e6:.1f} M parameters"]
-            batch = random_batch(args.utterances, configs[system].model.num_mel_bins)
-            for size, turns in ((1, 4 * rounds[system]), (args.utterances, rounds[system])):
-                text += ["", f"Batches of {size}, {turns} turns:", "", *per_exit(models, cut_up(*batch, size), turns)]
+            batch = random_batch(options.utterances, configs[system].model.num_mel_bins)
+            for size, count in ((1, 4 * rounds[system]), (options.utterances, rounds[system])):
+                text += ["", f"Batches of {size}, {count} rounds:", "", *per_exit(models, split(*batch, size), count)]
             text += ["", *mixed(models[max(models)], *batch, rounds[system])]
     print("\n".join(text))
-    if args.output:
-        with atomic_write(args.output) as file:
-            file.write("# What leaving early saves\n\n" + "\n".join(text) + "\n")
+    if options.output:
+        with atomic_write(options.output) as file:
+            file.write("# What exiting early saves\n\n" + "\n".join(text) + "\n")
 
 
 def build_models(config: Config) -> dict[int, AsrModel]:
-    """{exit: the model up to there}; the last is the full one."""
+    """Return {exit: the model up to there}; the last one is the full model."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
@@ -87,13 +101,13 @@ def build_models(config: Config) -> dict[int, AsrModel]:
 
 
 def random_batch(size: int, num_mel_bins: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Features of utterances of 3 to 10 s, and their lengths."""
+    """Return features of utterances of 3 to 10 s, and their lengths."""
     generator = torch.Generator().manual_seed(seed)
     x_lens = torch.randint(3 * FRAMES_PER_SECOND, 10 * FRAMES_PER_SECOND + 1, (size,), generator=generator)
     return torch.randn(size, int(x_lens.max()), num_mel_bins, generator=generator), x_lens
 
 
-def leave_at(model: AsrModel, x: Tensor, x_lens: Tensor, layers: Tensor) -> None:
+def exit_at(model: AsrModel, x: Tensor, x_lens: Tensor, layers: Tensor) -> None:
     """Run each utterance up to the exit after its own of `layers` (N,)."""
     for _ in exit_early(model, x, x_lens, lambda rows, exit_output, _: layers[rows] <= exit_output.layer):
         pass
@@ -105,30 +119,30 @@ def run_all(model: AsrModel, x: Tensor, x_lens: Tensor) -> None:
 
 
 def per_exit(models: dict[int, AsrModel], batches: list[tuple[Tensor, Tensor]], rounds: int) -> list[str]:
-    """A row for each exit."""
+    """Return a table with a row for each exit."""
     full, exits = models[max(models)], list(models)
 
     def runs(layer: int, x: Tensor, x_lens: Tensor) -> dict[str, Callable[[], None]]:
         layers = torch.full_like(x_lens, layer)
         return {
-            "stop": lambda: leave_at(full, x, x_lens, layers),
-            "truncated": lambda: leave_at(models[layer], x, x_lens, layers),
+            "stop": lambda: exit_at(full, x, x_lens, layers),
+            "truncated": lambda: exit_at(models[layer], x, x_lens, layers),
             "all": lambda: run_all(full, x, x_lens),
         }
 
     calls: dict[int, dict[str, int]] = {}
-    for layer in exits:  # these count, and warm up; calls depend on no length, so the first second is enough
+    for layer in exits:  # these runs count calls, which do not depend on the length, and warm up
         calls[layer] = {}
         x, x_lens = batches[0]
-        for name, run in runs(layer, x[:, :FRAMES_PER_SECOND], x_lens.clamp(max=FRAMES_PER_SECOND)).items():
-            with counted(full if name != "truncated" else models[layer]) as tally:
-                run()
-            calls[layer][name] = len(tally)
+        for name, each in runs(layer, x[:, :FRAMES_PER_SECOND], x_lens.clamp(max=FRAMES_PER_SECOND)).items():
+            with counted_frames(full if name != "truncated" else models[layer]) as frames:
+                each()
+            calls[layer][name] = len(frames)
     to_truncated: dict[int, list[float]] = {layer: [] for layer in exits}
     to_all: dict[int, list[float]] = {layer: [] for layer in exits}
-    for turn in tqdm(range(rounds), desc=f"batches of {len(batches[0][1])}"):
+    for number in tqdm(range(rounds), desc=f"batches of {len(batches[0][1])}"):
         for layer in exits:
-            seconds = in_turn(runs(layer, *batches[turn % len(batches)]), backwards=turn % 2 == 1)
+            seconds = time_round(runs(layer, *batches[number % len(batches)]), backwards=number % 2 == 1)
             to_truncated[layer].append(seconds["stop"] / seconds["truncated"])
             to_all[layer].append(seconds["stop"] / seconds["all"])
     lines = [
@@ -143,49 +157,51 @@ def per_exit(models: dict[int, AsrModel], batches: list[tuple[Tensor, Tensor]], 
 
 
 def mixed(model: AsrModel, x: Tensor, x_lens: Tensor, rounds: int) -> list[str]:
-    """A batch whose utterances leave at different exits; against all to the last one, and each by itself to its own."""
+    """Return a table of a batch with different exits, relative to running all to the last, and each one alone."""
     utterances = len(x)
     exits = torch.tensor(model.encoder.exit_layers)
     layers = exits[torch.randint(0, len(exits), (utterances,), generator=torch.Generator().manual_seed(2))]
     last = torch.full_like(layers, int(exits[-1]))
-    alone = cut_up(x, x_lens, 1)
+    alone = split(x, x_lens, 1)
 
     def one_by_one() -> None:
         for (one, length), layer in zip(alone, layers):
-            leave_at(model, one, length, layer.view(1))
+            exit_at(model, one, length, layer.view(1))
 
     runs: dict[str, Callable[[], None]] = {
-        "shrinking": lambda: leave_at(model, x, x_lens, layers),
-        "all": lambda: leave_at(model, x, x_lens, last),
+        "shrinking": lambda: exit_at(model, x, x_lens, layers),
+        "all": lambda: exit_at(model, x, x_lens, last),
         "one by one": one_by_one,
     }
     frames = {}
-    for name, run in runs.items():
-        with counted(model) as tally:
-            run()
-        frames[name] = sum(tally)
-    turns = [in_turn(runs, backwards=turn % 2 == 1) for turn in tqdm(range(rounds), desc="mixed")]
+    for name, each in runs.items():
+        with counted_frames(model) as counts:
+            each()
+        frames[name] = sum(counts)
+    times = [time_round(runs, backwards=number % 2 == 1) for number in tqdm(range(rounds), desc="mixed")]
     lines = [
-        f"A batch of {utterances} that leave after layers {', '.join(map(str, layers.tolist()))}.",
-        "Frames are those that Conformer layers see, padding included.",
+        f"A batch of {utterances} that exit after layers {', '.join(map(str, layers.tolist()))}.",
+        "Frames are those that Conformer layers process, padding included.",
         "",
-        "| the shrinking batch against | time | frames |",
+        "| the shrinking batch relative to | time | frames |",
         "| --- | ---: | ---: |",
     ]
-    for name, told in (("all", "all to the last exit"), ("one by one", "each by itself to its exit, without padding")):
-        ratio = median(seconds["shrinking"] / seconds[name] for seconds in turns)
-        lines.append(f"| {told} | {ratio:.3f} | {frames['shrinking'] / frames[name]:.3f} |")
+    for name, text in (("all", "all to the last exit"), ("one by one", "each alone to its exit, without padding")):
+        ratio = median(seconds["shrinking"] / seconds[name] for seconds in times)
+        lines.append(f"| {text} | {ratio:.3f} | {frames['shrinking'] / frames[name]:.3f} |")
     return lines
 
 
-def cut_up(x: Tensor, x_lens: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The batch as batches of `size`, each with its own padding only."""
-    parts = zip(x.split(size), x_lens.split(size))
-    return [(part[:, : int(lengths.max())].contiguous(), lengths) for part, lengths in parts]
+def split(x: Tensor, x_lens: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the batch as batches of `size`, each with its own padding only."""
+    return [
+        (some[:, : int(lengths.max())].contiguous(), lengths)
+        for some, lengths in zip(x.split(size), x_lens.split(size))
+    ]
 
 
-def in_turn(runs: dict[str, Callable[[], None]], backwards: bool) -> dict[str, float]:
-    """Seconds of each; every other turn backwards, so that none always comes first."""
+def time_round(runs: dict[str, Callable[[], None]], backwards: bool) -> dict[str, float]:
+    """Return the seconds of each run, in this order or backwards."""
     seconds = {}
     for name in reversed(runs) if backwards else runs:
         started = time.perf_counter()
@@ -195,20 +211,20 @@ def in_turn(runs: dict[str, Callable[[], None]], backwards: bool) -> dict[str, f
 
 
 @contextmanager
-def counted(model: AsrModel) -> Iterator[list[int]]:
-    """The frames, padding included, that each call of a Conformer layer saw."""
-    tally: list[int] = []
+def counted_frames(model: AsrModel) -> Iterator[list[int]]:
+    """Yield a list that gets the frames, padding included, of each call of a Conformer layer."""
+    frames: list[int] = []
     handles = [
-        module.register_forward_hook(lambda _, inputs, __: tally.append(inputs[0].size(0) * inputs[0].size(1)))
+        module.register_forward_hook(lambda _, inputs, __: frames.append(inputs[0].size(0) * inputs[0].size(1)))
         for module in model.encoder.modules()
         if isinstance(module, ConformerLayer)
     ]
     try:
-        yield tally
+        yield frames
     finally:
         for handle in handles:
             handle.remove()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))
