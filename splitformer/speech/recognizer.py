@@ -164,12 +164,12 @@ class Recognizer:
         x = torch.nn.utils.rnn.pad_sequence(list(features.values()), batch_first=True)
         lengths = torch.tensor([len(each) for each in features.values()], device=self.device)
         try:
-            found = search_early(self.model, x, lengths, self.policy, self.method, self.options)
+            searched = search_early(self.model, x, lengths, self.policy, self.method, self.options)
         except UserError as error:
             if len(waveforms) == 1:
                 return [error]
             return [self._search([each])[0] for each in waveforms]  # one bad recording does not fail the others
-        for row, result in zip(features, found):
+        for row, result in zip(features, searched):
             results[row] = result
         return results
 

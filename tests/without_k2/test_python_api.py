@@ -199,8 +199,8 @@ def check_against_lhotse(checkpoint: Path, audio: list[Path], repo_root: Path) -
         if recording.sampling_rate != RATE:  # Recording.resample uses scipy where there is no torchaudio
             samples = get_or_create_resampler(recording.sampling_rate, RATE)(samples)
         tokens, starts = greedy_tokens(checkpoint, Fbank(FbankConfig(num_filters=80)).extract(samples, RATE).numpy())
-        [(found, timestamps)] = segments
-        assert found == tokens and timestamps == pytest.approx(starts), path
+        [(segment_tokens, timestamps)] = segments
+        assert segment_tokens == tokens and timestamps == pytest.approx(starts), path
         assert tokens
 
 
