@@ -63,6 +63,8 @@ class Options:
 
 
 def run(options: Options) -> int:
+    if not options.audio:
+        raise UserError("no recordings are given: name files, folders, .jsonl lists, or - for standard input")
     check_limits(options.max_segment, options.overlap)
     if options.channel is not None and options.channel < 0:
         raise UserError(f"--channel {options.channel}: channels are counted from 0")

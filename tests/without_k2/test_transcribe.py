@@ -214,6 +214,11 @@ def test_the_commands_of_the_documentation_run(checkpoint, repo_root, tmp_path):
     assert "00:00:00," in done.stdout and (tmp_path / "out.jsonl").read_text().startswith('{"audio": "a.wav"')
 
 
+def test_a_command_without_recordings_says_what_it_takes(run):
+    status, _, err = run()
+    assert status == 1 and "files, folders, .jsonl lists" in err
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording(checkpoint, tmp_path):
     """Peak memory for 1 minute and for 30 minutes: only levels and words are kept, less than a megabyte."""
