@@ -25,8 +25,8 @@ import onnxruntime
 BLANK = 0
 STATISTICS = ("entropy", "entropy_non_blank", "posterior", "disagreement", "frames")
 REMEDY = """; stages run the policies fixed, entropy, entropy_non_blank, posterior, patience and learned. Fit one:
-  splitformer calibrate --policy learned --method greedy_search --checkpoint EXP/averaged.pt --cuts dev=DEV_CUTS \\
-    --lang-dir LANG --output policy-learned.json"""
+  python -m splitformer calibrate --policy learned --method greedy_search --checkpoint EXP/averaged.pt \\
+    --cuts dev=DEV_CUTS --lang-dir LANG --output policy-learned.json"""
 
 
 class Result(NamedTuple):
@@ -185,11 +185,15 @@ def disagreement(before: list[int], now: list[int]) -> float:
 
 def read_wav(path: Path) -> np.ndarray:
     """Return samples (S,) between -1 and 1."""
-    with wave.open(str(path), "rb") as file:
-        shape = (file.getframerate(), file.getsampwidth(), file.getnchannels())
-        if shape != (16000, 2, 1):
-            raise SystemExit(f"{path}: {shape[0]} Hz, {8 * shape[1]} bits, {shape[2]} channels; expected 16000, 16, 1")
-        return np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32768.0
+    try:
+        with wave.open(str(path), "rb") as file:
+            rate, size, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
+            samples = file.readframes(file.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        raise SystemExit(f"{path} cannot be read as WAV: {error}") from error
+    if (rate, size, channels) != (16000, 2, 1):
+        raise SystemExit(f"{path}: {rate} Hz, {8 * size} bits, {channels} channels; expected 16000, 16, 1")
+    return np.frombuffer(samples, dtype="<i2").astype(np.float32) / 32768.0
 
 
 def fbank(samples: np.ndarray, num_mel_bins: int = 80) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Exports in sherpa-onnx, the released package as it is: the same tokens at the same times as our greedy searches.
+"""Exported files in the released sherpa-onnx package: the same tokens at the same times as our greedy searches.
 
-A model that has learned to spell tones is exported at every exit, and both hear audio, each with features of its own.
+A small model that has learned to spell tones is exported at every exit. Each side computes its own features.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ import onnx
 import pytest
 import soundfile
 import torch
+from rapidfuzz.distance import Levenshtein
 
 from splitformer.checkpoint import load_model, save_checkpoint
 from splitformer.config import Config, LossConfig, ModelConfig
 from splitformer.data.features import FbankOptions, extract, make_extractor
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
-from splitformer.early_exit.statistics import edit_distance
 from splitformer.losses.multi_exit import MultiExitLoss
-from splitformer.losses.pruned_transducer import PrunedTransducerLoss
 from splitformer.model.asr import AsrModel
 from tests.factories import make_lang_dir, make_texts, tone_speech
 
-LAYERS = (1, 2, 4)
-STEPS = 140
-# What a user writes; in a process of its own, because sherpa-onnx ends it where metadata are missing.
+LAYERS = (1, 2)
+STEPS, BATCH = 140, 12
+# The program of a user, run in its own process, because sherpa-onnx ends it if metadata are missing.
 CLIENT = """
 import json, sys
 import numpy as np
@@ -38,7 +37,7 @@ import sherpa_onnx
 folder, layers, batch_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 waves = np.load(folder + "/waves.npz")
 waves = [waves[name] for name in waves.files]
-found = {}
+outputs = {}
 for layer in layers:
     def file(part):
         return f"{folder}/{part}-exit-{layer:02d}.onnx"
@@ -58,8 +57,8 @@ for layer in layers:
                 streams[-1].accept_waveform(16000, wave)
             recognizer.decode_streams(streams)
             results += [(s.result.text, list(s.result.tokens), list(s.result.timestamps)) for s in streams]
-        found[f"{head} {layer}"] = results
-print(json.dumps(found))
+        outputs[f"{head} {layer}"] = results
+print(json.dumps(outputs))
 """
 
 
@@ -72,13 +71,13 @@ def exported(tmp_path_factory):
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         cmvn="utterance",
-        d_model=48,
+        d_model=32,
         num_heads=4,
-        feedforward_dim=96,
+        feedforward_dim=64,
         conv_kernel=7,
-        num_layers=4,
+        num_layers=2,
         exit_layers=LAYERS,
-        parallel_exits=(1, 4),
+        parallel_exits=(1, 2),
         dropout=0.0,
         heads=("ctc", "transducer"),
         decoder_dim=32,
@@ -98,7 +97,7 @@ def exported(tmp_path_factory):
     texts = make_texts(14, seed=9)
     waves = [tone_speech(text, rng).astype(np.float32) for text in texts]
     waves[5], texts[5] = np.tile(waves[5], 3), " ".join(3 * [texts[5]])  # much longer than the others of its batch
-    return folder, heard_by_us(folder, folder, waves), tokenizer, texts
+    return folder, greedy_hypotheses(folder, folder, waves), tokenizer, texts
 
 
 def features_of(waves):
@@ -106,33 +105,33 @@ def features_of(waves):
     return torch.nn.utils.rnn.pad_sequence(found, batch_first=True), torch.tensor([len(each) for each in found])
 
 
-def heard_by_us(folder: Path, output: Path, waves: list[np.ndarray]) -> dict[str, list]:
-    """{"head layer": greedy hypotheses} of the checkpoint in `folder`; the waves are left in `output`."""
+def greedy_hypotheses(folder: Path, output: Path, waves: list[np.ndarray]) -> dict[str, list]:
+    """Return {"head layer": greedy hypotheses} of the checkpoint in `folder`, and write the waves to `output`."""
     np.savez(output / "waves.npz", *waves)
-    ours = {}
+    hypotheses = {}
     model = load_model(folder / "averaged.pt")[0]
     with torch.no_grad():
         for exit_output in model.encoder(*features_of(waves)):
             layer, lengths = exit_output.layer, exit_output.lengths
-            ours[f"ctc {layer}"] = ctc_greedy_search(model.ctc_log_probs(exit_output), lengths)
-            ours[f"transducer {layer}"] = transducer_greedy_search(
+            hypotheses[f"ctc {layer}"] = ctc_greedy_search(model.ctc_log_probs(exit_output), lengths)
+            hypotheses[f"transducer {layer}"] = transducer_greedy_search(
                 model.decoder, model.joiner(layer), exit_output.encoder_out, lengths
             )
-    return ours
+    return hypotheses
 
 
 def learn(model, x, x_lens, tokenizer, texts):
-    """Some seconds of training; the heads need not be good, but they must hear something."""
+    """Train for some seconds: the heads need not be good, but they must emit tokens."""
     labels = [torch.tensor(tokenizer.encode(text)) for text in texts]
     y = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
     y_lens = torch.tensor([len(each) for each in labels])
     x[:] = x.clamp(min=-16.0)
     config = LossConfig(warm_steps=20, prune_range=4)
-    loss = MultiExitLoss(model, config, PrunedTransducerLoss(model, config), transducer_from=STEPS // 2)
+    loss = MultiExitLoss(model, config, transducer_from=STEPS // 2)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=4e-3)
     loss.train()
     for step in range(STEPS):
-        rows = torch.arange(24) + 24 * (step % (len(texts) // 24))
+        rows = torch.arange(BATCH) + BATCH * (step % (len(texts) // BATCH))
         optimizer.zero_grad()
         total = loss(x[rows, : x_lens[rows].max()], x_lens[rows], y[rows], y_lens[rows], step).total
         total.backward()
@@ -147,11 +146,11 @@ def run_client(folder: Path, layers, batch_size: int) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_sherpa_finds_the_same_tokens_at_the_same_times(exported, batch_size):
+def test_sherpa_gives_the_same_tokens_at_the_same_times(exported, batch_size):
     folder, ours, tokenizer, texts = exported
     check_client(folder, ours, tokenizer, batch_size)
-    for name in ("ctc 4", "transducer 4"):  # that they agree on speech, and not on silence
-        wrong = sum(edit_distance(h.tokens, tokenizer.encode(text)) for h, text in zip(ours[name], texts))
+    for name in ("ctc 2", "transducer 2"):  # both recognise the speech
+        wrong = sum(Levenshtein.distance(h.tokens, tokenizer.encode(text)) for h, text in zip(ours[name], texts))
         assert wrong < 0.4 * sum(len(tokenizer.encode(text)) for text in texts), name
 
 
@@ -162,27 +161,27 @@ def check_client(folder: Path, ours: dict[str, list], tokenizer: Tokenizer, batc
     assert set(found) == set(ours)
     for name, results in found.items():
         for (text, tokens, timestamps), hypothesis in zip(results, ours[name], strict=True):
-            # the client writes a word's beginning as a space
+            # sherpa-onnx writes the beginning of a word as a space
             assert tokens == [tokenizer.tokens[each].replace("▁", " ") for each in hypothesis.tokens], name
             assert text.split() == tokenizer.decode(hypothesis.tokens).split()
             assert timestamps == pytest.approx([0.04 * each for each in hypothesis.timestamps], abs=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_sherpa_hears_real_speech_as_we_do(exported, shared, tmp_path, batch_size):
-    """Five utterances of LibriSpeech, to a model of tones: what it hears is nonsense, and the same nonsense."""
+def test_sherpa_gives_the_same_tokens_on_real_speech(exported, shared, tmp_path, batch_size):
+    """Five utterances of LibriSpeech: a model of tones recognises nonsense, but the same nonsense."""
     folder, _, tokenizer, _ = exported
     waves = [soundfile.read(path, dtype="float32")[0] for path in sorted(shared.rglob("LibriSpeech/**/*.flac"))]
     assert len(waves) == 5
     for path in [*folder.glob("*.onnx"), folder / "tokens.txt"]:
         (tmp_path / path.name).symlink_to(path)
-    ours = heard_by_us(folder, tmp_path, waves)
-    assert all(sum(len(hypothesis.tokens) for hypothesis in found) > 50 for found in ours.values())
+    ours = greedy_hypotheses(folder, tmp_path, waves)
+    assert all(sum(len(hypothesis.tokens) for hypothesis in each) > 50 for each in ours.values())
     check_client(tmp_path, ours, tokenizer, batch_size)
 
 
-def test_without_its_metadata_the_client_ends(exported, tmp_path):
-    """Why the files are written with them: it is no exception that could be caught."""
+def test_sherpa_ends_the_process_if_metadata_are_missing(exported, tmp_path):
+    """This is why the files have them: no exception is raised that could be caught."""
     folder = exported[0]
     for path in [*folder.glob("*.onnx"), folder / "tokens.txt", folder / "waves.npz"]:
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -442,7 +442,7 @@ def speech():
 
 @pytest.fixture(scope="module")
 def medians(system, speech):
-    """{statistic: {layer: its median over the utterances}}, for policies at which some utterances exit and some do not"""
+    """{statistic: {layer: its median}}: with these as thresholds, some utterances exit and some do not."""
     model, config, _ = load_model(system[0] / "averaged.pt")
     passed = []
     for features in speech:
@@ -569,6 +569,8 @@ def test_files_that_do_not_fit_the_stages_are_named(runner, stages_folder, tmp_p
         runner.load_policy(tmp_path / "policy.json", runner.Stages(stages_folder))
     with pytest.raises(SystemExit, match="splitformer export --stages"):
         runner.Stages(tmp_path)
+    with pytest.raises(SystemExit, match=r"policy\.json cannot be read as WAV"):
+        runner.read_wav(tmp_path / "policy.json")
     [part, *_] = stage_parts(build(CTC))
     write_onnx(part, tmp_path / "encoder-stage-01.onnx", {"feature_type": "linear-mel"})
     with pytest.raises(SystemExit, match="takes linear-mel features"):
