@@ -30,7 +30,7 @@ cache=$PWD/.cache
 
 # The fingerprint includes the compiler: one that is installed later brings kaldifeat.
 compiler=$(command -v "${CXX:-c++}" || true)
-fingerprint=$({ cat setup.sh "$lock" requirements/kaldifeat_setup.py; echo "$compiler"; } | sha256sum)
+fingerprint=$({ cat setup.sh requirements/index.sh "$lock" requirements/kaldifeat_setup.py; echo "$compiler"; } | sha256sum)
 exists() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.fingerprint" 2>/dev/null)" = "$fingerprint" ]; }
 exists && exit 0
 
@@ -128,11 +128,8 @@ install_kaldifeat() {
 }
 
 uv=$(get_uv) || die "no uv, and 'python3 -m pip install uv' failed: install uv, or pip for python3 (Debian: python3-pip)"
-export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
-# uv reads none of pip's settings. With an extra index, pip takes a package from either; uv does so if told.
-[ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
-[ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}
-[ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL} UV_INDEX_STRATEGY=unsafe-best-match
+# shellcheck source=requirements/index.sh
+source requirements/index.sh
 
 python=$(find_python) || die "no Python ${pythons[0]} found, and none could be downloaded: install it, by your system's" \
     "packages, pyenv, conda or 'uv python install ${pythons[0]}', or name one: PYTHON=/path/to/python${pythons[0]} ./setup.sh $*"

@@ -12,6 +12,15 @@ import splitformer.bin
 from splitformer.cli import command
 
 
+EXTRAS = {
+    "train": ("filelock", "kaldialign", "lhotse", "sentencepiece", "tensorboard"),
+    "k2": ("k2", "kaldilm"),
+    "export": ("onnx", "onnxruntime", "safetensors"),
+    "report": ("matplotlib",),
+}
+"""{extra of the package: packages that it brings}, see pyproject.toml"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `splitformer NAME OPTIONS...`; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -27,7 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = f" Did you mean {near[0]}?" if near else ""
         print(f"splitformer: unknown command {name!r}; commands are {', '.join(names)}.{meant}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"splitformer.bin.{name.replace('-', '_')}")
+    try:
+        module = importlib.import_module(f"splitformer.bin.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        print(f"splitformer {name} needs {package}: pip install 'splitformer[{extra}]'", file=sys.stderr)
+        return 1
     return command(module.run, rest, prog=f"splitformer {name}")
 
 
