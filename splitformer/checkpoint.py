@@ -151,7 +151,8 @@ def build_model(config: Mapping[str, Any], state: Mapping[str, Tensor], source: 
       CheckpointError: the weights do not fit the configuration; the message names `source`.
     """
     built = Config.from_dict(config, source=source)
-    model, _ = _with_weights(built, state, source, truncated=False)
+    present = {_present_name(name): tensor for name, tensor in state.items()}
+    model, _ = _with_weights(built, present, source, truncated=False)
     return model.eval(), built
 
 

@@ -25,12 +25,11 @@ Features = tuple[Tensor, Tensor]
 
 
 class CheckBatch(NamedTuple):
-    """Features with what PyTorch computes from them."""
+    """Features with what PyTorch computes from them: {layer: output} of all exits of the whole model."""
 
     x: Tensor
     x_lens: Tensor
     exits: dict[int, ExitOutput]
-    """{layer: output} of all exits of the whole model"""
 
 
 @dataclass
@@ -49,19 +48,13 @@ class Comparison:
 
     @property
     def agreement(self) -> float:
-        """Share of frames with the same best symbol; 1 if there are no frames or no symbols."""
+        """Share of frames with the same best symbol; 1 without frames or symbols."""
         return self.agreeing / self.frames if self.frames else 1.0
 
     def add(self, found: Tensor, found_lengths: Tensor, expected: Tensor, lengths: Tensor) -> None:
-        """Add outputs (N, T', D) with lengths (N,).
-
-        Raises:
-          ExportError: lengths or shapes differ, or an output in a valid frame is NaN.
-        """
+        """Add outputs (N, T', D) with lengths (N,). Raise an ExportError if lengths or shapes differ, or for NaN."""
         if found_lengths.dtype != torch.int64 or found_lengths.tolist() != lengths.tolist():
-            raise ExportError(
-                f"the lengths are {found_lengths.dtype} {found_lengths.tolist()}, in PyTorch int64 {lengths.tolist()}"
-            )
+            raise ExportError(f"lengths {found_lengths.dtype} {found_lengths.tolist()} must be int64 {lengths.tolist()}")
         if found.shape != expected.shape:
             raise ExportError(f"the output has shape {tuple(found.shape)}, in PyTorch {tuple(expected.shape)}")
         valid = valid_frames(lengths, expected.size(1))

@@ -36,7 +36,6 @@ MAX_CHECKED = 32
 CHECK_BATCH = 8
 Compare = Callable[..., "list[check.Comparison]"]
 """Takes functions, the whole model and batches; returns a comparison of each function."""
-COMMON_METADATA = {"version": "1", "comment": "Splitformer, an early-exit Conformer", "subsampling_factor": "4"}
 FEATURES_METADATA = {
     "fbank": {"feature_type": "fbank", "frame_length_ms": "25", "window_type": "povey", "snip_edges": "0",
               "dither": "0", "low_freq": "20", "high_freq": "-400"},
@@ -81,9 +80,7 @@ class ExportOptions:
 def export_model(options: ExportOptions) -> None:
     """Write every file that is asked for, compare it with PyTorch and print the result.
 
-    Raises:
-      UserError: the options do not go together, the checkpoint, lang_dir or audio cannot be read, or a file computes
-        something else than PyTorch.
+    Raise a UserError for options that do not go together, input that cannot be read, or a file that is wrong.
     """
     if bool(options.exit) == options.all_exits:
         raise ExportError("give either --exit LAYER ... or --all-exits")
@@ -92,8 +89,7 @@ def export_model(options: ExportOptions) -> None:
     whole, config, contents = load_model(options.checkpoint)
     tokenizer = Tokenizer(options.lang_dir)
     if tokenizer.tokens != contents.get("tokens"):
-        raise ExportError(f"{options.checkpoint} was trained with other tokens than those of {options.lang_dir}: give "
-                          "the lang_dir of the training")  # fmt: skip
+        raise ExportError(f"{options.lang_dir} has other tokens than the checkpoint: give the lang_dir of the training")
     if options.head and options.head not in config.model.heads:
         raise ExportError(f"--head {options.head}: the model has {', '.join(config.model.heads)}")
     layers = config.model.exit_layers if options.all_exits else sorted(set(options.exit))
@@ -123,7 +119,9 @@ def _metadata(config: Config, checkpoint: Path) -> dict[str, str]:
     """Return what all files say about the model, its origin and its features."""
     model = config.model
     return {
-        **COMMON_METADATA,
+        "version": "1",
+        "comment": "Splitformer, an early-exit Conformer",
+        "subsampling_factor": "4",
         "num_layers": str(model.num_layers),
         "exit_layers": ",".join(map(str, model.exit_layers)),
         "vocab_size": str(model.vocab_size),
@@ -138,7 +136,7 @@ def _metadata(config: Config, checkpoint: Path) -> dict[str, str]:
 
 
 class Speech(NamedTuple):
-    """Utterances to check files on, each alone (1, T, C); `texts` is empty unless all of them have one."""
+    """Utterances (1, T, C) to check files on; `texts` is empty unless all of them are cuts and one has a text."""
 
     utterances: list[check.Features]
     texts: list[str]
@@ -147,8 +145,7 @@ class Speech(NamedTuple):
 def read_speech(files: Sequence[Path], config: Config) -> Speech:
     """Return the features of audio files and of cuts, with the texts of the cuts.
 
-    Raises:
-      UserError: audio cannot be read, cuts have no features or features of another size, or there is no utterance.
+    Raise a UserError if audio cannot be read, or the features of cuts are not those of the model.
     """
     features, texts = [], []
     for path in files:
@@ -173,8 +170,8 @@ def read_speech(files: Sequence[Path], config: Config) -> Speech:
 class Writer:
     """Writes files of one model, compares them with PyTorch and removes those that are wrong.
 
-    Files in float32 are compared on utterances alone and in batches, and on random features of a few frames. 8-bit
-    files are compared on utterances alone, because what they compute depends on the batch.
+    Files in float32 are compared on utterances alone, in batches, and on random features of a few frames. 8-bit files
+    are compared on utterances alone, because what they compute depends on the batch.
     """
 
     def __init__(self, options: ExportOptions, whole: AsrModel, speech: Speech, metadata: dict[str, str]) -> None:
@@ -189,8 +186,7 @@ class Writer:
     def write_parts(self, parts: Sequence[Part], compare: Compare) -> list[Path]:
         """Write the files of one model, and their 8-bit copies if the options ask for them; return the former.
 
-        Raises:
-          ExportError: a file differs too much from PyTorch.
+        Raise an ExportError if a file differs too much from PyTorch.
         """
         files = [self.options.output_dir / f"{part.stem}.{self.options.format}" for part in parts]
         with removed_on_error(files):
@@ -201,20 +197,16 @@ class Writer:
                     formats.write_torchscript(part, path, self.metadata)
             for path, comparison in self._compare(files, compare, self.batches):
                 if comparison.difference > TOLERANCE:
-                    raise ExportError(
-                        f"{path} differs from PyTorch by {comparison.difference:.3g}, more than {TOLERANCE:g}: the "
-                        "export or this machine's runtime is at fault; try another --opset"
-                    )
+                    what = f"{path} differs from PyTorch by {comparison.difference:.3g}, more than {TOLERANCE:g}"
+                    raise ExportError(f"{what}: the export or this machine's runtime is at fault; try another --opset")
         if self.options.int8:
             with removed_on_error(int8_files(files)):
                 for path, quantised in zip(files, int8_files(files)):
                     formats.write_int8(path, quantised)
                 for path, comparison in self._compare(int8_files(files), compare, self.alone or self.batches):
                     if self.alone and comparison.agreement < INT8_AGREEMENT:
-                        raise ExportError(
-                            f"{path} has PyTorch's best symbol in {100 * comparison.agreement:.1f} % of frames, less "
-                            f"than {100 * INT8_AGREEMENT:g} %: 8 bits are too few here; export without --int8"
-                        )
+                        what = f"{path} has PyTorch's best symbol in {100 * comparison.agreement:.1f} % of frames"
+                        raise ExportError(f"{what}, less than {100 * INT8_AGREEMENT:g} %: export it without --int8")
         return files
 
     def _compare(
@@ -224,7 +216,7 @@ class Writer:
         compared = list(zip(files, compare(_functions(files), self.whole, batches=batches)))
         for path, comparison in compared:
             symbols = f", same best symbol in {100 * comparison.agreement:.1f} % of frames" if comparison.frames else ""
-            print(f"{_size(path)}, largest difference from PyTorch {comparison.difference:.1e}{symbols}")
+            _print_size(path, f"largest difference from PyTorch {comparison.difference:.1e}{symbols}")
         return compared
 
 
@@ -235,7 +227,7 @@ def _write_weights(model: AsrModel, config: Config, tokens: list[str], path: Pat
         state = formats.load_safetensors(path)[0].state_dict()
         if any(not torch.equal(state[name], tensor) for name, tensor in model.state_dict().items()):
             raise ExportError(f"{path} does not hold the weights that were written: is the disk damaged?")
-    print(f"{_size(path)}, the same weights when read back")
+    _print_size(path, "the same weights when read back")
 
 
 def int8_files(files: Sequence[Path]) -> list[Path]:
@@ -265,8 +257,9 @@ def _functions(files: Sequence[Path]) -> list[check.Function]:
     return [formats.onnx_function(path) if path.suffix == ".onnx" else torch.jit.load(str(path)) for path in files]
 
 
-def _size(path: Path) -> str:
-    return f"{path}: {path.stat().st_size / 1e6:.2f} MB, {formats.count_parameters(path) / 1e6:.3f} M parameters"
+def _print_size(path: Path, result: str) -> None:
+    size, parameters = path.stat().st_size / 1e6, formats.count_parameters(path) / 1e6
+    print(f"{path}: {size:.2f} MB, {parameters:.3f} M parameters, {result}")
 
 
 def word_errors(files: Sequence[Path], model: AsrModel, speech: Speech, tokenizer: Tokenizer) -> Score:

@@ -36,11 +36,7 @@ METADATA_FILE = "metadata.json"
 
 
 def write_onnx(part: Part, path: Path, metadata: Mapping[str, str], opset: Opset = DEFAULT_OPSET) -> None:
-    """Trace `part` and write it to `path` atomically.
-
-    Raises:
-      ExportError: tracing would freeze a value that depends on the input.
-    """
+    """Trace `part` and write it to `path` atomically. Raise an ExportError if tracing would freeze a value."""
     buffer = io.BytesIO()
     # torch 2.9 and later use another exporter by default, which needs more packages
     tracing = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
@@ -108,11 +104,7 @@ def onnx_function(path: Path, threads: int = 1) -> Callable[..., tuple[Tensor, .
 
 
 def write_torchscript(part: Part, path: Path, metadata: Mapping[str, str]) -> None:
-    """Trace `part` and write it to `path` atomically; `torch.jit.load(path)` returns it as a function of tensors.
-
-    Raises:
-      ExportError: tracing would freeze a value that depends on the input.
-    """
+    """As `write_onnx`; `torch.jit.load(path)` returns the part as a function of tensors."""
     with refuse_frozen_values(path.name), torch.no_grad():
         traced = torch.jit.trace(part.module, part.example, check_trace=False)
     text = json.dumps({**metadata, **part.metadata}, ensure_ascii=False)
@@ -135,8 +127,7 @@ def write_safetensors(
 def load_safetensors(path: str | Path) -> tuple[AsrModel, Config, dict[str, Any]]:
     """Return the model of an exported file in evaluation mode, its configuration, and its metadata, `tokens` as a list.
 
-    Raises:
-      CheckpointError: the file is missing, damaged or of another version.
+    Raise a CheckpointError if the file is missing, damaged or of another version.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}")

@@ -81,8 +81,7 @@ class ImportOptions:
 def import_released(options: ImportOptions) -> str:
     """Write the checkpoint and the tokens, and return a description of the model.
 
-    Raises:
-      UserError: a file cannot be read, or the files do not fit together.
+    Raise a UserError if a file cannot be read or the files do not fit together.
     """
     config = load_config(options.config) if options.config else Config(data=DataConfig(features="linear-mel"))
     state = load_released_states(options.state)
@@ -122,26 +121,19 @@ def import_released(options: ImportOptions) -> str:
         },
     )
     kind = "U-Net" if model.encoder == "unet" else f"parallel layers at {list(model.parallel_exits)}"
-    return (
-        f"{options.output}: exits at {list(model.exit_layers)}, {kind}, d_model {model.d_model}, "
-        f"{model.num_heads} heads, {len(units)} units; tokens in {lang_dir}"
-    )
+    size = f"d_model {model.d_model}, {model.num_heads} heads, {len(units)} units"
+    return f"{options.output}: exits at {list(model.exit_layers)}, {kind}, {size}; tokens in {lang_dir}"
 
 
 def load_released_states(paths: Sequence[str | Path]) -> dict[str, Tensor]:
-    """Return the state dict in a file of torch or safetensors; of several, the mean, which is the released code's
-    average of epochs. Nothing in the files is executed.
-
-    Raises:
-      CheckpointError: a file is missing or is not a state dict, or the files are of different models.
+    """Return the state dict in a file of torch or safetensors; of several, the mean, as the released code averages
+    epochs. Nothing in the files is executed. Raise a CheckpointError if they are not state dicts of one model.
     """
     states = [_load_state(Path(path)) for path in paths]
     for path, state in zip(paths[1:], states[1:]):
         first, other = ({name: tensor.shape for name, tensor in each.items()} for each in (states[0], state))
         if different := sorted({name for name, _ in first.items() ^ other.items()}):
-            raise CheckpointError(
-                f"{path} and {paths[0]} are of different models and cannot be averaged: {_listed(different)}"
-            )
+            raise CheckpointError(f"{path} and {paths[0]} are of different models: {_listed(different)}")
     return {
         name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(tensor.dtype)
         if tensor.is_floating_point()
@@ -173,8 +165,7 @@ def _load_state(path: Path) -> dict[str, Tensor]:
 def infer_model_config(state: Mapping[str, Tensor], num_heads: int = 8) -> ModelConfig:
     """Return the shape of the model of a released state dict, which does not show the number of attention heads.
 
-    Raises:
-      CheckpointError: the names are not those of a Splitformer, an Early_conformer or an Early_zipformer.
+    Raise a CheckpointError if the names are not those of a Splitformer, an Early_conformer or an Early_zipformer.
     """
     unet = "conv_subsample.conv.weight" in state
     first_layer = "conformer.0.conformer_layers.0"
@@ -185,13 +176,11 @@ def infer_model_config(state: Mapping[str, Tensor], num_heads: int = 8) -> Model
         "linear.weight" if unet else "linears.0.weight",
     ]
     if missing := [name for name in needed if name not in state]:
-        raise CheckpointError(
-            f"this is not a state dict of the released Splitformer, Early_conformer or Early_zipformer: it lacks "
-            f"{', '.join(missing)}, and has {_listed(state)}"
-        )
+        what = "not a state dict of the released Splitformer, Early_conformer or Early_zipformer"
+        raise CheckpointError(f"{what}: it lacks {', '.join(missing)}, and has {_listed(state)}")
     (d_model, bins, _), feedforward, kernel, head = (tuple(state[name].shape) for name in needed)
     counts = _layer_counts("conformer", state)
-    exits = tuple(accumulate(counts))
+    exits = (counts[0] * sum(UNET_BLOCKS),) if unet else tuple(accumulate(counts))
     shape: dict[str, Any] = {
         "num_mel_bins": bins,
         "vocab_size": head[0],
@@ -199,15 +188,13 @@ def infer_model_config(state: Mapping[str, Tensor], num_heads: int = 8) -> Model
         "num_heads": num_heads,
         "feedforward_dim": feedforward[0],
         "conv_kernel": kernel[2],
+        "num_layers": exits[-1],
+        "exit_layers": exits,
+        "parallel_exits": (exits[0], exits[-1]) if _layer_counts("conformer_parallel", state) else (),
     }
     if unet:
-        first, *stacks = (size * counts[0] for size in UNET_BLOCKS)
-        layers = first + sum(stacks)
-        shape |= {"encoder": "unet", "num_layers": layers, "unet_stacks": tuple(stacks), "exit_layers": (layers,)}
-    else:
-        shape |= {"num_layers": exits[-1], "exit_layers": exits}
-    parallel = bool(_layer_counts("conformer_parallel", state))
-    return ModelConfig(**shape, parallel_exits=(exits[0], exits[-1]) if parallel else ())
+        shape |= {"encoder": "unet", "unet_stacks": tuple(size * counts[0] for size in UNET_BLOCKS[1:])}
+    return ModelConfig(**shape)
 
 
 def _layer_counts(part: str, state: Mapping[str, Tensor]) -> list[int]:
@@ -219,8 +206,7 @@ def _layer_counts(part: str, state: Mapping[str, Tensor]) -> list[int]:
 def convert_released_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return the weights of `AsrModel(config)` from a released state dict.
 
-    Raises:
-      CheckpointError: tensors are missing, unknown or of another shape; the message has their released names.
+    Raise a CheckpointError with the released names of tensors that are missing, unknown or of another shape.
     """
     table = state.get(POSITIONS)  # (max_len, 1, D)
     if table is not None:

@@ -28,8 +28,7 @@ class ExportError(UserError):
 
 @contextmanager
 def refuse_frozen_values(name: str) -> Iterator[None]:
-    """Raise an ExportError that names the file if tracing inside the block turned an input-dependent value into a
-    constant.
+    """Raise an ExportError, which names the file, if tracing in the block freezes a value that depends on the input.
 
     The warnings are collected and examined afterwards: those that torch issues from C++ cannot be made exceptions.
     """
@@ -156,18 +155,8 @@ class Part:
         }
 
 
-# Two utterances of different lengths and an odd number of frames, so that tracing mistakes none of them for a constant.
-TRACED_LENGTHS = (67, 50)
-
-
 def head_parts(model: AsrModel, head: str) -> list[Part]:
-    """Return the files of a truncated model: one for the head `ctc`, three for `transducer`.
-
-    Raises:
-      ExportError: the model has no such head, or its encoder is the U-Net.
-    """
-    if head not in model.heads:
-        raise ExportError(f"the model has no {head} head; choose one of {', '.join(model.heads)}")
+    """Return the files of one head of a truncated model: one file for `ctc`, three for `transducer`."""
     layer = model.encoder.exit_layers[-1]
     name, inputs = f"exit-{layer:02d}", ("x", "x_lens")
     module, features = ExitExport(model, head), _traced_features(model)
@@ -193,14 +182,10 @@ def head_parts(model: AsrModel, head: str) -> list[Part]:
 def stage_parts(model: AsrModel) -> list[Part]:
     """Return one file per exit; each takes the output of the file before it. Stages are counted from 1.
 
-    Raises:
-      ExportError: the model has no CTC head, whose log-probabilities exit policies read, or its encoder is the U-Net.
+    Raise an ExportError if the model has no CTC head, whose log-probabilities exit policies read.
     """
     if "ctc" not in model.heads:
-        raise ExportError(
-            f"--stages needs a CTC head, because exit policies read its log-probabilities; this model has "
-            f"{', '.join(model.heads)}"
-        )
+        raise ExportError(f"--stages needs a CTC head, which exit policies read; this model has {model.heads}")
     layers, parts = model.encoder.exit_layers, []
     outputs = ("hidden", "lengths", "log_probs")
     for stage, layer in enumerate(layers, 1):
@@ -216,5 +201,5 @@ def stage_parts(model: AsrModel) -> list[Part]:
 
 
 def _traced_features(model: AsrModel) -> tuple[Tensor, Tensor]:
-    num_mel_bins = traceable_encoder(model).num_mel_bins
-    return torch.randn(len(TRACED_LENGTHS), max(TRACED_LENGTHS), num_mel_bins), torch.tensor(TRACED_LENGTHS)
+    # different lengths and an odd number of frames, so that tracing mistakes none of them for a constant
+    return torch.randn(2, 67, traceable_encoder(model).num_mel_bins), torch.tensor([67, 50])

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from lhotse import Fbank
+from safetensors.torch import save_file
 
 from splitformer.bin.export import run
 from splitformer.checkpoint import CheckpointError, checkpoint_id, load_model, save_checkpoint
@@ -224,12 +225,13 @@ def test_torchscript_runs_without_this_code(tmp_path):
     outputs = torch.load(tmp_path / "out.pt")
     assert largest_difference(compare_ctc, [lambda *inputs: outputs], model, 1, FEATURES[:1]) < TOLERANCE
     function = torch.jit.load(str(tmp_path / "model.torchscript"))
-    assert largest_difference(compare_ctc, [function], model, 1) < TOLERANCE
     functions = []
     for part in head_parts(model, "transducer"):
         write_torchscript(part, tmp_path / f"{part.stem}.torchscript", {})
         functions.append(torch.jit.load(str(tmp_path / f"{part.stem}.torchscript")))
-    assert largest_difference(compare_transducer, functions, model, 1) < TOLERANCE
+    with torch.jit.optimized_execution(False):  # which compiles for seconds at each new shape
+        assert largest_difference(compare_ctc, [function], model, 1) < TOLERANCE
+        assert largest_difference(compare_transducer, functions, model, 1) < TOLERANCE
 
 
 @pytest.mark.parametrize("config", [BOTH, UNET], ids=["conformer", "unet"])
@@ -242,6 +244,11 @@ def test_safetensors_restore_the_model(config, tmp_path):
     assert its_config == truncated and metadata["tokens"] == contents["tokens"] and metadata["exit_layer"] == "2"
     assert not again.training and again.encoder.exit_layers == truncated.model.exit_layers
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    # a file from before model.feature_norm became model.cmvn
+    state = {name.replace("encoder.cmvn.", "encoder.feature_norm."): x for name, x in model.state_dict().items()}
+    texts = {"config": json.dumps(truncated.to_dict()).replace('"cmvn"', '"feature_norm"'), "tokens": "[]"}
+    save_file(state, tmp_path / "old.safetensors", texts)
+    assert load_safetensors(tmp_path / "old.safetensors")[1] == truncated
     for broken in (path.read_bytes()[:-100], b"", b"\x00" * 100):
         (tmp_path / "broken").write_bytes(broken)
         with pytest.raises(CheckpointError, match="export again"):
@@ -371,7 +378,7 @@ def test_an_8_bit_file_is_judged_by_its_best_symbols_on_speech(tmp_path, capsys)
     speech = Speech([(x[:1, :x_lens[0]], x_lens[:1]) for x, x_lens in FEATURES[:2]], [])
     [fp32] = make_writer(tmp_path, model, int8=True).write_parts(parts, compare)
     assert fp32.with_suffix(".int8.onnx").is_file() and "same best symbol in" in capsys.readouterr().out
-    with pytest.raises(ExportError, match=r"best symbol in [\d.]+ % of frames, less than 90 %.*export without --int8"):
+    with pytest.raises(ExportError, match=r"best symbol in [\d.]+ % of frames, less than 90 %: export it without"):
         make_writer(tmp_path, model, speech, int8=True).write_parts(parts, compare)
     assert [path.name for path in tmp_path.iterdir()] == [fp32.name]
 
