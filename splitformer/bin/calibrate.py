@@ -1,4 +1,8 @@
-"""Fit an exit policy on a calibration set and write policy.json."""
+"""Fit an exit policy on a calibration set and write policy.json.
+
+    python -m splitformer.bin.calibrate --checkpoint EXP/averaged.pt --cuts dev=CUTS --test-cuts test=CUTS \
+        --lang-dir LANG --policy learned_nbest --max-relative-wer 0.05
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(CalibrationOptions):
+class Options(CalibrationOptions):
     """Fit an exit policy on a calibration set, so that it meets one target, and write policy.json.
-
-        python -m splitformer.bin.calibrate --checkpoint EXP/averaged.pt --cuts dev=CUTS --test-cuts test=CUTS
-            --lang-dir LANG --policy learned_nbest --max-relative-wer 0.05
 
     Every utterance runs through all exits once. Each exit is searched by the method, and with the weights, that
     bin/decode chose on that set. The setting of the policy is chosen by cross-validation over speakers.
@@ -44,7 +45,7 @@ class Calibrate(CalibrationOptions):
     """file to write (default: policy.json beside the checkpoint)"""
 
 
-def run(options: Calibrate) -> None:
+def run(options: Options) -> None:
     target = _target(options)
     calibration = load_calibration(options, [options.policy])
     fitted = fit_policy(calibration, options.policy, target, options.checkpoint)
@@ -56,7 +57,7 @@ def run(options: Calibrate) -> None:
     print(output)
 
 
-def _target(options: Calibrate) -> Target:
+def _target(options: Options) -> Target:
     """Return the target of the command line; raise UserError if there is more than one."""
     targets: dict[str, tuple[TargetKind, float | None]] = {
         "--max-relative-wer": ("max_relative_wer", options.max_relative_wer),

@@ -1,4 +1,8 @@
-"""Compute WER against cost for every exit policy: fitted on a calibration set, shown on test sets."""
+"""Compute WER against cost for every exit policy: fitted on a calibration set, shown on test sets.
+
+    python -m splitformer.bin.tradeoff --checkpoint EXP/averaged.pt --cuts dev=CUTS --test-cuts test=CUTS \
+        --lang-dir LANG --output-dir EXP/early_exit --corpus NAME
+"""
 
 from __future__ import annotations
 
@@ -27,9 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True, kw_only=True)
 class Options(CalibrationOptions):
     """Compute WER against cost for every exit policy: fitted on a calibration set, shown on test sets.
-
-        python -m splitformer.bin.tradeoff --checkpoint EXP/averaged.pt --cuts dev=CUTS --test-cuts test=CUTS
-            --lang-dir LANG --output-dir EXP/early_exit --corpus NAME
 
     Writes tradeoff-TEST.json for each test set, which bin/report turns into tables and plots, and exits/SET.json, the
     errors, statistics and costs of every utterance at every exit.

@@ -16,11 +16,11 @@ against cost therefore has one free number, the setting, which is chosen by cros
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -130,6 +130,9 @@ def logistic_regression(x: Tensor, target: Tensor, penalties: Tensor, steps: int
 # ---- families: policies of one kind with one free number
 
 
+Fit = Callable[[ExitTable], Callable[[float], Policy]]
+
+
 class Family(NamedTuple):
     """Policies that differ in one number, the setting.
 
@@ -139,7 +142,7 @@ class Family(NamedTuple):
     """
 
     name: str
-    fit: Callable[[ExitTable], Callable[[float], Policy]]
+    fit: Fit
     settings: Callable[[ExitTable], list[float]]
     describe: Callable[[float], str]
 
@@ -158,35 +161,32 @@ def make_family(name: str, cost: Cost = "macs") -> Family:
     """
     if name not in POLICIES:
         raise UserError(f"unknown policy {name!r}; choose among {', '.join(POLICIES)}")
-    families = [
-        Family("fixed", lambda table: lambda layer: Fixed(int(layer)), _layers, lambda layer: f"layer {layer:.0f}"),
-        *(
-            _by_probability(statistic, functools.partial(_threshold_policies, statistic=statistic))
-            for statistic in ("entropy", "entropy_non_blank", "posterior", "nbest_posterior")
+    by_probability = (_probabilities, "probability {:.2g}".format)
+    families: dict[str, tuple[Fit, Callable[[ExitTable], list[float]], Callable[[float], str]]] = {
+        "fixed": (lambda table: lambda layer: Fixed(int(layer)), _layers, "layer {:.0f}".format),
+        "entropy": (partial(_threshold_policies, statistic="entropy"), *by_probability),
+        "entropy_non_blank": (partial(_threshold_policies, statistic="entropy_non_blank"), *by_probability),
+        "posterior": (partial(_threshold_policies, statistic="posterior"), *by_probability),
+        "nbest_posterior": (partial(_threshold_policies, statistic="nbest_posterior"), *by_probability),
+        "patience": (_patience_policies, *by_probability),
+        "learned": (partial(_learned_policies, names=LEARNED_FROM), *by_probability),
+        "learned_nbest": (partial(_learned_policies, names=(*LEARNED_FROM, "nbest_posterior")), *by_probability),
+        "budget": (
+            partial(_budget_policies, cost=cost),
+            partial(_budgets, cost=cost),
+            lambda share: f"{100 * share:.0f} % of {cost}",
         ),
-        _by_probability("patience", _patience_policies),
-        _by_probability("learned", functools.partial(_learned_policies, names=LEARNED_FROM)),
-        _by_probability(
-            "learned_nbest", functools.partial(_learned_policies, names=(*LEARNED_FROM, "nbest_posterior"))
-        ),
-        Family(
-            "budget",
-            functools.partial(_budget_policies, cost=cost),
-            functools.partial(_budgets, cost=cost),
-            lambda budget: f"{100 * budget:.0f} % of {cost}",
-        ),
-        Family("deadline", _deadline_policies, _deadlines, _describe_deadline),
-    ]
-    return next(family for family in families if family.name == name)
+        "deadline": (_deadline_policies, _deadlines, _describe_deadline),
+    }
+    return Family(name, *families[name])
 
 
 def _layers(table: ExitTable) -> list[float]:
     return [float(layer) for layer in reversed(table.layers)]
 
 
-def _by_probability(name: str, fit: Callable[[ExitTable], Callable[[float], Policy]]) -> Family:
-    probabilities = [0.0, *torch.sigmoid(torch.linspace(-10.0, 4.0, 113, dtype=torch.float64)).tolist()]
-    return Family(name, fit, lambda table: probabilities, lambda p: f"probability {p:.2g}")
+def _probabilities(table: ExitTable) -> list[float]:
+    return [0.0, *torch.sigmoid(torch.linspace(-10.0, 4.0, 113, dtype=torch.float64)).tolist()]
 
 
 def _threshold_policies(table: ExitTable, statistic: str) -> Callable[[float], Policy]:

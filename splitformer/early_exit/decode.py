@@ -19,8 +19,7 @@ from splitformer.decoding.decode import system_name, timed
 from splitformer.decoding.hypothesis import words_of
 from splitformer.decoding.loading import check_features, load_for_decoding, speakers_of
 from splitformer.decoding.searches import Method, make_method
-from splitformer.early_exit.disjoint import check_disjoint
-from splitformer.early_exit.policies import FittedPolicy
+from splitformer.early_exit.policies import FittedPolicy, check_disjoint
 from splitformer.early_exit.search import EarlyResult, search_early
 from splitformer.errors import UserError
 from splitformer.model.asr import AsrModel

@@ -18,10 +18,9 @@ from splitformer.decoding.loading import Loaded, check_features, load_for_decodi
 from splitformer.decoding.searches import Method, Options, make_method
 from splitformer.early_exit.calibration import Target, calibrate, make_family
 from splitformer.early_exit.collect import collect
-from splitformer.early_exit.disjoint import check_disjoint
 from splitformer.early_exit.exit_table import ExitTable
 from splitformer.early_exit.names import POLICIES, WITHOUT_CTC
-from splitformer.early_exit.policies import FittedPolicy
+from splitformer.early_exit.policies import FittedPolicy, check_disjoint
 from splitformer.errors import UserError
 from splitformer.provenance import command_line, git_commit
 

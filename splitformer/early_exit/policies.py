@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,11 +45,8 @@ class Fixed(Policy):
     """All utterances leave at the first exit at or above `layer`."""
 
     kind = "fixed"
+    needs = ("frames",)
     layer: int
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("frames",)
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
         return torch.full((len(statistics["frames"]),), layer >= self.layer)
@@ -84,12 +81,9 @@ class Patience(Policy):
     """
 
     kind = "patience"
+    needs = ("disagreement",)
     thresholds: dict[int, float]
     consecutive: int = 1
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("disagreement",)
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
         recent = statistics["disagreement"][:, -self.consecutive :]  # NaN, at the first exit, is below no threshold
@@ -158,13 +152,10 @@ class Deadline(Policy):
     """
 
     kind = "deadline"
+    needs = ("elapsed", "batch_frames")
     seconds: float
     encoder: dict[int, tuple[float, float]]
     answer: dict[int, tuple[float, float]]
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("elapsed", "batch_frames")
 
     def predicted(self, layer: int, frames: Tensor) -> Tensor:
         """Return the seconds until the words of the exit after `layer`, for batches of `frames`."""
@@ -252,3 +243,36 @@ def _from_json(value: Any) -> Any:
         by_layer = bool(value) and all(isinstance(key, str) and key.isdecimal() for key in value)
         return {int(key) if by_layer else key: _from_json(each) for key, each in value.items()}
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_disjoint(
+    fitted_on: str, utterances: Iterable[str], speakers: Iterable[str], test: str, test_speakers: Mapping[str, str]
+) -> str:
+    """Check that a test set has no utterance and no speaker of the set that a policy is fitted on.
+
+    If splits were drawn by utterance, the sets share all speakers. Then disjoint utterances suffice, with a warning.
+
+    Args:
+      fitted_on, test: names of the sets, for messages.
+      utterances, speakers: of the set that the policy is fitted on. Unknown speakers are "".
+      test_speakers: {utterance: speaker} of the test set.
+    Returns:
+      the warning, or "".
+    Raises:
+      UserError: the sets share an utterance, or some of the known speakers but not all.
+    """
+    known = set(speakers) - {""}
+    shared = known & set(test_speakers.values())
+    same = set(utterances) & test_speakers.keys()
+    if shared and shared == known and not same:
+        return (
+            f"{test} has all {len(known)} speakers of {fitted_on}, with other utterances: results may be worse for "
+            "speakers that the policy was not fitted on"
+        )
+    for what, names in (("utterances", same), ("speakers", shared)):
+        if names:
+            raise UserError(
+                f"{fitted_on} and {test} share {len(names)} {what} ({', '.join(sorted(names)[:5])}): a policy cannot "
+                "be evaluated on what it was fitted to; calibrate on a set of other speakers"
+            )
+    return ""

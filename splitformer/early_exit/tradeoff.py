@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from splitformer.early_exit.calibration import Family, Target, calibrate
-from splitformer.early_exit.disjoint import check_disjoint
 from splitformer.early_exit.exit_table import ExitTable, Outcome, fixed, oracle, outcome
+from splitformer.early_exit.policies import check_disjoint
 from splitformer.errors import UserError
 from splitformer.report.records import BudgetPoint, Saving, TradeoffPoint
 

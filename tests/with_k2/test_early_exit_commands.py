@@ -124,7 +124,8 @@ def calibrate(run, folder):
             name, _, stem = item.partition("=")
             return f"{name}={folder}/{stem}_cuts.jsonl.gz"
 
-        flags = ["--lang-dir", folder / "lang_char", "--repeats", 1, "--cuts", cuts(dev)]
+        flags = ["--lang-dir", folder / "lang_char", "--cuts", cuts(dev)]
+        flags += [] if "--repeats" in arguments else ["--repeats", 1]
         flags += ["--test-cuts", *map(cuts, tests)]
         return run("calibrate", "--checkpoint", folder / checkpoint, *flags, *arguments)
 
@@ -222,9 +223,7 @@ def check_sums(record, experiment):
 
 
 @pytest.mark.parametrize(("milliseconds", "layer", "late"), [(60_000, 4, 0), (0.001, 1, 20)])
-def test_a_deadline_in_milliseconds_is_the_setting(
-    experiment, calibrate, decode, tmp_path, milliseconds, layer, late
-):
+def test_a_deadline_in_milliseconds_is_the_setting(experiment, calibrate, decode, tmp_path, milliseconds, layer, late):
     policy = tmp_path / "policy.json"
     status, stderr = calibrate("--policy", "deadline", "--deadline-ms", milliseconds, "--output", policy)
     assert status == 0, stderr

@@ -301,9 +301,7 @@ def test_nan_from_a_layer_on_falls_back_to_the_last_exit_without(config, encoder
     with nan_from(model.encoder.layers[encoder_layer], [3]):
         exits, asked = run(model, x, x_lens, {(3, 1), *((4, layer) for layer in (2, 4, 6) if layer > last_good)})
     assert all((4 in asked[layer]) == (layer <= last_good) for layer in (1, 2, 4))
-    check(
-        model, x, x_lens, exits, [6, 6, 6, 1, last_good, 6], nan_exits=[0, 0, 0, 0, nan_exits, 0], expected=expected
-    )
+    check(model, x, x_lens, exits, [6, 6, 6, 1, last_good, 6], nan_exits=[0, 0, 0, 0, nan_exits, 0], expected=expected)
 
 
 @each_variant

@@ -311,9 +311,7 @@ def test_learned_is_a_logistic_regression():
 
 LAYERS = (2, 4, 6, 8)
 # seconds at a thousand frames: 0.2, 0.4, 0.6, 0.8 for the encoder, 0.1 for the answer
-ON_TIME = Deadline(
-    1.0, {layer: (0.0, layer * 1e-4) for layer in LAYERS}, dict.fromkeys(LAYERS, (0.05, 5e-5))
-)
+ON_TIME = Deadline(1.0, {layer: (0.0, layer * 1e-4) for layer in LAYERS}, dict.fromkeys(LAYERS, (0.05, 5e-5)))
 
 
 def exit_of_deadline(policy: Deadline, frames: float, slowness: float = 1.0) -> int:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from splitformer.early_exit.calibration import Target, calibrate, make_family
-from splitformer.early_exit.disjoint import check_disjoint
 from splitformer.early_exit.exit_table import Outcome, fixed, oracle, outcome, without_policy
+from splitformer.early_exit.policies import check_disjoint
 from splitformer.early_exit.tradeoff import ALLOWED, Curve, Sample, Tradeoff, tradeoff
 from splitformer.errors import UserError
 from tests.tables import LAYERS, make_table
