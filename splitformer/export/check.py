@@ -54,7 +54,7 @@ class Comparison:
     def add(self, found: Tensor, found_lengths: Tensor, expected: Tensor, lengths: Tensor) -> None:
         """Add outputs (N, T', D) with lengths (N,). Raise an ExportError if lengths or shapes differ, or for NaN."""
         if found_lengths.dtype != torch.int64 or found_lengths.tolist() != lengths.tolist():
-            raise ExportError(f"lengths {found_lengths.dtype} {found_lengths.tolist()} must be int64 {lengths.tolist()}")
+            raise ExportError(f"lengths are {found_lengths.dtype} {found_lengths.tolist()}, not {lengths.tolist()}")
         if found.shape != expected.shape:
             raise ExportError(f"the output has shape {tuple(found.shape)}, in PyTorch {tuple(expected.shape)}")
         valid = valid_frames(lengths, expected.size(1))

@@ -229,9 +229,9 @@ def test_torchscript_runs_without_this_code(tmp_path):
     for part in head_parts(model, "transducer"):
         write_torchscript(part, tmp_path / f"{part.stem}.torchscript", {})
         functions.append(torch.jit.load(str(tmp_path / f"{part.stem}.torchscript")))
-    with torch.jit.optimized_execution(False):  # which compiles for seconds at each new shape
-        assert largest_difference(compare_ctc, [function], model, 1) < TOLERANCE
-        assert largest_difference(compare_transducer, functions, model, 1) < TOLERANCE
+    # few shapes, because torch compiles for each of the first ones
+    assert largest_difference(compare_ctc, [function], model, 1, FEATURES[2:]) < TOLERANCE
+    assert largest_difference(compare_transducer, functions, model, 1, FEATURES[:1]) < TOLERANCE
 
 
 @pytest.mark.parametrize("config", [BOTH, UNET], ids=["conformer", "unet"])
