@@ -313,9 +313,8 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        lowest = 0.0 if self.kind == "max_relative_wer" else math.ulp(0.0)
-        highest = 1.0 if self.kind == "macs" else math.inf
-        if not (lowest <= self.value <= highest and math.isfinite(self.value)):
+        positive = self.value > 0 or (self.value == 0 and self.kind == "max_relative_wer")
+        if not (positive and math.isfinite(self.value) and (self.kind != "macs" or self.value <= 1)):
             allowed = {"max_relative_wer": "0 or above", "macs": "a share above 0 and at most 1"}
             raise UserError(f"the target {self} must be {allowed.get(self.kind, 'above 0')}")
 

@@ -182,13 +182,8 @@ def macs_with_policy(model: AsrModel, num_mel_bins: int, head: str, seconds: flo
 def summary(record: EarlyExitRecord) -> str:
     """Return a line for the log."""
     saved = 100 * (1 - record.macs_per_second / record.last_exit_macs_per_second)
-    counts = {
-        "empty lattices decoded greedily": record.fallback_utterances,
-        "exits with NaN passed": record.nan_exits,
-        "utterances late": record.late_utterances,
-    }
     return (
         f"{record.test_set} {record.policy} {record.method}: WER {record.wer:.2f} % of {record.ref_words} words, mean "
-        f"exit layer {record.layers:.2f}, {saved:.0f} % of MACs saved"
-        + "".join(f", {count} {what}" for what, count in counts.items() if count)
+        f"exit layer {record.layers:.2f}, {saved:.0f} % of MACs saved; {record.fallback_utterances} empty lattices "
+        f"decoded greedily, {record.nan_exits} exits with NaN passed over, {record.late_utterances} utterances late"
     )
