@@ -1,18 +1,20 @@
-"""What it costs to load training data: stored features, Lhotse Shar, or features computed on the fly; noise mixed in.
+"""Cost of loading training data: stored features, Lhotse Shar, features computed on the fly, and noise.
 
     ./prepare.sh --corpus an4 --stop-stage manifests
     python -m benchmarks.loading --recordings egs/an4/data/manifests/train_recordings.jsonl.gz \
         --supervisions egs/an4/data/manifests/train_supervisions.jsonl.gz [--output TABLE.md]
 
-One process, one thread, batches of 100 s in the plan's order, SpecAugment as it is by default; the fastest of several
-rounds counts, after one that warms the disk's cache. Look at the ratios. The noise is white, in files of 10 s.
+One process, one thread, batches of 100 s in the order of the plan, SpecAugment with its defaults. The fastest of
+several rounds counts, after one that warms the disk's cache. Compare the ratios, not the times. The noise is white, in
+files of 10 s.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,109 +22,127 @@ import soundfile
 import torch
 from lhotse.utils import is_module_available
 
-from splitformer.config import AugmentConfig, DataConfig
+from splitformer.cli import command
+from splitformer.config import AugmentConfig, Config, DataConfig
 from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
 from splitformer.corpora.manifests import Skipped, write_split
-from splitformer.corpora.musan import musan_pairs
+from splitformer.corpora.recipes import musan_pairs
 from splitformer.corpora.shar import export_shar
 from splitformer.corpora.tokens import train_tokenizer
-from splitformer.data.features import SAMPLING_RATE, FbankOptions
+from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import read_supervisions
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.data.training import TrainingData
+from splitformer.data.training import DataOptions, TrainingData
 from splitformer.files import atomic_write
+from splitformer.model.subsampling import SAMPLING_RATE
 from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4
+BATCHES = 10
+"""Batches of a round."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recordings", type=Path, required=True)
-    parser.add_argument("--supervisions", type=Path, required=True)
-    parser.add_argument("--output", type=Path, help="write the table there as well")
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    """Measure the cost of loading training data: stored features, Lhotse Shar, on the fly, and with noise."""
+
+    recordings: Path
+    supervisions: Path
+    output: Path | None = None
+    """write the table there as well"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of training data; `stored` is the folder that its features take."""
+
+    data: TrainingData
+    stored: Path | None
+
+
+def run(options: Options) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        text = table(args.recordings, args.supervisions, Path(folder))
+        text = table(make_rows(options.recordings, options.supervisions, Path(folder)))
     print(text)
-    if args.output:
-        with atomic_write(args.output) as file:
+    if options.output:
+        with atomic_write(options.output) as file:
             file.write(text)
 
 
-def table(recordings: Path, supervisions: Path, folder: Path) -> str:
-    split, options = (recordings, supervisions), FbankOptions()
-    stored, audio, fast = folder / "stored.jsonl.gz", folder / "audio.jsonl.gz", folder / "fast.jsonl.gz"
-    compute_fbank(*split, stored, folder / "feats", options)
+def make_rows(recordings: Path, supervisions: Path, folder: Path) -> dict[str, Row]:
+    """Prepare the training data of every row in `folder`."""
+    split = recordings, supervisions
+    stored, audio, perturbed = (folder / f"{name}.jsonl.gz" for name in ("stored", "audio", "perturbed"))
+    compute_fbank(*split, stored, folder / "feats", FbankOptions())
     write_audio_cuts(*split, audio)
-    write_audio_cuts(*split, fast, speed_perturb=True)
+    write_audio_cuts(*split, perturbed, speed_perturb=True)
     (folder / "text").write_text("\n".join(each.text or "" for each in read_supervisions(supervisions)))
     train_tokenizer(folder / "text", folder, "char")
-    noise_stored, noise_audio = make_noise(folder, options)
+    noise_stored, noise_audio = make_noise(folder)
+    rows: dict[str, Row] = {}
 
-    noisy = AugmentConfig(noise_p=0.5)
-    rows: dict[str, tuple[TrainingData, Path | None]] = {}
+    def add(name: str, size_of: Path | None, options: DataOptions) -> None:
+        augment = AugmentConfig(noise_p=0.5 if options.noise_cuts else 0.0)
+        config = Config(data=DataConfig(max_duration=100.0), augment=augment)
+        rows[name] = Row(TrainingData(options, config, Tokenizer(folder), folder / f"index-{len(rows)}", 0), size_of)
 
-    def add(name: str, cuts: Path, size_of: Path | None, **how: object) -> None:
-        how = {"augment": AugmentConfig(), **how}
-        augment = how.pop("augment")
-        data = DataConfig(max_duration=100.0)
-        place = folder / f"index-{len(rows)}"
-        made = TrainingData([cuts], Tokenizer(folder), data, augment, place, seed=0, **how)  # type: ignore[arg-type]
-        rows[name] = made, size_of
-
-    add("stored", stored, folder / "feats")
-    for packing in ("numpy", "lilcom") if is_module_available("lilcom") else ("numpy",):
-        export_shar(stored, folder / packing, packing)
-        add(f"Shar, {packing}", folder / packing, folder / packing)
-    add("on the fly", audio, None, on_the_fly=options)
-    add("on the fly, two thirds of it speed-perturbed", fast, None, on_the_fly=options)
-    add("stored, half of it with noise", stored, folder / "feats", augment=noisy, noise_cuts=[noise_stored])
-    add("on the fly, half of it with noise", audio, None, augment=noisy, noise_cuts=[noise_audio], on_the_fly=options)
-
-    best = dict.fromkeys(rows, float("inf"))
-    for number in range(ROUNDS + 1):
-        for name, (data, _) in rows.items():  # in turns: whatever else the machine does, does it to all
-            cost = milliseconds_per_second(data)
-            if number:
-                best[name] = min(best[name], cost)
-    hours = rows["stored"][0].report.seconds / 3600
-    lines = ["# Loading of training data", "", f"{hours:.2f} hours of speech; made by", ""]
-    lines += [f"    {command_line(ROOT)}", ""]
-    lines += ["| features | ms of one core per second of audio | times those of stored | MB per hour |"]
-    lines += ["|---|---:|---:|---:|"]
-    for name, (_, size_of) in rows.items():
-        size = sum(p.stat().st_size for p in size_of.rglob("*") if p.is_file()) / 1e6 / hours if size_of else 0.0
-        lines.append(f"| {name} | {best[name]:.2f} | {best[name] / best['stored']:.1f} | {size:.1f} |")
-    return "\n".join(lines) + "\n"
+    add("stored", folder / "feats", DataOptions([stored]))
+    export_shar(stored, folder / "numpy", "numpy")
+    add("Shar, numpy", folder / "numpy", DataOptions([folder / "numpy"]))
+    if is_module_available("lilcom"):
+        export_shar(stored, folder / "lilcom", "lilcom")
+        add("Shar, lilcom", folder / "lilcom", DataOptions([folder / "lilcom"]))
+    add("on the fly", None, DataOptions([audio], on_the_fly=True))
+    add("on the fly, two thirds of it speed-perturbed", None, DataOptions([perturbed], on_the_fly=True))
+    add("stored, half of it with noise", folder / "feats", DataOptions([stored], [noise_stored]))
+    add("on the fly, half of it with noise", None, DataOptions([audio], [noise_audio], on_the_fly=True))
+    return rows
 
 
-def make_noise(folder: Path, options: FbankOptions) -> tuple[Path, Path]:
-    """Noise cuts, with features and with audio alone."""
-    draw = np.random.default_rng(0)
+def make_noise(folder: Path) -> tuple[Path, Path]:
+    """Make noise cuts with features, and with audio alone."""
+    rng = np.random.default_rng(0)
     for number in range(20):
         path = folder / "musan/noise" / f"{number}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, 0.1 * draw.standard_normal(10 * SAMPLING_RATE), SAMPLING_RATE)
+        soundfile.write(path, 0.1 * rng.standard_normal(10 * SAMPLING_RATE), SAMPLING_RATE)
     split = folder / "noise_recordings.jsonl.gz", folder / "noise_supervisions.jsonl.gz"
     write_split(musan_pairs(folder / "musan", Skipped()), *split)
-    compute_fbank(*split, folder / "noise.jsonl.gz", folder / "noise_feats", options)
+    compute_fbank(*split, folder / "noise.jsonl.gz", folder / "noise_feats", FbankOptions())
     write_audio_cuts(*split, folder / "noise_audio.jsonl.gz")
     return folder / "noise.jsonl.gz", folder / "noise_audio.jsonl.gz"
 
 
+def table(rows: dict[str, Row]) -> str:
+    best = dict.fromkeys(rows, float("inf"))
+    for number in range(ROUNDS + 1):
+        for name, row in rows.items():  # in turns, so that other load on the machine affects all rows
+            cost = milliseconds_per_second(row.data)
+            if number:
+                best[name] = min(best[name], cost)
+    hours = rows["stored"].data.report.seconds / 3600
+    lines = ["# Loading of training data", "", f"{hours:.2f} hours of speech; made by", ""]
+    lines += [f"    {command_line(ROOT)}", ""]
+    lines += ["| features | ms of one core per second of audio | ratio to stored | MB per hour |"]
+    lines += ["|---|---:|---:|---:|"]
+    for name, row in rows.items():
+        size = sum(p.stat().st_size for p in row.stored.rglob("*") if p.is_file()) / 1e6 / hours if row.stored else 0.0
+        lines.append(f"| {name} | {best[name]:.2f} | {best[name] / best['stored']:.1f} | {size:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def milliseconds_per_second(data: TrainingData) -> float:
-    """Of the first batches of an epoch."""
+    """Return the time per second of audio for the first batches of an epoch."""
     plan = data.plan(1)
     seconds, started = 0.0, time.perf_counter()
-    for number, batch in enumerate(data.batches(plan, 1, 0, 1, range(1))):
+    for number, batch in enumerate(data.batches(plan, 1, 0, 1, range(1)), 1):
         seconds += batch.seconds
-        if number == 9:
+        if number == BATCHES:
             break
     return 1000 * (time.perf_counter() - started) / seconds
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -35,12 +35,18 @@ def run(options: Options) -> None:
     if options.graph != "HLG" and options.modified_topology:
         raise UserError(f"--modified-topology is for HLG: {options.graph} has no CTC topology")
     start = time.monotonic()
-    compilers = {"HLG": partial(compile_hlg, modified=options.modified_topology), "G": compile_g, "LG": compile_lg}
-    graph = compilers[options.graph](options.lang_dir, options.arpa, report=partial(print, flush=True))
+    report = partial(print, flush=True)
+    if options.graph == "HLG":
+        graph = compile_hlg(options.lang_dir, options.arpa, options.modified_topology, report)
+    else:
+        compile_graph = compile_g if options.graph == "G" else compile_lg
+        graph = compile_graph(options.lang_dir, options.arpa, report)
     path = options.lang_dir / f"{options.graph}.pt"
     save_graph(graph, path)
     states = graph.arcs.shape().tot_size(graph.arcs.num_axes() - 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform != "darwin" else 1 << 30)
+    processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN  # kaldilm runs in a child
+    peak = max(resource.getrusage(each).ru_maxrss for each in processes)
+    peak /= 1 << 20 if sys.platform != "darwin" else 1 << 30
     print(
         f"{path}: {states} states, {graph.num_arcs} arcs, {path.stat().st_size / 1e6:.1f} MB on disk, "
         f"{time.monotonic() - start:.1f} s, peak memory {peak:.1f} GiB"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from splitformer.cli import command
 from splitformer.corpora.manifests import Skipped, write_split
-from splitformer.corpora.musan import musan_pairs
+from splitformer.corpora.recipes import musan_pairs
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""What the recipe writes down: records of decoding and training, and the one way in which files are written.
-
-Standard library only, so that every other module may import it.
-"""
+"""Files: written as a whole or not at all, and read with errors that name them."""
 
 from __future__ import annotations
 
@@ -14,29 +11,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from splitformer.errors import UserError
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` and move it to `path` once it is completely on disk.
+    """Open a temporary file beside `path`, and rename it to `path` when it is completely on disk.
 
-    Readers see the old file or the new one, never a part. Where anything fails, a full disk included, the
-    temporary file is removed, the old file stays as it was and the error goes on to the caller.
+    Readers see the old file or the new one, never a part. On any failure, a full disk included, the temporary file is
+    removed, the old file stays, and the error propagates.
 
     Args:
-      path: file to write; missing parent folders are made.
+      path: file to write; missing parent folders are created.
       mode: "w" (text, UTF-8) or "wb" (bytes).
     Yields:
       the open temporary file.
     Raises:
       ValueError: for another mode.
-      OSError: where the file cannot be written.
+      OSError: the file cannot be written.
     """
     if mode not in ("w", "wb"):
-        raise ValueError(f"mode is {mode!r}; whole files are replaced: use 'w' (text) or 'wb' (bytes)")
+        raise ValueError(f"mode is {mode!r}; use 'w' (text) or 'wb' (bytes): files are replaced as a whole")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
-    # not the tempfile module, whose files are unreadable for others: these keep the user's umask
+    # not the tempfile module, whose files other users cannot read: these follow the umask
     file = open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
     try:
         with file:
@@ -51,12 +50,17 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` and move it to `path` at the end of the block.
+def atomic_folder(path: str | Path, exclusive: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, and rename it to `path` at the end of the block.
 
-    A folder that is there is replaced. If anything fails, the temporary folder is removed and `path` stays as it was.
+    A folder that is there is replaced. On any failure the temporary folder is removed and `path` stays as it was.
+
+    Args:
+      exclusive: no other process makes this folder now; temporary folders that killed processes left are removed.
     """
     path = Path(path)
+    for killed in path.parent.glob(f".{path.name[:200]}.*.tmp") if exclusive else ():
+        shutil.rmtree(killed, ignore_errors=True)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -68,8 +72,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises ValueError that names the file where it is no JSON."""
+    """Return the content of a JSON file.
+
+    Raises:
+      UserError: the file is not JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it and make it again") from error
+        raise UserError(f"{path} is not JSON ({error}); remove it and create it again") from error

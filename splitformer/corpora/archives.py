@@ -85,7 +85,7 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
     links: dict[Path, str] = {}
     try:
         with (
-            atomic_folder(target) as temporary,
+            atomic_folder(target, exclusive=True) as temporary,
             tarfile.open(archive) as tar,
             tqdm(desc=f"unpack {archive.name}", unit=" files") as bar,
         ):

@@ -58,8 +58,7 @@ def all_cuts(recordings: str | Path, supervisions: str | Path, speed_perturb: bo
     """Yield the cuts at SAMPLING_RATE; with `speed_perturb`, then all of them at 0.9 and at 1.1 times the speed."""
     for factor in (1.0, *SPEED_FACTORS) if speed_perturb else (1.0,):
         for cut in cuts_from_manifests(recordings, supervisions):
-            if cut.sampling_rate != SAMPLING_RATE:
-                cut = cut.resample(SAMPLING_RATE)
+            cut = cut.resample(SAMPLING_RATE)
             yield cut if factor == 1.0 else cut.perturb_speed(factor)
 
 
@@ -186,9 +185,7 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
     if (folder / "fingerprint").is_file() and (folder / "fingerprint").read_text() == fingerprint:
         return folder
     use_soundfile()
-    for killed in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(killed, ignore_errors=True)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, exclusive=True) as temporary:
         loaded, waveforms, skipped = _load_audio(cuts, options, strict)
         extractor = make_extractor(options)
         with make_writer(temporary, options) as writer, manifest_writer(temporary / "cuts.jsonl") as write_cut:

@@ -27,7 +27,7 @@ from pathlib import Path
 from splitformer.errors import UserError
 from splitformer.files import atomic_write
 
-BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+BOS, EOS = "<s>", "</s>"
 NO_PROBABILITY = -99.0
 """What ARPA files write for log10(0): `<s>` is never predicted."""
 
@@ -83,36 +83,27 @@ def read_sentences(path: str | Path) -> Iterator[list[str]]:
                 yield words
 
 
-def estimate_arpa(
-    text: str | Path, arpa: str | Path, order: int, extra_words: Iterable[str] = (), unknown_word: str | None = None
-) -> NgramModel:
+def estimate_arpa(text: str | Path, arpa: str | Path, order: int, extra_words: Iterable[str] = ()) -> NgramModel:
     """Estimate a model on the lines of `text` and write it to `arpa`; see estimate_ngrams."""
-    model = estimate_ngrams(read_sentences(text), order, extra_words, unknown_word)
+    model = estimate_ngrams(read_sentences(text), order, extra_words)
     write_arpa(model, arpa)
     return model
 
 
-def estimate_ngrams(
-    sentences: Iterable[Sequence[str]], order: int, extra_words: Iterable[str] = (), unknown_word: str | None = None
-) -> NgramModel:
+def estimate_ngrams(sentences: Iterable[Sequence[str]], order: int, extra_words: Iterable[str] = ()) -> NgramModel:
     """Return an interpolated modified Kneser-Ney model with a closed vocabulary.
 
     Args:
       sentences: each a sequence of words, without `<s>` and `</s>`.
       order: 1 or more.
       extra_words: words of the vocabulary that the sentences may lack; they get a share of the unigrams' back-off mass.
-      unknown_word: such as "<unk>", treated as one more extra word. None: the model has no unknown word.
     Raises:
       UserError: the order is below 1, there are no sentences, or `<s>` or `</s>` is among the words.
     """
     if order < 1:
         raise UserError(f"order {order}: an n-gram model has order 1 or more")
     counts = _counts(sentences, order)
-    vocabulary = {ngram[0] for ngram in counts[1]} | set(extra_words)
-    if unknown_word is not None:
-        vocabulary.add(unknown_word)
-    vocabulary.discard(BOS)
-
+    vocabulary = ({ngram[0] for ngram in counts[1]} | set(extra_words)) - {BOS}
     probs: dict[Ngram, float] = {(word,): 1.0 / len(vocabulary) for word in vocabulary}
     backoffs: dict[Ngram, float] = {}
     for n in range(1, order + 1):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import typing
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +32,6 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: Packing, shard_cu
       ManifestError: there is no cut, or one has no features.
       UserError: lilcom is not installed, or would round most energies without a logarithm to nothing.
     """
-    if packing not in typing.get_args(Packing):
-        raise UserError(f"packing {packing!r}: choose one of {', '.join(typing.get_args(Packing))}")
     if packing == "lilcom" and not is_module_available("lilcom"):
         raise UserError("lilcom is not installed: use the environment that ./setup.sh makes, or packing numpy")
     cuts, folder = Path(cuts), Path(folder)
@@ -44,11 +40,9 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: Packing, shard_cu
         raise ManifestError(f"{cuts}: no cuts with features to export; the fbank stage of prepare.sh makes them")
     if packing == "lilcom" and features_of(first) == "linear-mel":
         raise UserError(f"{cuts} has energies without a logarithm, which lilcom spoils: choose packing numpy")
-    for killed in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(killed, ignore_errors=True)
     count = 0
     with (
-        atomic_folder(folder) as temporary,
+        atomic_folder(folder, exclusive=True) as temporary,
         JsonlShardWriter(f"{temporary}/cuts.%06d.jsonl.gz", shard_cuts) as manifest,
         ArrayTarWriter(f"{temporary}/features.%06d.tar", shard_cuts, packing) as archive,
     ):

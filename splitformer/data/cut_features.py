@@ -108,8 +108,7 @@ class FeaturesInMemory:
     def _with_features(self, cut: Cut) -> Cut:
         if self.options and self.extractor:
             use_soundfile()  # here: every loading process has a backend of its own
-            if cut.sampling_rate != SAMPLING_RATE:
-                cut = cut.resample(SAMPLING_RATE)
+            cut = cut.resample(SAMPLING_RATE)
             samples = load_samples(cut, self.options)
             if self.noise:
                 samples = self.noise.into_audio(samples)

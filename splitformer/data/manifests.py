@@ -96,11 +96,6 @@ def _is_special(place: Any) -> bool:
     return place == "-" or place.startswith("pipe:") or place.rstrip().endswith("|") or "://" in place
 
 
-def read_recordings(path: str | Path) -> Iterator[Recording]:
-    """Yield the recordings of a manifest. Raises ManifestError."""
-    return iter(Manifest(path))
-
-
 def read_supervisions(path: str | Path) -> Iterator[SupervisionSegment]:
     """Yield the supervisions of a manifest. Raises ManifestError."""
     return iter(Manifest(path))
@@ -125,7 +120,7 @@ def read_pairs(recordings: str | Path, supervisions: str | Path) -> Iterator[Pai
     """
     remaining = read_supervisions(supervisions)
     segment = next(remaining, None)
-    for recording in read_recordings(recordings):
+    for recording in Manifest(recordings):
         group = []
         while segment is not None and segment.recording_id == recording.id:
             group.append(segment)

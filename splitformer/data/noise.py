@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from lhotse import CutSet
 from lhotse.audio.mixer import AudioMixer
 from lhotse.cut import Cut
 from lhotse.features.base import get_extractor_type
 from lhotse.features.mixer import FeatureMixer
 
-from splitformer.config import AugmentConfig
-from splitformer.data.cut_index import CutIndex, DataError, index_cuts
+from splitformer.data.cut_index import CutIndex, DataError
 from splitformer.data.manifests import ManifestError
 from splitformer.model.subsampling import SAMPLING_RATE
 
@@ -66,7 +63,7 @@ class NoiseMixer:
         snr = self._draw_snr()
         if snr is None:
             return samples
-        noise = self._draw(len(samples), SAMPLING_RATE, _load_audio)
+        noise = self._draw(len(samples), SAMPLING_RATE, lambda cut: cut.resample(SAMPLING_RATE).load_audio()[0])
         mixer = AudioMixer(samples[None], SAMPLING_RATE)
         mixer.add_to_mix(noise[None], snr=snr)
         return mixer.mixed_audio[0].astype(np.float32)
@@ -113,27 +110,3 @@ class NoiseMixer:
             pieces.append(piece)
             drawn += len(piece)
         return np.concatenate(pieces)[:length]
-
-
-def _load_audio(cut: Cut) -> np.ndarray:
-    if cut.sampling_rate != SAMPLING_RATE:
-        cut = cut.resample(SAMPLING_RATE)
-    return cut.load_audio()[0]
-
-
-def noise_mixer(
-    cuts: CutSet, sources: list[Path], keep: NoiseFilter, folder: Path, augment: AugmentConfig
-) -> NoiseMixer:
-    """Return the mixer of the noise cuts that `keep` keeps; `folder` keeps their index.
-
-    Raises:
-      DataError: no cut is left.
-    """
-    index, report = index_cuts(cuts, sources, keep, folder)
-    if not report.kept:
-        raise DataError(
-            f"no noise in {', '.join(map(str, sources))} can be mixed in ({report}): ./prepare.sh --musan-dir makes "
-            "some, with the --fbank, --num-mel-bins and --on-the-fly of the training data"
-        )
-    low, high = augment.noise_snr
-    return NoiseMixer(index, augment.noise_p, (low, high))

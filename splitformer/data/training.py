@@ -24,7 +24,7 @@ from splitformer.config import AugmentConfig, Config, ConfigError
 from splitformer.data.batches import Batch, SpeechDataset, cut_files, load_cuts
 from splitformer.data.cut_index import CutIndex, DataError, TrainingFilter, index_cuts
 from splitformer.data.features import fbank_options
-from splitformer.data.noise import NoiseFilter, NoiseMixer, noise_mixer
+from splitformer.data.noise import NoiseFilter, NoiseMixer
 from splitformer.data.plan import EpochPlan, plan_epoch
 from splitformer.data.tokenizer import Tokenizer
 
@@ -92,17 +92,19 @@ class TrainingData:
         self.num_buckets = max(1, min(config.data.num_buckets, self.report.kept // 20))
         self.steps_per_epoch = len(self.plan(epoch=1))
         """of the first epoch; later ones may differ by a few"""
-        self.noise: NoiseMixer | None = None
-        if options.noise_cuts:
-            first = self.index[0]
-            kind, bins = (None, 0) if options.on_the_fly else (first.features.type, first.num_features)
-            self.noise = noise_mixer(
-                load_cuts(options.noise_cuts),
-                cut_files(options.noise_cuts),
-                NoiseFilter(kind, bins),
-                index_dir.with_name(f"{index_dir.name}-noise"),
-                config.augment,
+        self.noise = self._noise_mixer(index_dir.with_name(f"{index_dir.name}-noise")) if options.noise_cuts else None
+
+    def _noise_mixer(self, index_dir: Path) -> NoiseMixer:
+        files, first = self.options.noise_cuts, self.index[0]
+        kind, bins = (None, 0) if self.options.on_the_fly else (first.features.type, first.num_features)
+        index, report = index_cuts(load_cuts(files), cut_files(files), NoiseFilter(kind, bins), index_dir)
+        if not report.kept:
+            raise DataError(
+                f"no noise in {', '.join(map(str, files))} can be mixed in ({report}): ./prepare.sh --musan-dir makes "
+                "some, with the --fbank, --num-mel-bins and --on-the-fly of the training data"
             )
+        low, high = self.config.augment.noise_snr
+        return NoiseMixer(index, self.config.augment.noise_p, (low, high))
 
     def feature_deviation(self, max_cuts: int = 1000) -> Tensor:
         """Return the standard deviation (C,) of the features around their utterance's mean.

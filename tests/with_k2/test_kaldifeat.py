@@ -19,7 +19,7 @@ RATE = 16000
 
 
 def waveforms() -> list[np.ndarray]:
-    """Noise whose level and colour change, of several lengths, odd ones among them."""
+    """Noise of varying level and colour, and of several lengths, including odd ones."""
     rng = np.random.default_rng(1)
     return [
         (np.cumsum(rng.standard_normal(n)) * 0.001 + 0.01 * k * rng.standard_normal(n)).astype(np.float32)

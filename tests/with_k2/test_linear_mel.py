@@ -1,4 +1,4 @@
-"""The front end of the authors' released code, from wave file to batch. It is torchaudio's, which comes with k2."""
+"""The front end of the published code, from wave file to batch. It needs torchaudio, which is installed with k2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.golden import KINDS, load_released_model
 
 
 def store(folder: Path, waves: list[np.ndarray]) -> Path:
-    """Cuts of these recordings, with features."""
+    """Store features of these recordings and return their cuts."""
     pairs = []
     for number, wave in enumerate(waves):
         path = folder / f"u{number}.wav"
@@ -51,7 +51,7 @@ def test_stored_features_are_those_of_the_released_code(shared: Path, tmp_path: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_wave_file_to_log_probabilities(shared: Path, tmp_path: Path, kind: str) -> None:
-    """In a padded batch too, where the released code's own masks would let padding in."""
+    """In a padded batch too, in which the released code's own masks would let padding in."""
     model, golden, _ = load_released_model(shared, kind)
     wave = golden["in.wav"][0].numpy()
     cuts = store(tmp_path / "data", [wave, np.tile(wave, 2)])
@@ -69,7 +69,7 @@ def test_from_wave_file_to_log_probabilities(shared: Path, tmp_path: Path, kind:
 
 @pytest.mark.parametrize("samples", [513, 16000, 16079, 16080, 16159])
 def test_a_batch_has_every_frame_that_was_computed(tmp_path: Path, samples: int) -> None:
-    """Lhotse's own reading would drop the last frame of some, and would believe the transcript to end before it."""
+    """Lhotse would drop the last frame of some, and end the transcript before it."""
     rng = np.random.default_rng(samples)
     waves = [0.1 * rng.standard_normal(n).astype(np.float32) for n in (samples, 20000)]
     tokenizer = Tokenizer(make_lang_dir(tmp_path, ["AB"]))
@@ -81,7 +81,7 @@ def test_a_batch_has_every_frame_that_was_computed(tmp_path: Path, samples: int)
         np.testing.assert_array_equal(x[:length].numpy(), expected)
 
 
-def test_bad_audio_is_named() -> None:
+def test_another_sampling_rate_is_an_error() -> None:
     with pytest.raises(ValueError, match="takes audio of 16000 Hz, not of 8000"):
         LinearMel().extract(np.zeros(8000, dtype=np.float32), 8000)
 
@@ -92,7 +92,7 @@ def test_audio_that_is_too_short_is_skipped(tmp_path: Path) -> None:
     assert [cut.id for cut in cuts] == ["u1"]
 
 
-def test_the_extractor_survives_its_own_description() -> None:
+def test_the_extractor_can_be_made_from_its_description() -> None:
     extractor = LinearMel(LinearMelConfig(num_mel_bins=40))
     again = FeatureExtractor.from_dict(extractor.to_dict())
     assert isinstance(again, LinearMel) and again.config == extractor.config

@@ -1,4 +1,4 @@
-"""Training data by way of torchaudio's front end and of lilcom, which come with k2: on the fly, in Shar, with noise."""
+"""Training data with torchaudio's front end and lilcom, installed with k2: on the fly, in Shar, with noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from splitformer.corpora.fbank import compute_fbank, write_audio_cuts
 from splitformer.corpora.manifests import Skipped, write_split
-from splitformer.corpora.musan import musan_pairs
+from splitformer.corpora.recipes import musan_pairs
 from splitformer.corpora.shar import export_shar
 from splitformer.data.cut_features import STORED_FRAMES
 from splitformer.data.cut_index import index_cuts
@@ -42,7 +42,7 @@ def epoch(data):
     return list(data.batches(data.plan(1), 1, 0, 2, range(2)))
 
 
-def test_the_authors_front_end_on_the_fly_has_its_last_frame(prepared, tmp_path):
+def test_linear_mel_on_the_fly_has_its_last_frame(prepared, tmp_path):
     folder, corpus = prepared
     stored = training_data(corpus, tmp_path / "stored", augment=CLEAR)
     audio = [folder / "audio.jsonl.gz"]
@@ -50,14 +50,14 @@ def test_the_authors_front_end_on_the_fly_has_its_last_frame(prepared, tmp_path)
     for ours, theirs in zip(epoch(live), epoch(stored), strict=True):
         assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x_lens, theirs.x_lens)
         torch.testing.assert_close(ours.x, theirs.x)
-    # cuts whose stored features are of another kind have no say in it
+    # stored features of another kind are ignored
     other = training_data(corpus, tmp_path / "other", augment=CLEAR, on_the_fly=True)
     fbank = training_data(corpus, tmp_path / "fbank", [folder / "lilcom.jsonl.gz"], augment=CLEAR)
     for ours, theirs in zip(epoch(other), epoch(fbank), strict=True):
         assert torch.equal(ours.x_lens, theirs.x_lens) and (ours.x - theirs.x).abs().max() < 2**-5
 
 
-def test_the_authors_front_end_in_shar_has_its_last_frame(prepared, tmp_path):
+def test_linear_mel_in_shar_has_its_last_frame(prepared, tmp_path):
     _, corpus = prepared
     with pytest.raises(ValueError, match=r"energies without a logarithm.*choose packing numpy"):
         export_shar(corpus[1], tmp_path / "lilcom", "lilcom")
@@ -85,7 +85,7 @@ def test_lilcom_in_shar_rounds_once_more_and_changes_nothing_else(prepared, tmp_
     assert small < 0.6 * large
 
 
-def test_noise_among_energies_without_logarithm(tmp_path):
+def test_noise_is_mixed_into_energies_without_a_logarithm(tmp_path):
     path = tmp_path / "musan/noise/a.wav"
     path.parent.mkdir(parents=True)
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(7 * RATE), RATE)

@@ -1,4 +1,4 @@
-"""Archives: downloads that resume, checksums, and unpacking whole or not at all."""
+"""Archives: resumable downloads, checksums, and unpacking completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves CONTENT, ranges of it too, as OpenSLR does."""
+    """Serves CONTENT and ranges of it, as OpenSLR does."""
 
     ranges: list[int] = []  # noqa: RUF012  # of the class: a handler lives for one request
 
@@ -61,7 +61,7 @@ def make_tar(path: Path, entries: dict[str, bytes | tarfile.TarInfo]) -> Path:
     return path
 
 
-def test_a_download_arrives(tmp_path: Path, url: str) -> None:
+def test_a_download_creates_the_file_alone(tmp_path: Path, url: str) -> None:
     archive = fetch(url, tmp_path / "new" / "corpus.tar.gz", MD5)
     assert archive.read_bytes() == CONTENT
     assert [p.name for p in archive.parent.iterdir()] == ["corpus.tar.gz"]
@@ -79,7 +79,7 @@ def test_a_download_with_another_checksum_is_removed(tmp_path: Path, url: str) -
     assert not list(tmp_path.iterdir())
 
 
-def test_an_archive_that_is_there_is_not_downloaded(tmp_path: Path, url: str) -> None:
+def test_an_existing_archive_is_not_downloaded(tmp_path: Path, url: str) -> None:
     (tmp_path / "corpus.tar.gz").write_bytes(CONTENT)
     fetch(url, tmp_path / "corpus.tar.gz", MD5)
     assert Server.ranges == []
@@ -98,7 +98,7 @@ def test_a_missing_archive_says_where_to_put_it(tmp_path: Path) -> None:
         fetch("http://127.0.0.1:1/corpus.tar.gz", tmp_path / "corpus.tar.gz", MD5)
 
 
-def test_unpacking_takes_the_member_only(tmp_path: Path) -> None:
+def test_only_the_member_is_unpacked(tmp_path: Path) -> None:
     archive = make_tar(tmp_path / "a.tar.gz", {"top/part/x": b"1", "top/part/deep/y": b"2", "top/other/z": b"3"})
     assert unpack_tar(archive, "top/part", tmp_path / "part") == 2
     assert {str(p.relative_to(tmp_path / "part")) for p in (tmp_path / "part").rglob("*")} == {"x", "deep", "deep/y"}
@@ -124,7 +124,7 @@ def link(name: str, target: str) -> tarfile.TarInfo:
 
 
 def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
-    """One release keeps its audio once, and its splits as links."""
+    """TED-LIUM keeps its audio once, and its splits as links."""
     links = [("top/legacy/train/sph", "../../data/sph"), ("top/chain", "legacy/train")]
     entries = {name: link(name, target) for name, target in links}
     archive = make_tar(tmp_path / "a.tar.gz", {**entries, "top/data/sph/a.sph": b"1"})
@@ -154,7 +154,7 @@ def test_nothing_is_written_outside(tmp_path: Path, entry: dict[str, bytes | tar
     assert [p.name for p in tmp_path.rglob("*")] == ["inside", "a.tar.gz"]
 
 
-def test_gzip(tmp_path: Path) -> None:
+def test_a_gzip_file_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
     packed = tmp_path / "lm.arpa.gz"
     packed.write_bytes(gzip.compress(CONTENT))
     unpack_gzip(packed, tmp_path / "lm.arpa")

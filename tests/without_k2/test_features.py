@@ -1,4 +1,4 @@
-"""Features: what is stored, in how many jobs, after which faults."""
+"""Features on disk: what is stored, by how many jobs, and after which failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def make_split(folder: Path, seconds: list[float], rate: int = RATE) -> tuple[Path, Path]:
-    """A split of noise, one utterance for each duration; returns recordings and supervisions."""
+    """Write a split of noise with an utterance of each duration; return recordings and supervisions."""
     rng = np.random.default_rng(0)
     pairs = []
     for number, duration in enumerate(seconds):
@@ -117,13 +117,13 @@ def test_audio_that_ends_early_is_named_and_skipped(tmp_path: Path) -> None:
     assert [cut.id for cut in stored(tmp_path / "out")] == ["u000"]
     assert summary.skipped.keys() == {"u001", "u002"}
     assert "u001.flac" in summary.skipped["u001"] and "less than one window" in summary.skipped["u002"]
-    # told again where the shard is there already
+    # they are reported again from a shard that exists
     assert fbank(files, tmp_path / "out").skipped == summary.skipped
     with pytest.raises(ManifestError, match=r"u001.*--strict"):
         fbank(files, tmp_path / "strict", strict=True)
 
 
-def test_audio_without_samples_or_with_samples_that_are_no_numbers(tmp_path: Path) -> None:
+def test_audio_without_samples_or_with_infinite_ones_is_named_and_skipped(tmp_path: Path) -> None:
     files = make_split(tmp_path, [1.0, 1.0, 1.0])
     pairs = list(read_pairs(*files))
     soundfile.write(tmp_path / "audio/u000.wav", np.zeros(0), RATE)  # a header, and nothing after it
@@ -137,12 +137,12 @@ def test_audio_without_samples_or_with_samples_that_are_no_numbers(tmp_path: Pat
     assert [cut.id for cut in stored(tmp_path / "out")] == ["u002"]
     assert summary.skipped.keys() == {"u000", "u001"}
     assert "u001.wav: 2 of 16000 samples are not finite" in summary.skipped["u001"]
-    # the headers tell of the first before anything is computed
+    # validation finds the first in its header, before anything is computed
     _, _, skipped = validate_split(*files)
     assert skipped.reasons.keys() == {"u000"} and "no samples" in skipped.reasons["u000"]
 
 
-def test_an_outlier_of_three_minutes_is_stored_as_it_is(tmp_path: Path) -> None:
+def test_an_utterance_of_three_minutes_is_stored_unchanged(tmp_path: Path) -> None:
     fbank(make_split(tmp_path, [180.0, 0.5]), tmp_path)
     assert [cut.load_features().shape for cut in stored(tmp_path)] == [(18000, 80), (50, 80)]
 
@@ -172,7 +172,7 @@ def test_unknown_extractor_names_the_choices() -> None:
         FbankOptions("torch")
 
 
-def test_the_front_end_that_needs_torchaudio_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_mel_without_torchaudio_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitformer.data.features.is_module_available", lambda name: name != "torchaudio")
     with pytest.raises(ValueError, match=r"linear-mel needs torchaudio, which is not installed.*setup\.sh"):
         FbankOptions("linear-mel")
@@ -205,20 +205,20 @@ def script(files: tuple[Path, Path], out: Path, num_jobs: int) -> list[str]:
     return [*command, "--output-cuts", str(out / "cuts.jsonl.gz"), "--storage-dir", str(out / "feats")]
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_twice_ends_with_the_same_features(tmp_path: Path) -> None:
     files = make_split(tmp_path, [0.3] * (6 * SHARD_CUTS + 7))
     fbank(files, tmp_path / "whole")
     out, complete, kills = tmp_path / "killed", 0, 0
     for _ in range(2):
         process = start_script(files, out, num_jobs=2)
-        # whatever it is doing a moment after another shard was complete
+        # a moment after another shard was complete
         while process.poll() is None and len(list((out / "feats").glob("0*"))) <= complete:
             time.sleep(0.002)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         complete = len(list((out / "feats").glob("0*")))
-    assert kills, "it was too fast to be killed even once"
+    assert kills, "the runs ended before they could be killed"
     fbank(files, out, num_jobs=2)
     one, other = (list(stored(folder)) for folder in (tmp_path / "whole", out))
     assert len(one) == 6 * SHARD_CUTS + 7
@@ -231,10 +231,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same(tmp_path: Path)
     assert contents[0] == contents[1]
 
 
-def check_what_is_left(out: Path, failed: subprocess.CompletedProcess[str]) -> None:
+def check_leftovers(out: Path, failed: subprocess.CompletedProcess[str]) -> None:
     assert failed.returncode == 1, failed.stderr
     assert "1 of 2 shards are complete and kept" in failed.stderr and "run the same command again" in failed.stderr
-    assert [p.name for p in (out / "feats").iterdir()] == ["00000"], "only the complete shard is left"
+    assert [p.name for p in (out / "feats").iterdir()] == ["00000"], "only the complete shard remains"
     assert not (out / "cuts.jsonl.gz").exists()
 
 
@@ -242,7 +242,7 @@ def test_a_file_size_limit_while_features_are_written(tmp_path: Path) -> None:
     files = make_split(tmp_path, [0.1] * SHARD_CUTS + [12.0] * 6)
     limit = 1 << 18  # lilcom's or numpy's files of the second shard need more, the first's less
     failed = run_script(files, tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    check_what_is_left(tmp_path, failed)
+    check_leftovers(tmp_path, failed)
     kept = os.stat(tmp_path / "feats/00000").st_ino
     again = run_script(files, tmp_path)
     assert again.returncode == 0, again.stderr
@@ -258,10 +258,10 @@ def test_a_full_disk_while_features_are_written(tmp_path: Path) -> None:
         ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], text=True, capture_output=True
     )
     if mounted.returncode != 0:
-        pytest.skip(f"cannot mount a small disk ({mounted.stderr.strip()}); the file size limit is tested")
+        pytest.skip(f"cannot mount a small disk ({mounted.stderr.strip()}); another test limits the size of files")
     try:
         failed = run_script(files, disk, num_jobs=1)  # two would fill the disk for each other
-        check_what_is_left(disk, failed)
+        check_leftovers(disk, failed)
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
         again = run_script(files, disk)
         assert again.returncode == 0, again.stderr

@@ -1,4 +1,4 @@
-"""Manifests: streams, the two ways to make them, and the checks that name and drop what cannot be used."""
+"""Manifests: streams, the ways to make them, and the checks that name and drop what cannot be used."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_lhotse_recipe_reads_the_layout(librispeech_layout: Path) -> None:
     assert pairs[0][1][0].text == "WORD NUMBER" and pairs[0][1][0].speaker == "12"
 
 
-def test_lhotse_recipe_goes_on_without_damaged_files(librispeech_layout: Path) -> None:
+def test_lhotse_recipe_skips_damaged_files(librispeech_layout: Path) -> None:
     chapter = librispeech_layout / "train/12/3"
     (chapter / "12-3-0001.flac").write_bytes(b"")
     (chapter / "12-3-0002.flac").write_bytes(b"fLaC, not really")
@@ -143,8 +143,8 @@ def test_lhotse_recipe_errors_name_the_choices(librispeech_layout: Path) -> None
         list(recipe_pairs("librispeech", librispeech_layout, "train", Skipped()))
 
 
-def test_talks_of_several_utterances(tmp_path: Path) -> None:
-    """Folder and options are the recipe's; a limit counts utterances; a broken talk goes with its transcript."""
+def test_recordings_of_several_utterances(tmp_path: Path) -> None:
+    """Folder and options go to the recipe; a limit counts utterances; a damaged talk is skipped with its text."""
     write_tedlium(tmp_path, {"train": 2})
     root = tmp_path / "TEDLIUM_release-3"
 
@@ -165,13 +165,13 @@ def test_talks_of_several_utterances(tmp_path: Path) -> None:
     assert pairs[0][0].sources[0].source == str(root / "legacy/train/sph/Speaker2_2010.sph")
 
 
-def test_a_link_that_leads_back_ends(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_followed_once(tmp_path: Path) -> None:
     write_audio(tmp_path / "a/b.wav")
     (tmp_path / "a/again").symlink_to(tmp_path)
     assert len([path for path in files_below(tmp_path) if path.name == "b.wav"]) == 1
 
 
-def test_manifests_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_equal_items_give_equal_manifests(tmp_path: Path) -> None:
     pairs = [make_pair("a", write_audio(tmp_path / "a.wav"))]
     for folder in ("one", "two"):
         write_split(pairs, *split_files(tmp_path / folder))
@@ -254,7 +254,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         files = split_files(tmp_path / str(count))
         write_split((make_pair(f"u{number}", audio) for number in range(count)), *files)
         assert count_items(files[0]) == count
-        list(zip(range(5), cuts_from_manifests(*files)))  # what is imported on first use
+        list(zip(range(5), cuts_from_manifests(*files)))  # imports on first use
         tracemalloc.start()
         for _ in cuts_from_manifests(*files):
             pass

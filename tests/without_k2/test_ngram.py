@@ -1,4 +1,4 @@
-"""Modified Kneser-Ney: worked by hand, against the definition, sums to one; the ARPA file holds it all."""
+"""Modified Kneser-Ney: by hand, against the definition, sums of probabilities; ARPA files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from splitformer.corpora.ngram import (
 from tests.texts import random_sentences
 
 
-def test_bigram_worked_by_hand():
+def test_bigram_computed_by_hand():
     """Text "A B", "A C".
 
     Bigrams: `<s> A` twice; A B, A C, B </s>, C </s> once: n_1 = 4, n_2 = 1, Y = 2/3, D_1 = 1 - 2 Y / 4 =
@@ -52,7 +52,7 @@ def test_bigram_worked_by_hand():
     assert perplexity(model, [["A", "B"]]).perplexity == pytest.approx(product_of_probs ** (-1 / 3))
 
 
-def test_discounts_worked_by_hand():
+def test_discounts_computed_by_hand():
     # n_1..n_4 = 10, 5, 3, 2: Y = 1/2; D = 1 - 2/2 5/10, 2 - 3/2 3/5, 3 - 4/2 2/3
     counts = [1] * 10 + [2] * 5 + [3] * 3 + [4] * 2 + [17]
     assert _discounts(counts) == pytest.approx((0, 0.5, 1.1, 3 - 4 / 3))
@@ -62,7 +62,7 @@ def test_discounts_worked_by_hand():
 
 
 def by_definition(sentences, order: int, vocabulary: list[str], word: str, history: tuple) -> float:
-    """p(word | history) from the definition: every quantity counted in the text anew."""
+    """p(word | history) from the definition, with every quantity counted in the text."""
     texts = [(BOS, *s, EOS) for s in sentences]
     vocabulary_size = len(vocabulary)
 
@@ -112,7 +112,7 @@ def test_equals_the_definition(order):
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_every_history_sums_to_one(order, seed):
-    model = estimate_ngrams(random_sentences(seed), order, extra_words=["x", "y", "a"], unknown_word="<unk>")
+    model = estimate_ngrams(random_sentences(seed), order, extra_words=["x", "y", "a", "<unk>"])
     words = [w for w in model.vocabulary if w != EOS]
     assert {"x", "y", "<unk>"} < set(words)
     histories = [h for k in range(order) for h in product(words, repeat=k)]
@@ -172,7 +172,7 @@ def test_arpa_round_trip_and_determinism(tmp_path):
     assert (tmp_path / "a.arpa").read_bytes() == (tmp_path / "b.arpa").read_bytes()
 
 
-def test_errors(tmp_path):
+def test_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="order 0"):
         estimate_ngrams([["a"]], 0)
     with pytest.raises(ValueError, match="no words"):
@@ -191,7 +191,7 @@ def test_errors(tmp_path):
         read_arpa(tmp_path / "page.arpa")
 
 
-def test_command(tmp_path, repo_root):
+def test_the_command_prints_the_perplexity(tmp_path, repo_root):
     (tmp_path / "text").write_text("A B\nA C\n")
     (tmp_path / "extra").write_text("D\nA\n")
     (tmp_path / "dev").write_text("A D\nB Z\n")

@@ -21,8 +21,8 @@ def history_prob(model: NgramModel, history: tuple[str, ...]) -> float:
     return prob
 
 
-def rise_without(model: NgramModel, ngram: tuple[str, ...]) -> float:
-    """The relative rise of the perplexity where only `ngram` is left out, by summing over the vocabulary."""
+def increase_without(model: NgramModel, ngram: tuple[str, ...]) -> float:
+    """The relative increase of the perplexity if only `ngram` is removed, summed over the vocabulary."""
     without = with_backoffs({n: p for n, p in model.log10_probs.items() if n != ngram}, model.order)
     history = ngram[:-1]
     divergence = sum(
@@ -39,16 +39,16 @@ def ngrams_of(model: NgramModel, n: int) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ngrams_go_that_are_worth_less_than_the_threshold(seed):
+def test_ngrams_below_the_threshold_are_removed(seed):
     model = estimate_ngrams(random_sentences(seed), order=2)
-    rises = {ngram: rise_without(model, ngram) for ngram in ngrams_of(model, 2)}
-    followers = Counter(history for history, _ in rises)
-    # a history with n-grams for all words keeps them: any one is free to leave out, all of them are not
-    rises = {n: r if followers[n[0]] < len(model.vocabulary) else math.inf for n, r in rises.items()}
-    threshold = sorted(rises.values())[len(rises) // 2] * (1 + 1e-9)
+    increases = {ngram: increase_without(model, ngram) for ngram in ngrams_of(model, 2)}
+    followers = Counter(history for history, _ in increases)
+    # a history with n-grams for all words keeps them: removing any one costs nothing, removing all does
+    increases = {n: r if followers[n[0]] < len(model.vocabulary) else math.inf for n, r in increases.items()}
+    threshold = sorted(increases.values())[len(increases) // 2] * (1 + 1e-9)
     pruned = prune_ngrams(model, threshold)
-    assert ngrams_of(pruned, 2) == {ngram for ngram, rise in rises.items() if rise >= threshold}
-    assert 0 < len(ngrams_of(pruned, 2)) < len(rises)
+    assert ngrams_of(pruned, 2) == {ngram for ngram, increase in increases.items() if increase >= threshold}
+    assert 0 < len(ngrams_of(pruned, 2)) < len(increases)
     assert all(pruned.log10_probs[ngram] == model.log10_probs[ngram] for ngram in pruned.log10_probs)
 
 
@@ -64,7 +64,7 @@ def test_every_history_still_sums_to_one_and_prefixes_stay(threshold):
     assert ngrams_of(pruned, 1) == ngrams_of(model, 1)
 
 
-def test_nothing_is_worth_nothing_and_everything_less_than_everything():
+def test_a_higher_threshold_removes_more_and_increases_the_perplexity():
     sentences = random_sentences(3)
     model = estimate_ngrams(sentences, order=3)
     same = prune_ngrams(model, 0.0)
@@ -82,7 +82,7 @@ def test_nothing_is_worth_nothing_and_everything_less_than_everything():
     assert perplexities == sorted(perplexities)
 
 
-def test_the_command(tmp_path, repo_root):
+def test_the_command_prints_how_many_are_kept(tmp_path):
     (tmp_path / "text").write_text("\n".join(map(" ".join, random_sentences(5))))
     model = estimate_arpa(tmp_path / "text", tmp_path / "3.arpa", order=3)
     command = [sys.executable, "-m", "local.prune_lm", "--arpa", tmp_path / "3.arpa", "--output", tmp_path / "p.arpa"]

@@ -1,4 +1,4 @@
-"""Features computed from audio in the loading processes: those that prepare stores, in the same batches."""
+"""Features computed on the fly equal the stored ones, in the same batches."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from splitformer.data.cut_index import DataError
 from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import ManifestError, read_cuts
 from splitformer.report.records import read_training_log
+from splitformer.training.loop import Trainer
 from tests.factories import RATE, make_lang_dir, make_split, make_texts
-from tests.training_runs import same, train, training_data, weights
+from tests.training_runs import ALONE, options, small_config, training_data
 
 FBANK = FbankOptions("lhotse")
 TOLERANCE = 2**-5
-"""lilcom rounds stored features to multiples of it"""
+"""lilcom rounds stored features to multiples of this."""
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """A corpus with stored features and one without, of the same manifests, speed-perturbed: (corpus, audio cuts)."""
+    """A speed-perturbed corpus with stored features, and its cuts without features: (corpus, audio cuts)."""
     folder = tmp_path_factory.mktemp("both")
     texts = make_texts(41)
     files = make_split(folder, texts)
@@ -59,13 +60,13 @@ def test_batches_are_those_of_stored_features(both, tmp_path):
         assert (ours.x - theirs.x).abs().max() < TOLERANCE
     assert any("_sp0.9" in cut_id for batch in batches[1] for cut_id in batch.cut_ids)
     torch.testing.assert_close(live.feature_deviation(), stored.feature_deviation(), rtol=1e-2, atol=0)
-    # of cuts that have stored features too, those from audio are taken
+    # stored features of the cuts are ignored
     neither = training_data(corpus, tmp_path / "neither", on_the_fly=True, **plain)
     for ours, theirs in zip(epoch(neither), batches[1], strict=True):
         assert torch.equal(ours.x, theirs.x)
 
 
-def test_an_epoch_is_the_same_whatever_loads_it_and_goes_on_from_any_batch(both, tmp_path):
+def test_an_epoch_does_not_depend_on_the_loading_processes_and_resumes_from_any_batch(both, tmp_path):
     corpus, audio = both
     whole = epoch(training_data(corpus, tmp_path / "a", [audio], on_the_fly=True), parts=2)
     data = training_data(corpus, tmp_path / "b", [audio], num_workers=2, on_the_fly=True)
@@ -88,7 +89,7 @@ def test_audio_at_another_rate_is_resampled(tmp_path):
 
 @pytest.fixture
 def damaged(both, tmp_path):
-    """Copies of the audio cuts, of which some recordings cannot be read: cuts, and {cut id: part of the reason}."""
+    """Copies of the audio cuts with some unreadable recordings: cuts, their folder, {cut id: part of the reason}."""
     corpus, audio = both
     copies = tmp_path / "audio"
     shutil.copytree(corpus[0] / "audio", copies)
@@ -111,14 +112,14 @@ def test_audio_that_cannot_be_read_is_left_out_and_named(both, tmp_path, damaged
     cuts, _, reasons = damaged
     data = training_data(both[0], tmp_path / "index", [cuts], num_workers, on_the_fly=True)
     batches = epoch(data)
-    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.errors.items()}
-    assert faults.keys() == reasons.keys()
-    assert all(part in faults[cut_id] for cut_id, part in reasons.items()), faults
+    errors = {cut_id: reason for batch in batches for cut_id, reason in batch.errors.items()}
+    assert errors.keys() == reasons.keys()
+    assert all(part in errors[cut_id] for cut_id, part in reasons.items()), errors
     assert sum(len(batch.cut_ids) for batch in batches) == 41 - len(reasons)
     assert all(torch.isfinite(batch.x).all() for batch in batches)
 
 
-def test_audio_that_is_all_gone_ends_the_epoch_with_the_remedy(both, tmp_path, damaged):
+def test_missing_audio_ends_the_epoch_with_the_remedy(both, tmp_path, damaged):
     cuts, copies, _ = damaged
     data = training_data(both[0], tmp_path / "index", [cuts], on_the_fly=True)
     shutil.rmtree(copies)
@@ -128,7 +129,7 @@ def test_audio_that_is_all_gone_ends_the_epoch_with_the_remedy(both, tmp_path, d
         data.feature_deviation()
 
 
-def test_cuts_that_lack_what_is_asked_for_say_so(both, tmp_path):
+def test_cuts_without_audio_or_features_are_an_error(both, tmp_path):
     corpus, audio = both
     with pytest.raises(ValueError, match=r"dropped 123: no stored features: the fbank stage.*--on-the-fly"):
         training_data(corpus, tmp_path / "index", [audio])
@@ -140,7 +141,7 @@ def test_cuts_that_lack_what_is_asked_for_say_so(both, tmp_path):
         write_audio_cuts(tmp_path / "r.jsonl.gz", tmp_path / "s.jsonl.gz", tmp_path / "cuts.jsonl.gz")
 
 
-def test_an_outlier_of_three_minutes_is_left_out_and_told(both, tmp_path):
+def test_an_utterance_of_three_minutes_is_dropped_and_reported(both, tmp_path):
     corpus, audio = both
     cuts = list(read_cuts(audio))[:41]
     path = tmp_path / "long.wav"
@@ -152,12 +153,10 @@ def test_an_outlier_of_three_minutes_is_left_out_and_told(both, tmp_path):
     assert data.report.kept == 41 and data.report.dropped == {"longer than data.max_utterance_seconds = 25.0": 1}
 
 
-def test_the_command_trains_on_the_fly(both, tmp_path):
-    (folder, stored, _, lang_dir), audio = both
-    corpus = (folder, audio, stored, lang_dir)
-    runs = [train(corpus, tmp_path, tmp_path / n, "--on-the-fly", "--num-workers", n) for n in ("0", "2")]
-    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
-    assert same(*(weights(tmp_path / n / "epoch-2.pt") for n in ("0", "2")))
-    assert read_training_log(tmp_path / "2/training.jsonl")[-1].unreadable_cuts == 0
-    without = train(corpus, tmp_path, tmp_path / "without")
-    assert without.returncode == 1 and "give --on-the-fly" in without.stderr and "Traceback" not in without.stderr
+def test_training_on_the_fly(both, corpus, tmp_path):
+    (folder, _, _, lang_dir), audio = both
+    of_audio, config = (folder, audio, corpus[2], lang_dir), small_config(num_epochs=1)
+    Trainer(config, options(of_audio, tmp_path / "live", on_the_fly=True), ALONE).train()
+    assert read_training_log(tmp_path / "live/training.jsonl")[-1].unreadable_cuts == 0
+    with pytest.raises(DataError, match="give --on-the-fly"):
+        Trainer(config, options(of_audio, tmp_path / "without"), ALONE)

@@ -27,7 +27,7 @@ def test_every_cut_comes_once_and_every_batch_fits(seed):
         assert (np.diff(lengths[batch]) >= 0).all()
 
 
-def test_the_order_is_the_epochs_and_the_seeds_alone():
+def test_the_order_depends_on_seed_and_epoch_alone():
     lengths = durations(0, 300)
     first = plan_epoch(lengths, 60.0, 5, seed=1, epoch=1)
     again = plan_epoch(lengths.copy(), 60.0, 5, seed=1, epoch=1)
@@ -52,21 +52,21 @@ def test_bucketing_saves_padding():
     assert padding(30) < 0.06
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_shares_are_alike_and_make_up_the_batch(parts):
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_micro_batches_are_alike_and_make_up_the_batch(count):
     lengths = durations(4, 500)
     plan = plan_epoch(lengths, 100.0, 8, 0, 1)
     for number in range(len(plan)):
         batch = plan.batch(number)
-        shares = [plan.micro_batch(number, part, parts) for part in range(parts)]
-        assert sorted(np.concatenate(shares)) == sorted(filled(batch, parts))
-        if len(batch) >= parts:
-            assert sorted(np.concatenate(shares)) == sorted(batch)
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        assert min(map(len, shares)) >= 1
+        parts = [plan.micro_batch(number, index, count) for index in range(count)]
+        assert sorted(np.concatenate(parts)) == sorted(filled(batch, count))
+        if len(batch) >= count:
+            assert sorted(np.concatenate(parts)) == sorted(batch)
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert min(map(len, parts)) >= 1
 
 
-def test_too_long_an_utterance_is_told_with_both_remedies():
+def test_an_utterance_longer_than_a_batch_is_an_error_with_both_remedies():
     with pytest.raises(PlanError, match=r"of 21\.5 s does not fit .* = 20 s: raise that to 22 or more, or lower"):
         plan_epoch(np.array([1.0, 21.5]), 20.0, 2, 0, 1)
 

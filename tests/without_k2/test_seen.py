@@ -1,4 +1,4 @@
-"""Ids that came before: a set of strings is the reference, in a fraction of its memory."""
+"""SeenIds answers as a set of strings does, in a fraction of its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_it_answers_as_a_set_does() -> None:
     assert len(seen) == len(reference)
 
 
-def test_a_name_takes_a_few_bytes() -> None:
+def test_an_id_takes_a_few_bytes() -> None:
     def memory(count: int) -> tuple[int, int]:
         tracemalloc.start()
         seen = SeenIds()

@@ -1,4 +1,4 @@
-"""Lhotse Shar folders: the same batches as from plain cuts, any of them at once, and told where they are damaged."""
+"""Lhotse Shar folders give the same batches as plain cuts, from any batch on; damaged ones are errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from lhotse import CutSet
 
-from splitformer.corpora import shar
 from splitformer.corpora.fbank import compute_fbank
 from splitformer.corpora.shar import export_shar
 from splitformer.data.batches import load_cuts
@@ -17,13 +16,15 @@ from splitformer.data.cut_index import DataError
 from splitformer.data.features import FbankOptions
 from splitformer.data.manifests import ManifestError, read_cuts
 from splitformer.data.shar import SharCuts
+from splitformer.report.records import read_training_log
+from splitformer.training.loop import Trainer
 from tests.factories import make_lang_dir, make_split, make_texts
-from tests.training_runs import same, train, training_data, weights
+from tests.training_runs import ALONE, options, small_config, training_data
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """A corpus whose cuts are parts of recordings, speed-perturbed, and the same as Shar: (corpus, Shar folder)."""
+    """A corpus whose cuts are parts of recordings, speed-perturbed, and the same in Shar: (corpus, Shar folder)."""
     folder = tmp_path_factory.mktemp("both")
     texts = make_texts(41)
     files = make_split(folder, texts)
@@ -39,7 +40,7 @@ def epoch(data, first=0, number=2):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_are_those_of_plain_cuts_from_any_of_them_on(both, tmp_path, num_workers):
+def test_batches_equal_those_of_plain_cuts_from_any_batch_on(both, tmp_path, num_workers):
     corpus, folder = both
     plain = training_data(corpus, tmp_path / "plain")
     sharded = training_data(corpus, tmp_path / "shar", [folder], num_workers)
@@ -54,7 +55,7 @@ def test_batches_are_those_of_plain_cuts_from_any_of_them_on(both, tmp_path, num
     assert torch.equal(sharded.feature_deviation(), plain.feature_deviation())
 
 
-def test_folders_and_files_may_stand_side_by_side(both, tmp_path):
+def test_folders_and_files_can_be_combined(both, tmp_path):
     corpus, _ = both
     cuts = list(read_cuts(corpus[1]))
     CutSet.from_cuts(cuts[:60]).to_file(tmp_path / "a.jsonl.gz")
@@ -65,7 +66,7 @@ def test_folders_and_files_may_stand_side_by_side(both, tmp_path):
         assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
 
 
-def test_the_folder_is_what_lhotse_reads_and_lhotses_own_is_read(both, tmp_path):
+def test_lhotse_reads_the_folder_and_its_own_folders_are_read(both, tmp_path):
     corpus, folder = both
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"cuts.{i:06d}.jsonl.gz" for i in range(3)),
@@ -88,15 +89,14 @@ def test_the_folder_is_what_lhotse_reads_and_lhotses_own_is_read(both, tmp_path)
         assert ours.cut_ids == theirs.cut_ids and torch.equal(ours.x, theirs.x)
 
 
-def test_the_command_trains_from_a_folder(both, tmp_path):
-    (folder, cuts, dev, lang_dir), shards = both
-    runs = [train((folder, path, dev, lang_dir), tmp_path, tmp_path / path.name) for path in (cuts, shards)]
-    assert [run.returncode for run in runs] == [0, 0], runs[1].stderr
-    assert same(*(weights(tmp_path / path.name / "epoch-2.pt") for path in (cuts, shards)))
+def test_training_from_a_folder(both, corpus, tmp_path):
+    (folder, _, _, lang_dir), shards = both
+    Trainer(small_config(num_epochs=1), options((folder, shards, corpus[2], lang_dir), tmp_path), ALONE).train()
+    assert read_training_log(tmp_path / "training.jsonl")[-1].unreadable_cuts == 0
 
 
-def test_an_archive_that_is_cut_off(both, tmp_path):
-    """Before it is indexed, an error; afterwards what lies beyond its end is left out, as unreadable features are."""
+def test_a_truncated_archive(both, tmp_path):
+    """An error before it is indexed; later, the cuts beyond its end are left out, as unreadable features are."""
     corpus, folder = both
     copy = tmp_path / "shar"
     shutil.copytree(folder, copy)
@@ -105,9 +105,9 @@ def test_an_archive_that_is_cut_off(both, tmp_path):
     size = archive.stat().st_size
     archive.write_bytes(archive.read_bytes()[: size // 2])
     batches = epoch(data)
-    faults = {cut_id: reason for batch in batches for cut_id, reason in batch.errors.items()}
-    assert 20 <= len(faults) <= 30 and sum(len(batch.cut_ids) for batch in batches) == 123 - len(faults)
-    assert all("ends before" in reason for reason in faults.values()), faults
+    errors = {cut_id: reason for batch in batches for cut_id, reason in batch.errors.items()}
+    assert 20 <= len(errors) <= 30 and sum(len(batch.cut_ids) for batch in batches) == 123 - len(errors)
+    assert all("ends before" in reason for reason in errors.values()), errors
     with pytest.raises(ManifestError, match=r"features\.000001\.tar .*prepare\.sh --shar again"):
         training_data(corpus, tmp_path / "again", [copy])
     archive.unlink()
@@ -119,7 +119,7 @@ def test_an_archive_that_is_cut_off(both, tmp_path):
         epoch(data)
 
 
-def test_archives_that_do_not_belong_together_are_refused(both, tmp_path):
+def test_archives_that_do_not_fit_their_manifests_are_refused(both, tmp_path):
     copy = tmp_path / "shar"
     shutil.copytree(both[1], copy)
     shutil.copy(copy / "features.000000.tar", copy / "features.000001.tar")
@@ -130,24 +130,19 @@ def test_archives_that_do_not_belong_together_are_refused(both, tmp_path):
         load_cuts([tmp_path / "empty"])
 
 
-def test_an_export_appears_when_it_is_complete(both, tmp_path, monkeypatch):
+def test_an_export_appears_when_it_is_complete(both, tmp_path):
     corpus, _ = both
-    real, calls = shar.load_all_frames, []
-
-    def full(cut):
-        calls.append(cut)
-        if len(calls) == 60:
-            raise OSError(28, "No space left on device")
-        return real(cut)
-
-    monkeypatch.setattr(shar, "load_all_frames", full)
-    with pytest.raises(OSError, match="No space"):
-        export_shar(corpus[1], tmp_path / "out", "numpy", shard_cuts=10)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / ".out.0123.tmp").mkdir()  # of one that was killed
-    monkeypatch.undo()
-    export_shar(corpus[1], tmp_path / "out", "numpy", shard_cuts=10)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    CutSet.from_cuts(cut.drop_features() for cut in read_cuts(corpus[1])).to_file(tmp_path / "bare.jsonl.gz")
+    cuts = list(read_cuts(corpus[1]))
+    incomplete, bare = tmp_path / "incomplete.jsonl.gz", tmp_path / "bare.jsonl.gz"
+    CutSet.from_cuts([*cuts[:60], cuts[60].drop_features(), *cuts[61:]]).to_file(incomplete)
+    CutSet.from_cuts(cut.drop_features() for cut in cuts).to_file(bare)
+    out = tmp_path / "exported"
+    out.mkdir()
+    with pytest.raises(ManifestError, match="has no features"):
+        export_shar(incomplete, out / "shar", "numpy", shard_cuts=10)
     with pytest.raises(ManifestError, match="no cuts with features"):
-        export_shar(tmp_path / "bare.jsonl.gz", tmp_path / "bare", "numpy")
+        export_shar(bare, out / "shar", "numpy")
+    assert not list(out.iterdir())
+    (out / ".shar.0123.tmp").mkdir()  # of an export that was killed
+    export_shar(corpus[1], out / "shar", "numpy", shard_cuts=10)
+    assert [path.name for path in out.iterdir()] == ["shar"]

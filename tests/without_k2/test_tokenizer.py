@@ -89,9 +89,7 @@ def test_other_whitespace_is_a_space(tmp_path):
     assert tokenizer.decode(tokenizer.encode(" AB\u00a0 BA\t")) == "AB BA"
 
 
-def test_other_errors(text, tmp_path):
-    with pytest.raises(ValueError, match="choose one of bpe, char"):
-        train_tokenizer(text, tmp_path, "unigram", 40)
+def test_an_empty_text_and_a_missing_model_are_errors(text, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="no words"):
         train_tokenizer(tmp_path / "empty.txt", tmp_path, "bpe", 40)
@@ -99,7 +97,7 @@ def test_other_errors(text, tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_command(text, tmp_path):
+def test_the_command_prints_the_number_of_tokens(text, tmp_path):
     script = ROOT / "local" / "train_bpe.py"
     command = [sys.executable, script, "--text", text, "--lang-dir", tmp_path / "lang"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}

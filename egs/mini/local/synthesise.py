@@ -1,26 +1,24 @@
 #!/usr/bin/env python3
-"""A small speech corpus that espeak-ng speaks: sentences from a grammar, voices from a list.
+"""Synthesise a small speech corpus with espeak-ng: sentences from a grammar, voices from a list.
 
-It is written as `<split>/<speaker>/<chapter>/<utterance>.flac` with `<speaker>-<chapter>.trans.txt`, the layout that
-Lhotse's most used recipe reads. A specification (TOML, see CorpusSpec) and a seed determine every byte, whatever the
-number of jobs: sentences and voices are drawn in one place, and each utterance is spoken by a fresh copy of a newly
-started engine, because espeak-ng carries state (pitch flutter, phase) from one utterance to the next.
+The corpus has LibriSpeech's layout, `<split>/<speaker>/<chapter>/<utterance>.flac` with
+`<speaker>-<chapter>.trans.txt`, which Lhotse's recipe reads. A specification (TOML, see CorpusSpec) and a seed
+determine every byte, whatever the number of jobs: sentences and voices are drawn in one process, and each utterance is
+spoken by a fresh copy of a newly started engine, because espeak-ng carries state (pitch flutter, phase) from one
+utterance to the next.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import hashlib
-import multiprocessing.connection
-import multiprocessing.process
+import multiprocessing
 import random
 import re
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from splitformer.cli import command
+from splitformer.errors import UserError
+from splitformer.files import atomic_folder
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -36,50 +38,77 @@ else:
 
 SAMPLING_RATE = 16000
 SLOT = re.compile(r"\{(\w+)\}")
-CHAPTER = 1  # every speaker reads one chapter
+CHAPTER = 1
+"""Every speaker reads one chapter."""
 
 
-class SpecError(ValueError):
-    """A specification that cannot be used; the message names the key."""
+@dataclass(frozen=True)
+class Options:
+    """Synthesise a small speech corpus with espeak-ng."""
+
+    spec: Path
+    """specification of the corpus, TOML"""
+    output_dir: Path
+    seed: int = 42
+    num_jobs: int = 1
+    """processes; the corpus does not depend on their number"""
+    limit_utterances: int | None = None
+    """at most so many in each split"""
+
+
+def run(options: Options) -> None:
+    spec = load_spec(options.spec)
+    utterances = synthesise(spec, options.output_dir, options.seed, options.num_jobs, options.limit_utterances)
+    for split in spec.splits:
+        chosen = [utterance for utterance in utterances if utterance.split == split]
+        words = Counter(word for utterance in chosen for word in utterance.text.split())
+        print(
+            f"{options.output_dir / split}: {len(chosen)} utterances, {len({u.speaker.id for u in chosen})} speakers, "
+            f"{words.total()} words, {len(words)} different"
+        )
+
+
+# ---- specification
+
+
+class SpecError(UserError):
+    """A specification cannot be used; the message names the key."""
 
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """One split.
-
-    utterances: how many; all sentences of splits other than the largest are different.
-    variants: espeak-ng's voice variants, which make the speakers; no variant serves two splits.
-    speakers_per_variant: speakers of one variant differ in accent, pitch and rate.
-    """
+    """One split."""
 
     utterances: int
+    """number of utterances; the sentences of all splits but the largest are different"""
     variants: tuple[str, ...]
+    """espeak-ng's voice variants, which make the speakers; a variant belongs to one split"""
     speakers_per_variant: int = 1
+    """speakers with one variant differ in accent, pitch and rate"""
 
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What the corpus is made of. Ranges are (lowest, highest).
-
-    sentence: name of the rule that every sentence begins with.
-    rules: name -> alternatives, all equally likely; `{name}` in one of them stands for another rule.
-    accents: espeak-ng voices, such as "en-us".
-    words_per_minute, pitch, pitch_range: of a speaker, in espeak-ng's units (pitch 0 to 99).
-    rate_variation: the rate of an utterance departs by at most this share from its speaker's.
-    level_db: of the speech, relative to full scale; snr_db: of the speech over white noise, both per speaker.
-    splits: name -> SplitSpec; the largest is the training split.
-    """
+    """What the corpus is made of. Ranges are (lowest, highest), and drawn for each speaker."""
 
     sentence: str
+    """name of the rule that every sentence starts with"""
     rules: dict[str, tuple[str, ...]]
+    """name -> alternatives, all equally likely; `{name}` in an alternative stands for another rule"""
     accents: tuple[str, ...]
+    """espeak-ng voices, such as "en-us" """
     words_per_minute: tuple[float, float]
     pitch: tuple[float, float]
+    """espeak-ng's units, 0 to 99"""
     pitch_range: tuple[float, float]
     rate_variation: float
+    """the rate of an utterance departs by at most this fraction from its speaker's"""
     level_db: tuple[float, float]
+    """of the speech, relative to full scale"""
     snr_db: tuple[float, float]
+    """of the speech over white noise"""
     splits: dict[str, SplitSpec]
+    """the largest is the training split"""
 
     def __post_init__(self) -> None:
         for name, alternatives in self.rules.items():
@@ -92,47 +121,18 @@ class CorpusSpec:
                 raise SpecError(f"rules.{name} has no alternatives")
         if self.sentence not in self.rules:
             raise SpecError(f"sentence = {self.sentence!r} is no rule; rules are {', '.join(self.rules)}")
-        owners: dict[str, str] = {}
+        split_of: dict[str, str] = {}
         for split, spec in self.splits.items():
             if spec.utterances < 1 or spec.speakers_per_variant < 1 or not spec.variants:
-                raise SpecError(f"splits.{split} needs one utterance, variant and speaker per variant at least")
+                raise SpecError(f"splits.{split} needs at least one utterance, variant and speaker per variant")
             for variant in spec.variants:
-                if variant in owners:
-                    raise SpecError(f"variant {variant!r} is in the splits {owners[variant]} and {split}; choose one")
-                owners[variant] = split
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """A voice. `id` is a number, as that layout wants it."""
-
-    id: int
-    voice: str
-    rate: float
-    pitch: float
-    pitch_range: float
-    level_db: float
-    snr_db: float
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """What is said by whom; `seed` determines espeak-ng's flutter and the noise."""
-
-    id: str
-    split: str
-    text: str
-    speaker: Speaker
-    rate: float
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        return f"{self.split}/{self.speaker.id}/{CHAPTER}"
+                if variant in split_of:
+                    raise SpecError(f"variant {variant!r} is in the splits {split_of[variant]} and {split}; choose one")
+                split_of[variant] = split
 
 
 def load_spec(path: str | Path) -> CorpusSpec:
-    """Read a specification. Raises SpecError for unknown or missing keys and for rules that do not exist."""
+    """Read a specification. Raises SpecError for unknown or missing keys, and for rules that do not exist."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -148,30 +148,76 @@ def load_spec(path: str | Path) -> CorpusSpec:
 
 def _checked(kind: type, table: dict[str, Any], where: str) -> dict[str, Any]:
     known = {field.name for field in fields(kind)}
-    optional = {"speakers_per_variant"}
-    unknown, missing = sorted(table.keys() - known), sorted(known - optional - table.keys())
+    unknown, missing = sorted(table.keys() - known), sorted(known - {"speakers_per_variant"} - table.keys())
     if unknown or missing:
         raise SpecError(f"{where}: unknown keys {unknown}, missing keys {missing}; keys are {', '.join(sorted(known))}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
 
 
-def plan(spec: CorpusSpec, seed: int, limit: int | None = None) -> list[Utterance]:
-    """Draw all utterances.
+# ---- sentences and voices
 
-    Sentences of the smaller splits are all different and appear in no other split. Every word of theirs appears in the
+
+@dataclass(frozen=True)
+class Speaker:
+    """A voice; LibriSpeech's layout wants a number as `id`."""
+
+    id: int
+    voice: str
+    rate: float
+    pitch: float
+    pitch_range: float
+    level_db: float
+    snr_db: float
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A sentence and its speaker; `seed` determines espeak-ng's flutter and the noise."""
+
+    id: str
+    split: str
+    text: str
+    speaker: Speaker
+    rate: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.split}/{self.speaker.id}/{CHAPTER}"
+
+
+def plan(spec: CorpusSpec, seed: int, limit: int | None = None) -> list[Utterance]:
+    """Draw all utterances, at most `limit` of each split. Raises SpecError as `_draw_sentences`."""
+    sentences = _draw_sentences(spec, seed, limit)
+    utterances = []
+    first_speaker = 1
+    for name, split in spec.splits.items():
+        speakers = _draw_speakers(spec, split, _rng(seed, "speakers", name), first_speaker)
+        first_speaker += len(speakers)
+        rng = _rng(seed, "utterances", name)
+        for index, sentence in enumerate(sentences[name]):
+            speaker = speakers[index % len(speakers)]
+            rate = speaker.rate * rng.uniform(1 - spec.rate_variation, 1 + spec.rate_variation)
+            utterance_id = f"{speaker.id}-{CHAPTER}-{index // len(speakers):04d}"
+            utterances.append(Utterance(utterance_id, name, sentence, speaker, rate, rng.getrandbits(31)))
+    return utterances
+
+
+def _draw_sentences(spec: CorpusSpec, seed: int, limit: int | None) -> dict[str, list[str]]:
+    """Draw the sentences of all splits.
+
+    The sentences of the smaller splits are all different and occur in no other split. All their words occur in the
     training split.
 
-    Args:
-      limit: at most so many utterances in each split.
     Raises:
-      SpecError: the grammar has too few sentences, or a word is missing in training.
+      SpecError: the grammar has too few sentences, or a word is missing in training (not checked with `limit`).
     """
     sizes = {name: min(split.utterances, limit or split.utterances) for name, split in spec.splits.items()}
     training = max(spec.splits, key=lambda name: spec.splits[name].utterances)
     taken: set[str] = set()
     sentences: dict[str, list[str]] = {}
     for name in [*(name for name in sizes if name != training), training]:
-        rng = _generator(seed, "sentences", name)
+        rng = _rng(seed, "sentences", name)
         sentences[name] = []
         for _ in range(100 * sizes[name]):
             if len(sentences[name]) == sizes[name]:
@@ -183,51 +229,41 @@ def plan(spec: CorpusSpec, seed: int, limit: int | None = None) -> list[Utteranc
                     taken.add(sentence)
         else:
             raise SpecError(f"the rules do not give {sizes[name]} different sentences for the split {name}")
-    if limit is None:
-        known = Counter(word for sentence in sentences[training] for word in sentence.split())
-        new = sorted({word for sentence in taken for word in sentence.split()} - known.keys())
-        if new:
-            raise SpecError(f"{new} are not among the words of {training}; give it more utterances, or them more rules")
-
-    utterances = []
-    first_speaker = 1
-    for name, split in spec.splits.items():
-        speakers = _speakers(spec, split, _generator(seed, "speakers", name), first_speaker)
-        first_speaker += len(speakers)
-        rng = _generator(seed, "utterances", name)
-        for index, sentence in enumerate(sentences[name]):
-            speaker = speakers[index % len(speakers)]
-            rate = speaker.rate * rng.uniform(1 - spec.rate_variation, 1 + spec.rate_variation)
-            number = index // len(speakers)
-            utterance_id = f"{speaker.id}-{CHAPTER}-{number:04d}"
-            utterances.append(Utterance(utterance_id, name, sentence, speaker, rate, rng.getrandbits(31)))
-    return utterances
+    known = {word for sentence in sentences[training] for word in sentence.split()}
+    new = sorted({word for sentence in taken for word in sentence.split()} - known)
+    if new and limit is None:
+        raise SpecError(f"{new} are not among the words of {training}; give it more utterances, or them more rules")
+    return sentences
 
 
 def expand(spec: CorpusSpec, rule: str, rng: random.Random) -> str:
-    """One sentence, lower-case: an alternative of the rule with its slots filled."""
+    """Draw a sentence, in lower case: an alternative of the rule with its slots filled."""
     alternative = rng.choice(spec.rules[rule])
     return " ".join(SLOT.sub(lambda match: expand(spec, match[1], rng), alternative).lower().split())
 
 
-def _speakers(spec: CorpusSpec, split: SplitSpec, rng: random.Random, first_id: int) -> list[Speaker]:
-    speakers = []
+def _draw_speakers(spec: CorpusSpec, split: SplitSpec, rng: random.Random, first_id: int) -> list[Speaker]:
+    speakers: list[Speaker] = []
     for turn in range(split.speakers_per_variant):
         for index, variant in enumerate(split.variants):
             accent = spec.accents[(index + turn) % len(spec.accents)]
-            values = [rng.uniform(*r) for r in (spec.words_per_minute, spec.pitch, spec.pitch_range)]
-            levels = [rng.uniform(*r) for r in (spec.level_db, spec.snr_db)]
-            speakers.append(Speaker(first_id + len(speakers), f"{accent}+{variant}", *values, *levels))
+            ranges = (spec.words_per_minute, spec.pitch, spec.pitch_range, spec.level_db, spec.snr_db)
+            speakers.append(
+                Speaker(first_id + len(speakers), f"{accent}+{variant}", *(rng.uniform(*each) for each in ranges))
+            )
     return speakers
 
 
-def _generator(*name: object) -> random.Random:
-    """A generator of its own for everything that is drawn: a change of one split leaves the others alone."""
+def _rng(*name: object) -> random.Random:
+    """Return a generator for one thing that is drawn: a change of one split leaves the others alone."""
     return random.Random("/".join(map(str, name)))
 
 
+# ---- speech
+
+
 class Engine:
-    """libespeak-ng, started. It keeps its state in globals: use one at a time, and never in two threads."""
+    """libespeak-ng, started. It keeps its state in globals: use one engine at a time, in one thread."""
 
     _RETRIEVAL, _SYNCHRONOUS = 1, 2  # espeak_AUDIO_OUTPUT
     _RATE, _PITCH, _PITCH_RANGE = 1, 3, 4  # espeak_PARAMETER
@@ -235,38 +271,36 @@ class Engine:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.sampling_rate: int = self._library.espeak_Initialize(
-            self._SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0
-        )
+        data = espeakng_loader.get_data_path()
+        self.sampling_rate: int = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, data.encode(), 0)
         if self.sampling_rate <= 0:
-            raise RuntimeError(
-                f"espeak-ng does not start with the voices in {espeakng_loader.get_data_path()}; "
-                "reinstall espeakng-loader (remove .venv and run ./setup.sh)"
+            raise UserError(
+                f"espeak-ng does not start with the voices in {data}; reinstall espeakng-loader (remove .venv and run "
+                "./setup.sh)"
             )
         self._chunks: list[np.ndarray] = []
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self._callback = signature(self._receive)  # ctypes keeps no reference, the engine calls it later
+        self._callback = signature(self._receive)  # ctypes keeps no reference, and the engine calls it later
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
             self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0  # go on
+        return 0  # continue
 
     def speak(self, utterance: Utterance) -> np.ndarray:
-        """The samples, int16, at `self.sampling_rate`. Raises ValueError for an unknown voice."""
+        """Return samples (S,), int16, at `self.sampling_rate`. Raises SpecError for an unknown voice."""
         speaker = utterance.speaker
         if self._library.espeak_SetVoiceByName(speaker.voice.encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice {speaker.voice!r}; see its folders lang/ and voices/!v")
-        parameters = (
+            raise SpecError(f"espeak-ng has no voice {speaker.voice!r}; see its folders lang/ and voices/!v")
+        for parameter, value in (
             (self._RATE, utterance.rate),
             (self._PITCH, speaker.pitch),
             (self._PITCH_RANGE, speaker.pitch_range),
-        )
-        for parameter, value in parameters:
+        ):
             self._library.espeak_SetParameter(parameter, round(value), 0)
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(utterance.seed))
         self._chunks.clear()
-        self._library.espeak_SetSynthCallback(self._callback)  # that of a later engine may be gone with it
+        self._library.espeak_SetSynthCallback(self._callback)  # a later engine's may have been freed with it
         text = utterance.text.encode() + b"\0"
         status = self._library.espeak_Synth(
             text, ctypes.c_size_t(len(text)), 0, self._CHARACTERS, 0, self._UTF8, None, None
@@ -277,7 +311,7 @@ class Engine:
 
 
 def render(engine: Engine, utterance: Utterance) -> np.ndarray:
-    """The utterance as float samples at SAMPLING_RATE, at its speaker's level and with its noise."""
+    """Return the utterance as float samples (S,) at SAMPLING_RATE, with its speaker's level and noise."""
     samples = resample(engine.speak(utterance) / 32768, engine.sampling_rate, SAMPLING_RATE)
     speaker = utterance.speaker
     level = np.sqrt(np.mean(samples**2))
@@ -290,9 +324,9 @@ def render(engine: Engine, utterance: Utterance) -> np.ndarray:
 
 
 def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Band-limited resampling by cutting, or padding, the spectrum. Shapes (samples,) -> (samples * target / source,).
+    """Resample (S,) to (S * target / source,), band-limited, by cutting or padding the spectrum.
 
-    The signal is padded with zeros to a length at which the ratio is exact.
+    The signal is padded with zeros to a length for which the ratio is exact.
     """
     divisor = int(np.gcd(source, target))
     blocks = -(-len(samples) * divisor // source)
@@ -301,106 +335,63 @@ def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
     return np.fft.irfft(spectrum[: length // 2 + 1], length) * (target / source)
 
 
-def synthesise(
-    spec: CorpusSpec, output_dir: str | Path, *, seed: int, num_jobs: int = 1, limit: int | None = None
-) -> list[Utterance]:
-    """Speak the corpus into `output_dir`, which appears when it is complete; return what was said.
+# ---- corpus
 
-    Files: `<split>/<speaker>/<chapter>/<utterance>.flac` and `<speaker>-<chapter>.trans.txt`, upper-case.
+
+def synthesise(
+    spec: CorpusSpec, output_dir: str | Path, seed: int, num_jobs: int = 1, limit: int | None = None
+) -> list[Utterance]:
+    """Write the corpus to `output_dir`, which appears when it is complete, and return its utterances.
 
     Args:
-      num_jobs: utterances spoken at a time, each in a process of its own.
+      num_jobs: number of processes.
+      limit: at most so many utterances in each split.
     Raises:
-      SpecError: see `plan`.
-      RuntimeError: an utterance could not be spoken or written; the reason was printed.
+      SpecError: see `plan`; or an utterance could not be spoken or written, for a reason that was printed.
     """
     utterances = plan(spec, seed, limit)
-    output_dir = Path(output_dir)
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for folder, group in _by_folder(utterances).items():
-        (temporary / folder).mkdir(parents=True)
-        transcripts = temporary / folder / f"{group[0].speaker.id}-{CHAPTER}.trans.txt"
-        transcripts.write_text("".join(f"{each.id} {each.text.upper()}\n" for each in group), encoding="utf-8")
-
-    engine = Engine()  # once; every child is a copy of the engine in this very state
-    fork = multiprocessing.get_context("fork")
-    running: dict[int, tuple[multiprocessing.process.BaseProcess, Utterance]] = {}
-    with tqdm(total=len(utterances), desc="synthesise", unit=" utterances") as bar:
-
-        def wait_for_one() -> None:
-            for sentinel in multiprocessing.connection.wait(list(running)):
-                child, utterance = running.pop(sentinel)
-                child.join()
-                if child.exitcode != 0:
-                    raise RuntimeError(f"utterance {utterance.id} ({utterance.text!r}) could not be made, see above")
-                bar.update()
-
-        try:
-            for utterance in utterances:
-                while len(running) >= max(1, num_jobs):
-                    wait_for_one()
-                child = fork.Process(target=_speak, args=(engine, utterance, temporary))
-                child.start()
-                running[child.sentinel] = child, utterance
-            while running:
-                wait_for_one()
-        except BaseException:
-            for child, _ in running.values():
-                child.join()  # they end within milliseconds
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    shutil.rmtree(output_dir, ignore_errors=True)
-    temporary.rename(output_dir)
+    with atomic_folder(output_dir, exclusive=True) as root:
+        for utterance in utterances:
+            folder = root / utterance.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"{utterance.speaker.id}-{CHAPTER}.trans.txt", "a", encoding="utf-8") as transcripts:
+                transcripts.write(f"{utterance.id} {utterance.text.upper()}\n")
+        _speak_all(utterances, root, num_jobs)
     return utterances
 
 
-def _by_folder(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
-    folders: dict[str, list[Utterance]] = {}
-    for utterance in utterances:
-        folders.setdefault(utterance.folder, []).append(utterance)
-    return folders
+def _speak_all(utterances: list[Utterance], root: Path, num_jobs: int) -> None:
+    """Write the audio of all utterances, each from a process of its own."""
+    engine = Engine()  # started once: every child is a copy of the engine in this state
+    fork = multiprocessing.get_context("fork")
+    running: dict[Any, tuple[BaseProcess, Utterance]] = {}
+    waiting = list(reversed(utterances))
+    with tqdm(total=len(utterances), desc="synthesise", unit=" utterances") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < max(1, num_jobs):
+                    utterance = waiting.pop()
+                    child: BaseProcess = fork.Process(target=_speak, args=(engine, utterance, root))
+                    child.start()
+                    running[child.sentinel] = child, utterance
+                for sentinel in wait([child.sentinel for child, _ in running.values()]):
+                    child, utterance = running.pop(sentinel)
+                    child.join()
+                    if child.exitcode != 0:
+                        raise SpecError(f"utterance {utterance.id} ({utterance.text!r}) could not be made, see above")
+                    bar.update()
+        finally:
+            for child, _ in running.values():  # after an error; they end within milliseconds
+                child.join()
 
 
 def _speak(engine: Engine, utterance: Utterance, root: Path) -> None:
     path = root / utterance.folder / f"{utterance.id}.flac"
-    soundfile.write(path, render(engine, utterance), SAMPLING_RATE, subtype="PCM_16")
-
-
-def digest(folder: str | Path) -> str:
-    """sha256 over the names and contents of all files below a folder."""
-    total = hashlib.sha256()
-    for path in _files(Path(folder)):
-        total.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--spec", type=Path, required=True, help="TOML file")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--num-jobs", type=int, default=1, help="processes; the corpus does not depend on it")
-    parser.add_argument("--limit-utterances", type=int, help="at most so many in each split")
-    args = parser.parse_args()
     try:
-        utterances = synthesise(
-            load_spec(args.spec), args.output_dir, seed=args.seed, num_jobs=args.num_jobs, limit=args.limit_utterances
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"synthesise: {error}")
-    for split, count in Counter(each.split for each in utterances).items():
-        speakers = {each.speaker.id for each in utterances if each.split == split}
-        words = Counter(word for each in utterances if each.split == split for word in each.text.split())
-        print(
-            f"{args.output_dir / split}: {count} utterances, {len(speakers)} speakers, "
-            f"{words.total()} words, {len(words)} different"
-        )
+        soundfile.write(path, render(engine, utterance), SAMPLING_RATE, subtype="PCM_16")
+    except SpecError as error:
+        sys.exit(str(error))  # of a child: printed, without a traceback
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))
