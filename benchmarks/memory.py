@@ -40,12 +40,12 @@ from splitformer.provenance import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
-    "manifests": "recordings and supervisions written",
-    "validation": "manifests and headers of the audio checked",
+    "manifests": "written, recordings and supervisions",
+    "validation": "of the manifests and the headers of the audio",
     "cuts": "written without features",
-    "start": "training: cuts indexed, batches of an epoch drawn",
-    "resumption": "training: batches of an epoch drawn, with the index of the start",
-    "list": "all cuts in a list, for comparison: no command makes one",
+    "start": "of training: cuts indexed, batches of an epoch drawn",
+    "resumption": "of training: batches of an epoch drawn, with the index there",
+    "list": "of all cuts, which no command makes: for comparison",
 }
 WORDS = ("THE", "OF", "AND", "A", "TO", "IN", "WAS", "HE", "THAT", "HIS", "IT", "WITH", "FOR", "WHICH", "BEFORE")
 WARM_UP = 200
@@ -157,7 +157,7 @@ def table(counts: list[int]) -> str:
         peaks = [result["bytes"] for result in results[step]]
         growth = (peaks[-1] - peaks[0]) / (counts[-1] - counts[0])
         cells = " | ".join(f"{peak / 1e6:.1f}" for peak in peaks)
-        lines.append(f"| {step}: {description} | {cells} | {growth:.0f} | {results[step][-1]['seconds']:.0f} s |")
+        lines.append(f"| {step} {description} | {cells} | {growth:.0f} | {results[step][-1]['seconds']:.0f} s |")
     lines += ["", f"Bytes per utterance: growth from {counts[0]:,} to {counts[-1]:,}; time: of the largest corpus."]
     return "\n".join(lines) + "\n"
 
