@@ -1,7 +1,4 @@
-"""What the recipe writes down: records of decoding and training, and the one way in which files are written.
-
-Standard library only, so that every other module may import it.
-"""
+"""Where numbers come from: the command line and the commit that records and tables name."""
 
 from __future__ import annotations
 
@@ -10,27 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What `bin/report` writes and git tracks: a fresh table does not change the code that computes the next one.
 GENERATED = ("egs/*/results/*", "egs/*/RESULTS.md", "egs/*/*.png")
+"""Committed files that `bin/report --publish` writes; a fresh table does not change the code."""
 
 
 def command_line(root: str | Path) -> str:
-    """What was typed to start this process, quoted for a shell, with paths under `root` relative to it."""
+    """Return the command line of this process, quoted for a shell, with paths under `root` relative to it."""
     root = f"{Path(root).resolve()}/"
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None:
-        start = [sys.argv[0]]
-    else:
-        start = ["python", "-m", spec.name]
+    start = [sys.argv[0]] if spec is None else ["python", "-m", spec.name]
     return shlex.join(word.replace(root, "") for word in [*start, *sys.argv[1:]])
 
 
 def git_commit(root: str | Path) -> str:
-    """Short hash of the commit checked out at `root`; "+dirty" follows where tracked files differ from it.
+    """Return the short hash of the commit at `root`, followed by "+dirty" if tracked files other than GENERATED differ.
 
-    Generated tables and plots do not count as a difference. Outside a git work tree: "unknown".
+    Outside a git work tree the result is "unknown".
     """
-    # no optional locks: asking must not make a concurrent `git commit` fail
+    # no optional locks: a query must not make a concurrent `git commit` fail
     git = ["git", "--no-optional-locks", "-C", str(root)]
     excluded = [f":(top,exclude,glob){pattern}" for pattern in GENERATED]
     commands = (

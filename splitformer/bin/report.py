@@ -13,7 +13,7 @@ from splitformer.provenance import command_line
 from splitformer.report.plots import plot_all
 from splitformer.report.render import render
 from splitformer.report.results import Results, load_published
-from splitformer.report.runs import ReportError, gather, load_runs, with_committed
+from splitformer.report.runs import gather, load_runs, with_committed
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ def run(options: Options) -> None:
     if options.committed:
         runs = with_committed(runs, load_runs(options.committed / "results", options.corpus))
     if not runs:
-        raise ReportError(f"no results in {options.exp_root} or {output / 'results'}: train and decode a system first")
+        raise UserError(f"no results in {options.exp_root} or {output / 'results'}: train and decode a system first")
     results = Results(options.corpus, runs, options.dev_sets)
     published = load_published(options.published) if options.published else []
     plots = plot_all(results, published, output)

@@ -1,7 +1,4 @@
-"""The plots of a report: small PNG files, the same bytes for the same results.
-
-Tier: report, matplotlib.
-"""
+"""The plots of a report: small PNG files with the same bytes for the same results."""
 
 from __future__ import annotations
 
@@ -14,110 +11,90 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from splitformer.early_exit.names import DEFAULT
 from splitformer.files import atomic_write
-from splitformer.report.early_exit import (
-    FIXED,
-    LEARNED,
-    ORACLE,
-    dynamic_exits_title,
-    ordered_policies,
-    ordered_tradeoffs,
-)
-from splitformer.report.records import TradeoffPoint, TradeoffRecord
-from splitformer.report.render import training_title
+from splitformer.report.early_exit import FIXED, ORACLE, ordered_policies, tradeoffs_by_set
+from splitformer.report.records import DecodeRecord, TradeoffPoint, TradeoffRecord
 from splitformer.report.results import Published, Results
 from splitformer.report.runs import Run
+from splitformer.report.tables import mean
+
+_COLOURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is grey, the colour of the oracle
 
 
 def plot_all(results: Results, published: Sequence[Published], folder: str | Path) -> dict[str, str]:
-    """Draw WER against layers and multiply-accumulates; of every system its training and its exit policies' curves.
+    """Draw WER against cost; and, for every system with runs that are not committed, its training and exit policies.
 
     Returns:
-      {title: file name in `folder`}, for `splitformer.report.render`.
+      {title: file name in `folder`}.
     """
-    folder = Path(folder)
-    plots = {}
+    figures: dict[str, tuple[str, Figure]] = {}
     if results.test_sets:
-        plots["WER against layers"] = "wer-layers.png"
-        _plot_wer(
-            results,
-            published,
-            folder / "wer-layers.png",
-            "encoder layers run",
-            lambda record: record.exit_layer,
-        )
-        plots["WER against multiply-accumulates"] = "wer-macs.png"
-        _plot_wer(
-            results, [], folder / "wer-macs.png", "10⁹ multiply-accumulates per second of audio",
-            lambda record: record.macs_per_second / 1e9,
-        )  # fmt: skip
+        layers, macs = "encoder layers", "10⁹ multiply-accumulates per second of audio"
+        figure = _wer_plot(results, published, layers, lambda record: record.exit_layer)
+        figures["WER against layers"] = ("wer-layers.png", figure)
+        figure = _wer_plot(results, [], macs, lambda record: record.macs_per_second / 1e9)
+        figures["WER against multiply-accumulates"] = ("wer-macs.png", figure)
     for system in results.systems:
-        run = next((run for run in results.runs_of(system) if run.training), None)
-        if run is not None:
-            plots[training_title(system)] = f"training-{system}.png"
-            _plot_training(run, folder / f"training-{system}.png")
-        tradeoffs = ordered_tradeoffs(results.runs_of(system), results.dev_sets)
-        if tradeoffs:
-            plots[dynamic_exits_title(system)] = f"early-exit-{system}.png"
-            _plot_tradeoff(tradeoffs[0], folder / f"early-exit-{system}.png")
-    return plots
+        runs = [run for run in results.runs_of(system) if not run.committed]
+        trained = [run for run in runs if run.training]
+        if trained:
+            figure = _training_plot(trained[0], results.label(system))
+            figures[f"Training of {system}"] = (f"training-{system}.png", figure)
+        own = [r for group in tradeoffs_by_set(results, system) for r in group if r.seed in {run.seed for run in runs}]
+        if own:
+            figure = _tradeoff_plot(own[0], results.label(system))
+            figures[f"Dynamic exits of {system}"] = (f"early-exit-{system}.png", figure)
+    for name, figure in figures.values():
+        FigureCanvasAgg(figure)
+        figure.tight_layout()
+        with atomic_write(Path(folder) / name, "wb") as file:  # without the version of matplotlib
+            figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
+    return {title: name for title, (name, _) in figures.items()}
 
 
-def _plot_wer(
-    results: Results, published: Sequence[Published], path: Path, label: str, cost: Callable[..., float]
-) -> None:
-    """One panel per test set; a system is a line through its exits, with bars from best to worst seed.
+def _wer_plot(
+    results: Results, published: Sequence[Published], label: str, cost: Callable[[DecodeRecord], float]
+) -> Figure:
+    """Draw a panel per test set; a system is a line through its exits, with bars from the best to the worst seed.
 
-    Each system is decoded by the method chosen on dev, or greedily where there is none to choose on.
+    Each system is decoded by the method chosen on dev, or by its first method if there is no dev set.
     """
     figure = Figure(figsize=(0.9 + 4.6 * len(results.test_sets), 3.8))
     axes = figure.subplots(1, len(results.test_sets), squeeze=False)[0]
     for axis, test_set in zip(axes, results.test_sets):
         for number, system in enumerate(results.systems):
             method = results.chosen_method(system) or results.methods(system)[0]
-            points = []
-            for layer in results.layers(system):
-                records = results.records(system, layer, test_set, method)
-                if records:
-                    wers = [record.wer for record in records]
-                    points.append((cost(records[0]), sum(wers) / len(wers), min(wers), max(wers)))
-            if points:
-                x, mean, low, high = zip(*points)
-                below, above = [m - l for m, l in zip(mean, low)], [h - m for m, h in zip(mean, high)]
+            exits = [results.records(system, layer, test_set, method) for layer in results.layers(system)]
+            exits = [records for records in exits if records]
+            if exits:
+                wers = [[record.wer for record in records] for records in exits]
+                means = [mean(each) for each in wers]
+                bars = [m - min(each) for m, each in zip(means, wers)], [max(each) - m for m, each in zip(means, wers)]
                 axis.errorbar(
-                    x,
-                    mean,
-                    yerr=(below, above),
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                    color=f"C{number % 10}",
-                    label=f"{system}, {method}",
-                )
+                    [cost(records[0]) for records in exits], means, yerr=bars, marker="o", markersize=4, capsize=2,
+                    color=f"C{number % 10}", label=f"{results.label(system)}, {method}",
+                )  # fmt: skip
         for number, each in enumerate(published):
             points = [(layer, wers[test_set]) for layer, wers in each.wer_per_exit.items() if test_set in wers]
             if points:
                 axis.plot(
-                    *zip(*points),
-                    linestyle="--",
-                    marker="x",
-                    markersize=4,
-                    color=str(0.2 + 0.25 * (number % 3)),
+                    *zip(*points), linestyle="--", marker="x", markersize=4, color=str(0.2 + 0.25 * (number % 3)),
                     label=f"{each.name} (published)",
-                )
+                )  # fmt: skip
         _finish(axis, test_set, label, "WER (%)")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
-    _save(figure, path)
+    return figure
 
 
-def _plot_training(run: Run, path: Path) -> None:
-    """Dev loss and dev WER by epoch, a colour per exit, dotted a transducer's; dashed the mean training loss."""
+def _training_plot(run: Run, name: str) -> Figure:
+    """Draw dev loss and dev WER by epoch with a colour per exit; the WER of transducer heads is dotted."""
     figure = Figure(figsize=(8.8, 3.6))
     left, right = figure.subplots(1, 2)
     epochs = [record.epoch for record in run.training]
-    train = [record.train_loss for record in run.training]
-    left.plot(epochs, train, "k--", linewidth=1, label="training, mean over exits")
+    train_loss = [record.train_loss for record in run.training]
+    left.plot(epochs, train_loss, "k--", linewidth=1, label="training, mean over exits")
     layers = sorted(run.training[-1].train_loss_per_exit)
     for number, layer in enumerate(layers):
         colour = matplotlib.colormaps["viridis"](0.9 * number / max(len(layers) - 1, 1))
@@ -127,43 +104,37 @@ def _plot_training(run: Run, path: Path) -> None:
         right.plot(epochs, wer, linewidth=1.2, color=colour, label=f"layer {layer}")
         if any(record.dev_transducer_wer_per_exit for record in run.training):
             wer = [record.dev_transducer_wer_per_exit.get(layer, math.nan) for record in run.training]
-            right.plot(
-                epochs, wer, linewidth=1.2, color=colour, linestyle=":", label=None if number else "dotted: transducer"
-            )
-    _finish(left, f"{run.system}, seed {run.seed}: dev loss", "epoch", "CTC loss per token")
-    _finish(right, f"{run.system}, seed {run.seed}: dev WER", "epoch", "WER (%), greedy_search")
+            dotted = None if number else "dotted: transducer"
+            right.plot(epochs, wer, linewidth=1.2, color=colour, linestyle=":", label=dotted)
+    _finish(left, f"{name}, seed {run.seed}: dev loss", "epoch", "CTC loss per token")
+    _finish(right, f"{name}, seed {run.seed}: dev WER", "epoch", "WER (%), greedy search")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8)
     right.set_ylim(0, 105)
     right.legend(fontsize=8)
-    _save(figure, path)
+    return figure
 
 
-_COLOURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is grey, as the oracle is
+def _tradeoff_plot(record: TradeoffRecord, name: str) -> Figure:
+    """Draw WER against three costs: the fixed exits with 95 % intervals, the oracle, and a line per policy.
 
-
-def _plot_tradeoff(record: TradeoffRecord, path: Path) -> None:
-    """WER against three costs: the fixed exits with 95 % intervals, the oracle, a line per policy.
-
-    One policy alone has its interval as a band, so that the lines stay visible. A line joins a policy's settings in
-    the order of their cost.
+    A line joins a policy's settings in the order of their cost. The recipe's policy has its interval as a band.
     """
     figure = Figure(figsize=(12.6, 3.6))
-    policies = ordered_policies(point.policy for point in record.points)
-    banded = _policy_with_band(record)
+    policies = [policy for policy in ordered_policies(p.policy for p in record.points) if policy not in (FIXED, ORACLE)]
     first_wer = max((p.wer for p in record.points if p.policy == FIXED), default=record.last_wer)
     panels: tuple[tuple[str, float, Callable[[TradeoffPoint], float]], ...] = (
-        ("encoder layers, mean", record.exit_layers[-1], lambda p: p.layers),
+        ("mean encoder layers", record.exit_layers[-1], lambda p: p.layers),
         ("10⁹ MACs per second of audio", record.last_macs_per_second / 1e9, lambda p: p.macs_per_second / 1e9),
         ("real-time factor", record.last_rtf, lambda p: p.rtf),
     )
     axes = figure.subplots(1, len(panels))
     for axis, (label, last, cost) in zip(axes, panels):
-        for number, policy in enumerate(each for each in policies if each not in (FIXED, ORACLE)):
+        for number, policy in enumerate(policies):
             points = _by_cost(record, policy, cost)
             x, colour = [cost(p) for p in points], _COLOURS[number % len(_COLOURS)]
             axis.plot(x, [p.wer for p in points], marker=".", markersize=3, linewidth=1, color=colour, label=policy)
-            if policy == banded:
+            if policy == DEFAULT:
                 low, high = [p.wer_low for p in points], [p.wer_high for p in points]
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         bound = _by_cost(record, ORACLE, cost)
@@ -175,29 +146,18 @@ def _plot_tradeoff(record: TradeoffRecord, path: Path) -> None:
             [cost(p) for p in fixed], [p.wer for p in fixed], yerr=bars, fmt="ko-",
             markersize=4, linewidth=1.2, elinewidth=0.8, capsize=2, label="fixed exits",
         )  # fmt: skip
-        _finish(axis, f"{record.system}, seed {record.seed}: {record.test_set}, {record.method}", label, "WER (%)")
+        _finish(axis, f"{name}, seed {record.seed}: {record.test_set}, {record.method}", label, "WER (%)")
         axis.title.set_fontsize(9)
-        # n-best lists may cost more time than the layers they save: up to half as much again is shown
-        dearest = max((cost(p) for p in record.points), default=last)
-        axis.set_xlim(0, 1.03 * max(last, min(dearest, 1.5 * last)))
-        axis.set_ylim(0, 1.1 * first_wer)
+        # n-best lists may take more time than the layers they save: at most half as much again is shown
+        highest = max((cost(p) for p in record.points), default=last)
+        axis.set_xlim(0, 1.03 * max(last, min(highest, 1.5 * last)))
+        axis.set_ylim(0, 1.1 * max(first_wer, 1e-3))
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
-    _save(figure, path)
+    return figure
 
 
 def _by_cost(record: TradeoffRecord, policy: str, cost: Callable[[TradeoffPoint], float]) -> list[TradeoffPoint]:
     return sorted((point for point in record.points if point.policy == policy), key=lambda p: (cost(p), p.wer))
-
-
-def _policy_with_band(record: TradeoffRecord) -> str | None:
-    """The learned policy, else the one furthest below the fixed exits over all budgets."""
-    if any(point.policy == LEARNED for point in record.points):
-        return LEARNED
-    differences: dict[str, list[float]] = {}
-    for point in record.budgets:
-        if point.policy not in (FIXED, ORACLE):
-            differences.setdefault(point.policy, []).append(point.difference)
-    return min(differences, key=lambda policy: sum(differences[policy]) / len(differences[policy]), default=None)
 
 
 def _finish(axis: Axes, title: str, x_label: str, y_label: str) -> None:
@@ -205,11 +165,3 @@ def _finish(axis: Axes, title: str, x_label: str, y_label: str) -> None:
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG, without the version of matplotlib in it."""
-    FigureCanvasAgg(figure)
-    figure.tight_layout()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=80, metadata={"Software": None})

@@ -1,123 +1,42 @@
-"""From results to RESULTS.md: reads published figures, aggregates over seeds, renders tables.
-
-`render` needs the files that `splitformer.report.runs.gather` wrote and nothing else.
-"""
+"""The results of a corpus: its runs, with the questions that tables and plots ask, and WERs that others published."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from splitformer.report.records import DecodeRecord
-from splitformer.report.runs import ReportError, Run
+from splitformer.config import tomllib
+from splitformer.decoding.methods import METHODS
+from splitformer.errors import UserError
+from splitformer.report.records import DecodeRecord, Record
+from splitformer.report.runs import Run
 from splitformer.report.tables import mean
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-_METHODS = (
-    "greedy_search",
-    "greedy_search+lexicon",
-    "prefix_beam_search",
-    "ctc-decoding",
-    "1best",
-    "nbest",
-    "nbest-rescoring",
-    "whole-lattice-rescoring",
-    "nbest-oracle",
-    "transducer-greedy_search",
-    "modified_beam_search",
-    "fast_beam_search",
-    "fast_beam_search_nbest",
-    "fast_beam_search_nbest_LG",
-)
-_ORACLE = "nbest-oracle"
-
-
-# ---- published figures
-
-
-@dataclass(frozen=True)
-class Published:
-    """Figures somebody else published on the same test sets.
-
-    wer: percent by test set, for a system without exits; wer_per_exit: percent by layer and test set.
-    note: how they were obtained, where it differs from ours.
-    """
-
-    name: str
-    source: str
-    url: str
-    note: str
-    wer: dict[str, float]
-    wer_per_exit: dict[int, dict[str, float]]
-
-
-def load_published(path: str | Path) -> list[Published]:
-    """Read `[[system]]` tables with name, source, url, optional note and either wer or wer_per_exit.
-
-    Raises:
-      ReportError: where the file is not TOML or a table has other keys.
-    """
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ReportError(f"{path} is not valid TOML: {error}") from error
-    if tables.keys() != {"system"} or not isinstance(tables["system"], list):
-        raise ReportError(f"{path} has {sorted(tables)}; it is a list of [[system]] tables and nothing else")
-    known = {field.name for field in fields(Published)}
-    published = []
-    for number, table in enumerate(tables["system"], start=1):
-        where = f"{path}, [[system]] number {number}"
-        unknown, missing = sorted(table.keys() - known), sorted({"name", "source", "url"} - table.keys())
-        if unknown or missing:
-            raise ReportError(f"{where}: unknown keys {unknown}, missing {missing}; keys are {sorted(known)}")
-        if ("wer" in table) == ("wer_per_exit" in table):
-            raise ReportError(f"{where}: give either wer (by test set) or wer_per_exit (by layer and test set)")
-        per_exit = table.get("wer_per_exit", {})
-        strangers = [layer for layer in per_exit if not layer.isdecimal()]
-        if strangers:
-            raise ReportError(f"{where}: wer_per_exit names {strangers}; an exit is the number of its layer")
-        published.append(
-            Published(
-                name=table["name"],
-                source=table["source"],
-                url=table["url"],
-                note=table.get("note", ""),
-                wer=dict(table.get("wer", {})),
-                wer_per_exit={int(layer): dict(per_exit[layer]) for layer in sorted(per_exit, key=int)},
-            )
-        )
-    return published
-
-
-# ---- aggregation
+LONG_NAME = 24
+"""Names of systems with more characters have a short form in tables, if they consist of a conf and overrides."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All runs of a corpus with the questions that tables and plots ask."""
+    """All runs of a corpus.
+
+    Raises:
+      UserError: there are dev sets, and none of them was decoded.
+    """
 
     corpus: str
     runs: Sequence[Run]
     dev_sets: Sequence[str]
+    """sets on which choices are made; all others are test sets"""
 
     def __post_init__(self) -> None:
-        strangers = sorted(set(self.dev_sets) - {record.test_set for record in self._records()})
-        if strangers and len(strangers) == len(set(self.dev_sets)):
-            known = sorted({record.test_set for record in self._records()})
-            raise ReportError(
-                f"none of the dev sets {strangers} was decoded; decoded were {known}: decode the dev set "
-                "too, or choose among these"
-            )
+        decoded = {record.test_set for record in self._records()}
+        if self.dev_sets and not decoded & set(self.dev_sets):
+            raise UserError(f"none of --dev-sets {' '.join(self.dev_sets)} was decoded; decoded were {sorted(decoded)}")
 
-    def _records(self) -> Iterable[DecodeRecord]:
-        return (record for run in self.runs for record in run.decode)
+    def _records(self, system: str | None = None) -> list[DecodeRecord]:
+        return [record for run in self.runs if system in (None, run.system) for record in run.decode]
 
     @property
     def systems(self) -> list[str]:
@@ -125,44 +44,100 @@ class Results:
 
     @property
     def test_sets(self) -> list[str]:
-        """Every set that is not for making choices."""
         return sorted({record.test_set for record in self._records()} - set(self.dev_sets))
-
-    def methods(self, system: str | None = None) -> list[str]:
-        """Decoding methods of one system, or of all: CTC's before the transducer's, the simple ones first."""
-        found = {r.method for r in self._records() if system in (None, r.system)}
-        return [method for method in _METHODS if method in found] + sorted(found - set(_METHODS))
 
     def runs_of(self, system: str) -> list[Run]:
         return [run for run in self.runs if run.system == system]
 
+    def methods(self, system: str | None = None) -> list[str]:
+        """Return the search methods of one system, or of all, in the order of METHODS."""
+        found = {record.method for record in self._records(system)}
+        return [method for method in METHODS if method in found] + sorted(found - METHODS.keys())
+
     def layers(self, system: str | None = None) -> list[int]:
-        """The exits of one system, or of all."""
-        return sorted({r.exit_layer for r in self._records() if system in (None, r.system)})
+        """Return the exits of one system, or of all."""
+        return sorted({record.exit_layer for record in self._records(system)})
 
     def records(self, system: str, layer: int, test_set: str, method: str) -> list[DecodeRecord]:
-        """The records of one cell, by seed."""
-        wanted = (system, layer, test_set, method)
-        return [r for r in self._records() if (r.system, r.exit_layer, r.test_set, r.method) == wanted]
+        """Return the records of one cell of a table, by seed."""
+        cell = (layer, test_set, method)
+        return [r for r in self._records(system) if (r.exit_layer, r.test_set, r.method) == cell]
 
     def wers(self, system: str, layer: int, test_set: str, method: str) -> list[float]:
-        """WER in percent, by seed."""
+        """Return the WERs of one cell of a table in percent, by seed."""
         return [record.wer for record in self.records(system, layer, test_set, method)]
 
-    def dev_wer(self, system: str, method: str) -> float | None:
-        """WER at the last exit over all dev sets, mean over seeds; None where they were not decoded so."""
-        layer = self.layers(system)[-1]
-        records = [r for dev_set in self.dev_sets for r in self.records(system, layer, dev_set, method)]
-        per_seed = [
-            100.0 * sum(r.errors for r in own) / sum(r.ref_words for r in own)
-            for own in ([r for r in records if r.seed == seed] for seed in {r.seed for r in records})
-        ]
-        return mean(per_seed) if per_seed else None
+    def dev_wers(self, system: str) -> dict[str, float]:
+        """Return {method: WER at the last exit over all dev sets, mean over seeds} for methods that may be chosen."""
+        layer, wers = self.layers(system)[-1], {}
+        for method in self.methods(system):
+            records = [r for dev_set in self.dev_sets for r in self.records(system, layer, dev_set, method)]
+            per_seed = [[r for r in records if r.seed == seed] for seed in {r.seed for r in records}]
+            if per_seed and (method not in METHODS or METHODS[method].selectable):
+                wers[method] = mean(
+                    [100.0 * sum(r.errors for r in own) / max(sum(r.ref_words for r in own), 1) for own in per_seed]
+                )
+        return wers
 
     def chosen_method(self, system: str) -> str | None:
-        """The method with the lowest `dev_wer`; None where there is no dev set to choose on.
+        """Return the method with the lowest `dev_wers`; None if no dev set was decoded."""
+        wers = self.dev_wers(system)
+        return min(wers, key=lambda method: wers[method], default=None)
 
-        The oracle has read the references and is no choice.
-        """
-        wers = {method: self.dev_wer(system, method) for method in self.methods(system) if method != _ORACLE}
-        return min((method for method in wers if wers[method] is not None), key=lambda m: wers[m], default=None)
+    # ---- names in tables
+
+    def footnotes(self) -> dict[str, str]:
+        """Return {system: letter} for systems whose names are too long for tables."""
+        long = [system for system in self.systems if len(system) > LONG_NAME and "+" in system]
+        return {system: chr(ord("a") + n % 26) + str(n // 26 or "") for n, system in enumerate(long)}
+
+    def label(self, system: str) -> str:
+        """Return the system's name in tables and legends: a long `conf+key=value+...` is `conf [letter]`."""
+        letter = self.footnotes().get(system)
+        return f"{system.partition('+')[0]} [{letter}]" if letter else system
+
+    def seeds(self, runs: Sequence[Run]) -> str:
+        """Return the seeds of the runs; own runs have a star where committed ones are shown beside them."""
+        star = "\\*" if any(run.committed for run in self.runs) else ""
+        return ", ".join(f"{run.seed}{'' if run.committed else star}" for run in runs)
+
+
+# ---- published figures
+
+
+@dataclass(frozen=True)
+class Published(Record):
+    """WERs that somebody else published on the same test sets."""
+
+    name: str
+    source: str
+    url: str
+    note: str = ""
+    """how they were obtained, where that differs"""
+    wer: dict[str, float] = field(default_factory=dict)
+    """{test set: percent}, of a system without exits"""
+    wer_per_exit: dict[int, dict[str, float]] = field(default_factory=dict)
+    """{layer: {test set: percent}}, of a system with exits"""
+
+
+def load_published(path: str | Path) -> list[Published]:
+    """Read a TOML file of `[[system]]` tables, whose keys are the fields of Published.
+
+    Raises:
+      UserError: the file is not TOML, or a table has other keys.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    if tables.keys() != {"system"} or not isinstance(tables["system"], list):
+        raise UserError(f"{path} has the keys {sorted(tables)}; it consists of [[system]] tables and nothing else")
+    published = []
+    for number, table in enumerate(tables["system"], start=1):
+        source = f"{path}, [[system]] number {number}"
+        if wrong := [layer for layer in table.get("wer_per_exit", {}) if not layer.isdecimal()]:
+            raise UserError(f"{source}: wer_per_exit has {wrong}; an exit is named by the number of its layer")
+        published.append(Published.from_dict(table, source))
+        if bool(published[-1].wer) == bool(published[-1].wer_per_exit):
+            raise UserError(f"{source}: give either wer (by test set) or wer_per_exit (by layer and test set)")
+    return published

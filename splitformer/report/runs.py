@@ -14,11 +14,14 @@ from typing import Any
 
 from splitformer.errors import UserError
 from splitformer.files import atomic_write, read_json
-from splitformer.report.records import DecodeRecord, EarlyExitRecord, EpochRecord, TradeoffRecord, read_training_log
-
-
-class ReportError(UserError):
-    """Records or published figures that cannot be reported."""
+from splitformer.report.records import (
+    DecodeRecord,
+    EarlyExitRecord,
+    EpochRecord,
+    Record,
+    TradeoffRecord,
+    read_training_log,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def gather(exp_root: str | Path, results_dir: str | Path, corpus: str) -> list[P
     Returns:
       the files written, sorted by the experiment's name.
     Raises:
-      ReportError: an experiment has records of another corpus or of several models, or two are the same run.
+      UserError: an experiment has records of another corpus or of several models, or two are the same run.
     """
     origin: dict[Path, Path] = {}
     for decode_dir in sorted(Path(exp_root).glob("*/decode")):
@@ -81,7 +84,7 @@ def gather(exp_root: str | Path, results_dir: str | Path, corpus: str) -> list[P
         _check_run(run, corpus, exp_dir)
         path = Path(results_dir) / f"{run.system}-seed{run.seed}.json"
         if path in origin:
-            raise ReportError(
+            raise UserError(
                 f"{origin[path]} and {exp_dir} are both {run.system} with seed {run.seed}; a report shows one of them: "
                 f"move the other out of {exp_root}"
             )
@@ -91,25 +94,22 @@ def gather(exp_root: str | Path, results_dir: str | Path, corpus: str) -> list[P
 
 
 def _check_run(run: Run, corpus: str, source: Path) -> None:
-    """Raises ReportError unless all records are of `corpus` and of one model."""
-    records = (*run.decode, *run.tradeoffs, *run.early_exits)
+    """Raises UserError unless all records are of `corpus` and of one model."""
     for name in ("corpus", "system", "seed"):
-        values = sorted({getattr(record, name) for record in records})
+        values = {getattr(record, name) for record in (*run.decode, *run.tradeoffs, *run.early_exits)}
         if len(values) > 1:
-            raise ReportError(f"{source} holds records of {name} {values}; remove the old ones and decode again")
+            raise UserError(f"{source} holds records of {name} {sorted(values)}; remove the old ones and decode again")
     if any(model_config(record) != model_config(run.decode[0]) for record in run.decode):
-        raise ReportError(
-            f"{source} holds records of models that were configured differently; remove the old ones and decode again"
-        )
+        raise UserError(f"{source} holds records of different configurations; remove the old ones and decode again")
     if run.decode[0].corpus != corpus:
-        raise ReportError(f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}")
+        raise UserError(f"{source} holds records of corpus {run.decode[0].corpus}, and the report is on {corpus}")
 
 
 def load_runs(results_dir: str | Path, corpus: str) -> list[Run]:
     """Return the runs of a folder of results files, sorted by system and seed.
 
     Raises:
-      ReportError: a file is damaged or of another corpus.
+      UserError: a file is damaged or of another corpus.
     """
     runs = []
     for path in Path(results_dir).glob("*.json"):
@@ -130,17 +130,21 @@ def with_committed(own: Iterable[Run], committed: Iterable[Run]) -> list[Run]:
 # ---- results files
 
 
+_CURVES = ("points", "savings", "budgets")
+
+
 def save_run(run: Run, path: str | Path) -> None:
     """Write a results file: lists of records as tables, one row a line, with floats of 5 significant digits."""
-    decode = [_rounded(asdict(replace(record, config={}))) for record in run.decode]
-    options = [record.config.get("decoding", {}) for record in run.decode]
-    tradeoffs = [_rounded(asdict(record)) for record in run.tradeoffs]
+    decode = [
+        {**_values(replace(record, config={})), "decoding": record.config.get("decoding", {})} for record in run.decode
+    ]
+    tradeoffs = [_values(record) for record in run.tradeoffs]
     content = {
         "config": model_config(run.decode[0]),
-        "decode": _table([{**row, "decoding": each} for row, each in zip(decode, options)]),
-        "training": _table([_rounded(asdict(record)) for record in run.training]),
+        "decode": _table(decode),
+        "training": _table([_values(record) for record in run.training]),
         "tradeoffs": [record | {name: _table(record[name]) for name in _CURVES} for record in tradeoffs],
-        "early_exits": [_rounded(asdict(record)) for record in run.early_exits],
+        "early_exits": [_values(record) for record in run.early_exits],
     }
     with atomic_write(path) as file:
         file.write(_text(content) + "\n")
@@ -150,32 +154,31 @@ def load_run(path: str | Path) -> Run:
     """Read what `save_run` wrote.
 
     Raises:
-      ReportError: the file is something else; the message names it.
+      UserError: the file is something else; the message names it.
     """
     content, source = read_json(path), str(path)
     parts = {"config", "decode", "training", "tradeoffs", "early_exits"}
-    if not isinstance(content, dict) or content.keys() != parts:
-        raise ReportError(f"{path} is not a results file of this version; remove it and run the report again")
+    if not isinstance(content, dict) or content.keys() != parts or not content["decode"].get("rows"):
+        raise UserError(f"{path} is not a results file of this version; remove it and run the report again")
     decode = []
     for row in _records(content["decode"], source):
-        options = row.pop("decoding", None)
-        config = {**content["config"], "decoding": options} if options else content["config"]
-        decode.append(DecodeRecord.from_dict({**row, "config": config}, source))
-    if not decode:
-        raise ReportError(f"{path} holds no decode records; remove it and run the report again")
-    tradeoffs = [
-        record | {name: _records(record[name], f"{source}, {name}") for name in _CURVES & record.keys()}
-        for record in content["tradeoffs"]
-    ]
+        options = row.pop("decoding", {})
+        row["config"] = content["config"] | ({"decoding": options} if options else {})
+        decode.append(DecodeRecord.from_dict(row, source))
+    for record in content["tradeoffs"]:
+        record.update({name: _records(record[name], f"{source}, {name}") for name in _CURVES if name in record})
     return Run(
         tuple(decode),
         tuple(EpochRecord.from_dict(row, source) for row in _records(content["training"], source)),
-        tuple(TradeoffRecord.from_dict(record, source) for record in tradeoffs),
+        tuple(TradeoffRecord.from_dict(record, source) for record in content["tradeoffs"]),
         tuple(EarlyExitRecord.from_dict(record, source) for record in content["early_exits"]),
     )
 
 
-_CURVES = {"points", "savings", "budgets"}
+def _values(record: Record) -> dict[str, Any]:
+    """Return the fields of a record as JSON has them, with floats of 5 significant digits."""
+    values = json.loads(json.dumps(asdict(record)), parse_float=lambda text: float(f"{float(text):.5g}"))
+    return dict(values)
 
 
 def _table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -190,32 +193,18 @@ def _records(table: dict[str, Any], source: str) -> list[dict[str, Any]]:
     """Return the records of a table."""
     keys = {"shared", "columns", "rows"}
     if table.keys() != keys or any(len(row) != len(table["columns"]) for row in table["rows"]):
-        raise ReportError(f"{source}: not a table of shared values, columns, and rows with a value for each column")
+        raise UserError(f"{source}: not a table of shared values, columns, and rows with a value for each column")
     return [{**table["shared"], **dict(zip(table["columns"], row))} for row in table["rows"]]
 
 
 def _text(value: Any, indent: str = "") -> str:
     """Return JSON with a line for each key of an object, and for each element of a list of objects or of rows."""
     if isinstance(value, dict) and value:
-        lines = [f"{json.dumps(str(name))}: {_text(each, indent + ' ')}" for name, each in value.items()]
-        opening, closing = "{}"
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        lines = [_text(each, indent + " ") for each in value]
-        opening, closing = "[]"
-    elif isinstance(value, list) and value and isinstance(value[0], list):
-        lines = [json.dumps(each, ensure_ascii=False) for each in value]
-        opening, closing = "[]"
+        lines, brackets = [f"{json.dumps(name)}: {_text(each, indent + ' ')}" for name, each in value.items()], "{}"
+    elif isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        rows = isinstance(value[0], list)
+        lines = [json.dumps(each, ensure_ascii=False) if rows else _text(each, indent + " ") for each in value]
+        brackets = "[]"
     else:
         return json.dumps(value, ensure_ascii=False)
-    return f"{opening}\n" + ",\n".join(f"{indent} {line}" for line in lines) + f"\n{indent}{closing}"
-
-
-def _rounded(value: Any) -> Any:
-    """Return `value` with all floats cut to 5 significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(each) for each in value]
-    return value
+    return f"{brackets[0]}\n" + ",\n".join(f"{indent} {line}" for line in lines) + f"\n{indent}{brackets[1]}"

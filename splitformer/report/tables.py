@@ -1,13 +1,14 @@
-"""What all tables of a report have in common."""
+"""Markdown tables, and numbers as text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+
+from splitformer.report.records import SetRecord
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, the first `left` columns aligned left and the others right."""
+    """Return a Markdown table with the first `left` columns aligned left and the others right."""
     rule = ["---" if column < left else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
@@ -17,9 +18,11 @@ def mean(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float], form: Callable[[float], str], seeds: int = 0, to: str = "–") -> str:
-    """One value as `7.37`, several as `7.37 (7.10–7.60)`, none as `–`; too few for `seeds` are counted.
+    """Return `7.37` for one value, `7.37 (7.10–7.60)` for the mean and range of several, `–` for none.
 
-    `to` stands between the lowest and the highest: a word where values may have a minus.
+    Args:
+      seeds: number of values that there should be; `[1 of 2 seeds]` is added if some are missing.
+      to: stands between the ends of the range; a word where values may be negative.
     """
     if not values:
         return "–"
@@ -30,30 +33,28 @@ def spread(values: Sequence[float], form: Callable[[float], str], seeds: int = 0
 
 
 def percent(value: float) -> str:
+    """Return a WER as text."""
     return f"{value:.2f}"
 
 
-class Commanded(Protocol):
-    """Any record of something decoded."""
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def test_set(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def command(self) -> str: ...
+def share(value: float | None, digits: int = 1) -> str:
+    """Return 0.382 as `38.2 %`, and None as `–`."""
+    return "–" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f} %"  # + 0.0: no negative zero
 
 
-def commands(records: Iterable[Commanded]) -> str:
-    """The commands behind the numbers, folded away."""
-    made: dict[str, list[Commanded]] = {}
+def change(value: float) -> str:
+    """Return 0.031 as `+3.1 %`."""
+    return f"{round(100 * value, 1) + 0.0:+.1f} %"
+
+
+def commands(records: Iterable[SetRecord]) -> str:
+    """Return the commands that wrote these records, folded away."""
+    by_command: dict[str, list[SetRecord]] = {}
     for record in records:
-        made.setdefault(record.command, []).append(record)
+        by_command.setdefault(record.command, []).append(record)
     blocks = []
-    for command, own in made.items():
+    for command, own in by_command.items():
         names = ({f"seed {r.seed}" for r in own}, {r.test_set for r in own}, {r.method for r in own})
         blocks.append(f"# {'; '.join(', '.join(sorted(each)) for each in names)}\n{command}")
     text = "\n\n".join(blocks)
-    return f"<details><summary>Commands that made these numbers</summary>\n\n```\n{text}\n```\n\n</details>"
+    return f"<details><summary>Commands that produced these numbers</summary>\n\n```\n{text}\n```\n\n</details>"

@@ -1,11 +1,13 @@
-"""README's tables are those of the generated RESULTS.md files."""
+"""The tables of README.md are those of the generated RESULTS.md files."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from splitformer.errors import UserError
 from splitformer.report.readme import MARKED, refresh
 
 RESULTS = """# Results
@@ -14,9 +16,9 @@ RESULTS = """# Results
 
 words
 
-| layer | test |
-| --- | ---: |
-| 1 | 9.0 |
+| layer | test<br>small | test<br>large | dev<br>small |
+| --- | ---: | ---: | ---: |
+| 1 | 9.0 | 8.0 | 7.5 |
 
 ### empty
 
@@ -26,23 +28,45 @@ words
 """
 
 
-def test_a_marked_table_is_replaced_and_the_rest_kept(tmp_path):
-    (tmp_path / "RESULTS.md").write_text(RESULTS)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- from RESULTS.md: ### 1best -->\nold 7.0\n<!-- end -->\nafter\n")
-    text = refresh(readme)
-    assert "| 1 | 9.0 |" in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
-    readme.write_text(text)
-    assert refresh(readme) == text
-    readme.write_text("<!-- from RESULTS.md: ### empty -->\n<!-- end -->")
-    with pytest.raises(ValueError, match="has no table under '### empty'"):
-        refresh(readme)
+def refreshed(folder: Path, mark: str) -> str:
+    (folder / "RESULTS.md").write_text(RESULTS)
+    (folder / "README.md").write_text(f"before\n<!-- from RESULTS.md: {mark} -->\nold 3.0\n<!-- end -->\nafter\n")
+    return refresh(folder / "README.md")
 
 
-def test_the_readme_is_up_to_date_and_its_files_exist(repo_root):
+def test_a_marked_table_is_replaced_and_the_rest_kept(tmp_path: Path) -> None:
+    text = refreshed(tmp_path, "### 1best")
+    assert "| 1 | 9.0 | 8.0 | 7.5 |\n" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    (tmp_path / "README.md").write_text(text)
+    assert refresh(tmp_path / "README.md") == text
+
+
+def test_columns_are_selected_by_name(tmp_path: Path) -> None:
+    text = refreshed(tmp_path, "### 1best; columns: layer, test<br>large, small")
+    assert "| layer | test<br>large | test<br>small | dev<br>small |\n| --- | ---: | ---: | ---: |\n" in text
+    assert "| 1 | 8.0 | 9.0 | 7.5 |\n" in text
+    (tmp_path / "README.md").write_text(text)
+    assert refresh(tmp_path / "README.md") == text
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("### empty", "has no table under '### empty'"),
+        ("### other", "has no table under '### other'"),
+        ("### 1best; columns: layer, huge", r"has the columns .*'test<br>small'.*, not \['huge'\]"),
+    ],
+)
+def test_a_table_or_column_that_does_not_exist(tmp_path: Path, mark: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        refreshed(tmp_path, mark)
+
+
+def test_the_readme_is_up_to_date_and_its_files_exist(repo_root: Path) -> None:
     readme = repo_root / "README.md"
     text = readme.read_text()
     assert MARKED.search(text)
-    assert refresh(readme) == text, "run local/update_readme.py"
+    assert refresh(readme) == text, "run python -m local.update_readme"
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (repo_root / target).exists(), f"README.md links to {target}"

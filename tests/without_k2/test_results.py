@@ -1,4 +1,4 @@
-"""Records survive the way to disk and back, and no failure leaves half a file."""
+"""Records are saved and loaded unchanged, and no failure leaves half a file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from splitformer.errors import UserError
 from splitformer.files import atomic_write
 from splitformer.provenance import git_commit
 from splitformer.report.records import DecodeRecord, EpochRecord, append_epoch, read_training_log
@@ -31,7 +32,7 @@ def epoch_record(epoch: int, loss: float = 1.5) -> EpochRecord:
     return EpochRecord(epoch, 9.5, 1200.0, 0.02, 1e-3, loss, per_exit, per_exit, {2: 31.25, 10: 12.5})
 
 
-def test_a_decode_record_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_decode_record_loads_as_it_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "decode" / "test-exit-02-greedy_search.json"
     decode_record().save(path)
     assert DecodeRecord.load(path) == decode_record()
@@ -42,16 +43,16 @@ def test_a_decode_record_comes_back_as_it_was(tmp_path: Path) -> None:
     ("change", "named"),
     [
         (lambda values: values.update(cer=1.0), r"unknown keys \['cer'\]"),
-        (lambda values: values.pop("rtf"), r"missing \['rtf'\]"),
+        (lambda values: values.pop("rtf"), r"missing keys \['rtf'\]"),
     ],
 )
-def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path, change, named: str) -> None:
+def test_a_record_with_other_keys_is_refused_by_name(tmp_path: Path, change, named: str) -> None:
     path = tmp_path / "record.json"
     decode_record().save(path)
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=named) as raised:
+    with pytest.raises(UserError, match=named) as raised:
         DecodeRecord.load(path)
     assert "record.json" in str(raised.value)
 
@@ -59,16 +60,16 @@ def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path, change, 
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
 def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "record.json").write_text(content)
-    with pytest.raises(ValueError, match=r"record\.json"):
+    with pytest.raises(UserError, match=r"record\.json"):
         DecodeRecord.load(tmp_path / "record.json")
 
 
-def test_counts_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(ValueError, match="4 errors, but"):
+def test_error_counts_with_another_sum_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 errors are not"):
         dataclasses.replace(decode_record(), errors=4)
 
 
-def test_the_training_log_keeps_epochs_in_order_and_replaces_those_that_are_run_again(tmp_path: Path) -> None:
+def test_the_training_log_replaces_epochs_that_are_trained_again(tmp_path: Path) -> None:
     log = tmp_path / "training.jsonl"
     assert read_training_log(log) == []
     for epoch in (1, 2, 3):
@@ -83,12 +84,12 @@ def test_a_broken_line_of_the_training_log_is_named(tmp_path: Path) -> None:
     append_epoch(log, epoch_record(1))
     with log.open("a") as file:
         file.write('{"epoch": 2, "sec')
-    with pytest.raises(ValueError, match=r"training\.jsonl:2"):
+    with pytest.raises(UserError, match=r"training\.jsonl:2"):
         read_training_log(log)
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "grüße\n"), ("wb", b"\x00\xff")])
-def test_a_file_is_replaced_whole(tmp_path: Path, mode: str, content: str | bytes) -> None:
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, mode: str, content: str | bytes) -> None:
     path = tmp_path / "new" / "folder" / "file"
     for _ in range(2):
         with atomic_write(path, mode) as file:
@@ -107,14 +108,14 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_whole_files_only() -> None:
+def test_other_modes_are_refused() -> None:
     with pytest.raises(ValueError, match="mode is 'a'"), atomic_write("unused", "a"):
         pass
 
 
 @pytest.mark.parametrize("mode", ["w", "wb"])
-def test_no_room_on_the_disk_keeps_the_old_file(tmp_path: Path, repo_root: Path, mode: str) -> None:
-    """A limit on file sizes stops the write in the middle, as a full disk does; in a process of its own."""
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, repo_root: Path, mode: str) -> None:
+    """A limit on file sizes stops the write in the middle, as a full disk does; in a separate process."""
     path = tmp_path / "file"
     path.write_text("old")
     code = f"""
@@ -136,7 +137,7 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_git_commit_tells_changed_code_from_fresh_results(tmp_path: Path) -> None:
+def test_git_commit_marks_changed_code_and_not_fresh_results(tmp_path: Path) -> None:
     def git(*words: str) -> str:
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
         return subprocess.run(
@@ -160,7 +161,7 @@ def test_git_commit_tells_changed_code_from_fresh_results(tmp_path: Path) -> Non
     assert git_commit(tmp_path) == f"{commit}+dirty"
 
 
-def test_command_line_is_what_was_typed(repo_root: Path, tmp_path: Path) -> None:
+def test_the_command_line_is_relative_to_the_repository(repo_root: Path, tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "command.py").write_text(
