@@ -131,13 +131,7 @@ run_training() {
         if ((gpus > 0)); then processes=$gpus; else processes=$(($(cores) >= 2 ? 2 : 1)); fi
     fi
     log "training in $processes processes, on $gpus GPUs"
-    if ((processes == 1)); then
-        run_python -m splitformer.bin.train "$@"
-    else
-        # as --standalone, but on a free port: torch 1.13 always takes 29400, so that two runs would meet
-        run_python -m torch.distributed.run --nnodes 1 --nproc_per_node "$processes" \
-            --rdzv_backend c10d --rdzv_endpoint localhost:0 -m splitformer.bin.train "$@"
-    fi
+    run_python -m splitformer.bin.train --num-processes "$processes" "$@"
 }
 
 # 8: the mean of the weights over the last epochs, or the given checkpoint

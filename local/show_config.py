@@ -1,31 +1,38 @@
 #!/usr/bin/env python3
-"""Print a conf file as it is resolved: defaults, base, file and overrides, as JSON with sorted keys; or one value."""
+"""Print a resolved conf as JSON with sorted keys, or one of its values."""
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from splitformer.config import load_config
+from splitformer.cli import command
+from splitformer.config import ConfigError, load_config
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--print", metavar="SECTION.KEY", help="this value alone, items of a list by spaces")
-    args = parser.parse_args()
-    try:
-        tables = load_config(args.config, args.set).to_dict()
-        if args.print is None:
-            print(json.dumps(tables, indent=1, sort_keys=True))
-        else:
-            section, _, key = args.print.partition(".")
-            value = tables[section][key]
-            print(*value if isinstance(value, list) else [value])
-    except ValueError as error:
-        sys.exit(str(error))
+@dataclass(frozen=True)
+class Options:
+    """Print a conf file with its defaults, base and overrides applied."""
+
+    config: Path
+    """conf file (TOML)"""
+    set: tuple[str, ...] = ()
+    """override values of the conf, as SECTION.KEY=VALUE"""
+    print: str | None = None
+    """print only the value of SECTION.KEY, with items of a list separated by spaces"""
+
+
+def run(options: Options) -> None:
+    tables = load_config(options.config, options.set).to_dict()
+    if options.print is None:
+        print(json.dumps(tables, indent=1, sort_keys=True))
+        return
+    section, _, key = options.print.partition(".")
+    if key not in tables.get(section, {}):
+        raise ConfigError(f"--print {options.print}: there is no such key; sections are {', '.join(tables)}")
+    value = tables[section][key]
+    print(*value if isinstance(value, list) else [value])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

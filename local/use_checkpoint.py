@@ -1,27 +1,33 @@
 #!/usr/bin/env python3
-"""Take a checkpoint that was made elsewhere into an experiment, if it is of the system that the conf describes."""
+"""Copy a checkpoint from elsewhere into an experiment, after checking that it has the model of the conf."""
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from splitformer.checkpoint import CheckpointError, adopt_checkpoint
+from splitformer.checkpoint import adopt_checkpoint
+from splitformer.cli import command
 from splitformer.config import load_config
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    try:
-        adopt_checkpoint(args.checkpoint, load_config(args.config, args.set), args.output)
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"use_checkpoint: {error}")
-    print(f"{args.output}: {args.checkpoint}")
+@dataclass(frozen=True)
+class Options:
+    """Copy a checkpoint if it has the model that a conf describes."""
+
+    checkpoint: Path
+    """checkpoint of bin/average or bin/import_reference"""
+    config: Path
+    """conf file (TOML)"""
+    output: Path
+    """file to write"""
+    set: tuple[str, ...] = ()
+    """override values of the conf, as SECTION.KEY=VALUE"""
+
+
+def run(options: Options) -> None:
+    adopt_checkpoint(options.checkpoint, load_config(options.config, options.set), options.output)
+    print(f"{options.output}: {options.checkpoint}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

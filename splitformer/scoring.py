@@ -1,7 +1,4 @@
-"""Word error rate by kaldialign, and the `recogs-*` and `errs-*` files as icefall lays them out.
-
-Tier: kaldialign, results. Neither torch nor k2.
-"""
+"""Word error rate with kaldialign, and icefall's `recogs-*` and `errs-*` files."""
 
 from __future__ import annotations
 
@@ -12,27 +9,30 @@ from pathlib import Path
 
 from kaldialign import align, edit_distance
 
+from splitformer.errors import UserError
 from splitformer.files import atomic_write
 
-# Stands for "no word" in an alignment. Words come from split(), so none of them is the empty string.
 _NOTHING = ""
+"""Stands for "no word" in an alignment; no word of split() is empty."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One scored utterance; `alignment` pairs reference and hypothesis words, "" where one side has none."""
+    """One scored utterance."""
 
     cut_id: str
     ref_words: tuple[str, ...]
     hyp_words: tuple[str, ...]
     alignment: tuple[tuple[str, str], ...]
+    """pairs of a reference and a hypothesis word, "" for a missing one"""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Counts over a test set, from minimum edit distance alignments; `utterances` are sorted by cut id."""
+    """Error counts of a test set, from alignments of minimum edit distance."""
 
     utterances: tuple[Utterance, ...]
+    """sorted by cut id"""
     insertions: int
     deletions: int
     substitutions: int
@@ -40,27 +40,28 @@ class Score:
 
     @property
     def errors(self) -> int:
-        """Insertions, deletions and substitutions together."""
+        """The sum of insertions, deletions and substitutions."""
         return self.insertions + self.deletions + self.substitutions
 
     @property
     def wer(self) -> float:
-        """Word error rate in percent of the reference words."""
+        """The word error rate in percent."""
         return 100.0 * self.errors / self.ref_words
 
 
 def score(results: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> Score:
-    """Align and count the errors of a test set.
+    """Align the utterances of a test set and count the errors.
 
     Args:
       results: (cut_id, ref_words, hyp_words) per utterance, in any order. Either list of words may be empty.
     Raises:
-      ValueError: two utterances of one cut id, an empty string among the words, or no reference word at all.
+      UserError: two utterances have the same cut id, or there is no reference word at all.
+      ValueError: a word is the empty string.
     """
-    utterances = []
+    utterances: list[Utterance] = []
     for cut_id, ref, hyp in sorted(results, key=lambda result: result[0]):
         if utterances and utterances[-1].cut_id == cut_id:
-            raise ValueError(f"two results for cut {cut_id!r}; every cut of a test set is scored once")
+            raise UserError(f"there are two results for cut {cut_id!r}: cut ids must be unique in a test set")
         if _NOTHING in ref or _NOTHING in hyp:
             raise ValueError(f"cut {cut_id!r} has an empty word; pass text.split(), not text.split(' ')")
         alignment = tuple((r, h) for r, h in align(list(ref), list(hyp), _NOTHING))
@@ -68,9 +69,8 @@ def score(results: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> Score:
 
     ref_words = sum(len(utterance.ref_words) for utterance in utterances)
     if ref_words == 0:
-        raise ValueError(
-            f"{len(utterances)} utterances hold no reference word, and the WER is a share of those; "
-            "check the supervisions' text"
+        raise UserError(
+            f"the {len(utterances)} utterances have no reference word, so there is no WER: check the supervisions' text"
         )
     pairs = [pair for utterance in utterances for pair in utterance.alignment]
     return Score(
@@ -83,12 +83,12 @@ def score(results: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> Score:
 
 
 def word_errors(ref: Sequence[str], hyp: Sequence[str]) -> int:
-    """Insertions, deletions and substitutions of a minimum edit distance alignment."""
+    """Return the number of insertions, deletions and substitutions of minimum edit distance."""
     return edit_distance(list(ref), list(hyp))["total"]
 
 
 def write_recogs(path: str | Path, scored: Score) -> None:
-    """Write reference and hypothesis of every utterance, one line each."""
+    """Write the reference and the hypothesis of every utterance, one line each."""
     with atomic_write(path) as file:
         for utterance in scored.utterances:
             file.write(f"{utterance.cut_id}:\tref={list(utterance.ref_words)}\n")
@@ -96,9 +96,9 @@ def write_recogs(path: str | Path, scored: Score) -> None:
 
 
 def write_errs(path: str | Path, scored: Score) -> None:
-    """Write the counts, every utterance's alignment, the errors by frequency and statistics of every word.
+    """Write the counts, the alignment of every utterance, the errors by frequency, and statistics of every word.
 
-    In alignments "(ref->hyp)" is an error and "*" no word. Ties in frequency are in alphabetical order.
+    In alignments, "(ref->hyp)" is an error and "*" stands for no word. Ties in frequency are in alphabetical order.
     """
     substitutions: Counter[tuple[str, str]] = Counter()
     deletions: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def _word_stats(
     deletions: Counter[str],
     insertions: Counter[str],
 ) -> list[tuple[str, int, int, int]]:
-    """(word, errors, count in references, count in hypotheses), the word with the most errors first."""
+    """Return (word, errors, count in references, count in hypotheses), most errors first."""
     missed, invented = Counter(deletions), Counter(insertions)
     for (ref, hyp), count in substitutions.items():
         missed[ref] += count

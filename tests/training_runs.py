@@ -1,10 +1,12 @@
-"""A small system on data made on the spot, trained by the command or in this process."""
+"""A small system, trained on generated data by the command, in this process or in a forked one."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from splitformer.config import Config, tomllib
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.data.training import DataOptions, TrainingData
 from splitformer.training.distributed import Ranks
-from splitformer.training.loop import RunOptions
+from splitformer.training.loop import Trainer
+from splitformer.training.options import RunOptions
+from splitformer.training.saving import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -63,6 +67,26 @@ def train(corpus, tmp_path, exp_dir, *more):
     return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=ENV)
 
 
+def in_fork(config, options):
+    """Start a process that trains; it imports nothing again, so that it can be killed within a second."""
+    process = multiprocessing.get_context("fork").Process(target=_train_alone, args=(config, options))
+    process.start()
+    return process
+
+
+def _train_alone(config, options):
+    torch.set_num_threads(1)  # threads of the parent do not exist here
+    with locked(options.exp_dir):
+        Trainer(config, options, ALONE).train()
+
+
+def wait_for(condition, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this took too long"
+        time.sleep(0.005)
+
+
 def weights(path):
     return load_checkpoint(path)["model"]
 
@@ -71,15 +95,17 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def options(corpus, exp_dir, resume=True):
+def options(corpus, exp_dir, **others):
     _, train_cuts, dev_cuts, lang_dir = corpus
-    return RunOptions(exp_dir, [train_cuts], [dev_cuts], lang_dir, seed=7, num_workers=0, resume=resume)
+    defaults = {"seed": 7, "num_workers": 0, "resume": True} | others
+    return RunOptions(exp_dir, (train_cuts,), (dev_cuts,), lang_dir, **defaults)
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def small_config(**training):
+    """The configuration of SYSTEM with these values in the section training."""
     tables = tomllib.loads(SYSTEM)
     tables["training"] |= training
     return Config.from_dict(tables)

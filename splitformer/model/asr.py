@@ -1,8 +1,9 @@
-"""The encoder with its heads: what a checkpoint holds and a device runs."""
+"""The acoustic model: an encoder and the heads of its exits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from splitformer.model.unet import UNetEncoder
 
 
 class AsrModel(nn.Module):
-    """Encoder; per exit a linear CTC head, a joiner or both (`config.heads`); one decoder for all joiners."""
+    """An encoder with a linear CTC head, a transducer joiner or both at each exit; all joiners share one decoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,14 +35,14 @@ class AsrModel(nn.Module):
             )
 
     def ctc_log_probs(self, exit_output: ExitOutput) -> Tensor:
-        """(N, T', V) log-probabilities at one exit, in float32."""
+        """Return the (N, T', V) CTC log-probabilities at one exit, in float32."""
         return self.ctc_heads[str(exit_output.layer)](exit_output.encoder_out).float().log_softmax(dim=-1)
 
     def joiner(self, layer: int) -> Joiner:
-        """The joiner of the exit after encoder layer `layer`."""
-        return self.joiners[str(layer)]
+        """Return the joiner of the exit after encoder layer `layer`."""
+        return cast(Joiner, self.joiners[str(layer)])
 
     def forward(self, x: Tensor, x_lens: Tensor) -> Iterator[tuple[ExitOutput, Tensor]]:
-        """Yield each exit with its CTC log-probabilities; features x (N, T, C) with x_lens (N,)."""
+        """Yield each exit with its CTC log-probabilities, for features x (N, T, C) of x_lens (N,) frames."""
         for exit_output in self.encoder(x, x_lens):
             yield exit_output, self.ctc_log_probs(exit_output)

@@ -1,4 +1,4 @@
-"""The early-exit Conformer encoder with parallel layers: Splitformer, EE-baseline and single-exit in one class."""
+"""Normalisation of the features, as part of the model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from splitformer.config import ModelConfig
 from splitformer.model.conformer import valid_frames
 
 
-def make_cmvn(config: ModelConfig) -> nn.Module:
+def make_cmvn(config: ModelConfig) -> UtteranceCmvn | NoCmvn:
     return UtteranceCmvn(config.num_mel_bins) if config.cmvn == "utterance" else NoCmvn()
 
 
 class UtteranceCmvn(nn.Module):
-    """Subtract the utterance's own mean per bin, divide by the deviation that the training set has around such means.
+    """Subtract the utterance's mean per bin and divide by the training set's standard deviation.
 
-    The deviation is a buffer, set once from training features (`set_deviation`) and kept in the checkpoint.
+    The deviation is that of the training features around the means of their utterances. It is a buffer, set once
+    before training (`set_deviation`) and saved in the checkpoint.
     """
+
+    deviation: Tensor
 
     def __init__(self, num_mel_bins: int) -> None:
         super().__init__()
@@ -27,14 +30,14 @@ class UtteranceCmvn(nn.Module):
         self.deviation.copy_(deviation)
 
     def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
-        """x (N, T, C) with `x_lens` (N,) valid frames to the same shape."""
+        """Normalise features x (N, T, C) of x_lens (N,) frames."""
         mask = valid_frames(x_lens, x.size(1)).unsqueeze(2).to(x.dtype)
         mean = (x * mask).sum(dim=1, keepdim=True) / x_lens.clamp(min=1).view(-1, 1, 1)
         return (x - mean) / self.deviation
 
 
 class NoCmvn(nn.Module):
-    """Features as they come."""
+    """Return the features unchanged."""
 
     def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
         return x

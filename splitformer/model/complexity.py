@@ -1,4 +1,4 @@
-"""What it costs to run the encoder up to each of its exits: parameters and multiply-accumulates."""
+"""The cost of each exit: parameters and multiply-accumulates (MACs) of the encoder up to there and of its head."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import SelfAttention
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
-
-FRAMES_PER_SECOND = 100
-"""Feature frames in a second of audio: fbank with a frame shift of 10 ms."""
+from splitformer.model.subsampling import FRAME_SHIFT
 
 
 @dataclass(frozen=True)
 class ExitCost:
-    """The cost of one exit: everything that runs before it and its own head, other exits' heads left out.
-
-    parameters: of the modules that ran.
-    macs_per_second: multiply-accumulates per second of audio; head_macs_per_second: those of its head alone.
-    """
+    """The cost of one exit: the encoder up to it and its own head, without the heads of other exits."""
 
     layer: int
     parameters: int
     macs_per_second: float
+    """multiply-accumulates per second of audio, head included"""
     head_macs_per_second: float
 
 
@@ -38,23 +33,23 @@ def complexity(
 ) -> dict[int, ExitCost]:
     """Measure the cost of every exit on one utterance.
 
-    Counted are linear layers, convolutions and the two products inside self-attention (scores and weighted
-    sum, T T D each, where T is the attention's own number of frames); biases, normalisations and activations
-    are not. Attention is quadratic in the length, so the answer depends on `seconds`.
+    Linear layers, convolutions and the two products inside self-attention (scores and weighted sum, T T D each, where
+    T is the attention's own number of frames) are counted; biases, normalisations and activations are not. Attention
+    is quadratic in the length, so the result depends on `seconds`.
 
     Args:
       encoder: yields `ExitOutput`s for features (1, T, C) and their lengths (1,).
       heads: for each exit, under `str(layer)`, a module that takes the encoder's output, such as
-        `AsrModel.ctc_heads`, or `transducer_heads(model)`.
+        `AsrModel.ctc_heads` or `transducer_heads(model)`.
       num_mel_bins: C.
       seconds: length of the utterance.
     Returns:
-      {layer: cost}, rising.
+      {layer: cost}, in ascending order.
     Raises:
-      TypeError: where a module with a weight matrix is of a kind whose products are not counted.
+      TypeError: a module with a weight matrix is of a kind that cannot be counted.
     """
     device = next(encoder.parameters()).device
-    num_frames = round(seconds * FRAMES_PER_SECOND)
+    num_frames = round(seconds / FRAME_SHIFT)
     x = torch.zeros(1, num_frames, num_mel_bins, device=device)
     x_lens = torch.tensor([num_frames], device=device)
     was_training = encoder.training
@@ -78,9 +73,9 @@ def complexity(
 
 
 def transducer_heads(model: AsrModel) -> dict[str, nn.Module]:
-    """The transducer's cost as that of greedy search: joiner and decoder once for each output frame.
+    """Return heads that cost as much as greedy search: joiner and decoder run once for each output frame.
 
-    That is more than a search needs which runs the decoder once a token, and less than a beam's.
+    A search that runs the decoder once per token costs less, and a beam search costs more.
     """
     return {layer: _TransducerHead(model.decoder, joiner) for layer, joiner in model.joiners.items()}
 
@@ -98,7 +93,7 @@ class _TransducerHead(nn.Module):
 
 
 class Tally:
-    """Running totals: multiply-accumulates, and the sizes of the parameters met, each once."""
+    """Totals so far: multiply-accumulates, and the size of each parameter that was used."""
 
     def __init__(self) -> None:
         self.macs = 0
@@ -106,15 +101,15 @@ class Tally:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.macs += _macs(module, inputs, output)
-        # a module's own parameters only: those of its children are added when they run
+        # children add their parameters when they run
         self.parameters |= {id(p): p.numel() for p in module.parameters(recurse=False)}
 
 
 @contextmanager
 def counted(module: nn.Module) -> Iterator[Tally]:
-    """Add up, in the tally that is yielded, what `module` and its children do while the context is open.
+    """Yield a tally of what `module` and its children compute while the context is open.
 
-    Raises TypeError as `complexity`.
+    Raises TypeError as `complexity` does.
     """
     tally = Tally()
     handles = [each.register_forward_hook(tally) for each in module.modules()]
@@ -126,7 +121,7 @@ def counted(module: nn.Module) -> Iterator[Tally]:
 
 
 def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
-    """Multiply-accumulates of one call of `module`, its children's not included."""
+    """Return the multiply-accumulates of one call of `module`, without those of its children."""
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
     if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -135,10 +130,10 @@ def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
         n, t, d = inputs[0].shape
         return 2 * n * t * t * d
     if isinstance(module, nn.Embedding):
-        return 0  # a look-up
+        return 0  # a table look-up
     if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
         raise TypeError(
-            f"{type(module).__name__} has a weight matrix, and only Linear, Conv1d, Conv2d, Embedding and SelfAttention"
+            f"{type(module).__name__} has a weight matrix, but only Linear, Conv1d, Conv2d, Embedding and SelfAttention"
             " are counted; add its multiply-accumulates to splitformer.model.complexity"
         )
     return 0

@@ -1,8 +1,8 @@
-"""Conformer layer (arXiv 2005.08100) with absolute positions, as the published systems have it.
+"""Conformer layer (arXiv 2005.08100) with absolute positions, as in the published systems.
 
-Written so that it traces and exports as it stands: attention is ours, pointwise convolutions are Linear, nothing
-branches on a length. Padding never reaches a valid frame: attention gives padded keys no weight, the depthwise
-convolution sees zeros there, and batch normalisation takes its statistics from valid frames alone.
+It can be traced and exported: attention is written out, pointwise convolutions are Linear, and nothing branches on a
+length. Padding never affects a valid frame: attention gives padded keys no weight, the depthwise convolution sees zeros
+there, and batch normalisation computes its statistics over valid frames only.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 MASK_BIAS = -1.0e4
-"""Added to the scores of padded keys: exp() of it is zero in float32 and it is finite in float16."""
+"""Added to the scores of padded keys: its exp() is zero in float32, and it is finite in float16."""
 
-HAS_FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")
-"""torch 2. On a CPU torch has no fused kernel with dropout, and ours is faster than the one it falls back to."""
+FUSED_ATTENTION = getattr(nn.functional, "scaled_dot_product_attention", None)
+"""Only in torch 2. It has no fused CPU kernel with dropout, and its fallback is slower than `SelfAttention`'s own."""
 
 
-def valid_frames(lengths: Tensor, num_frames: int | Tensor) -> Tensor:
-    """(N,) lengths to an (N, T) boolean mask that is true on valid frames."""
+def valid_frames(lengths: Tensor, num_frames: int) -> Tensor:
+    """Return an (N, T) boolean mask that is true on valid frames, for lengths (N,) and T = `num_frames`."""
     return torch.arange(num_frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
 
 
@@ -57,13 +57,13 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, key_bias: Tensor) -> Tensor:
-        """x (N, T, D); key_bias (N, 1, 1, T), 0 on valid keys and `MASK_BIAS` on padded ones."""
+        """Map x (N, T, D) to the same shape; key_bias (N, 1, 1, T) is 0 on valid keys, `MASK_BIAS` on padded ones."""
         n, t, d = x.shape
         projected = self.in_proj(x).view(n, t, 3, self.num_heads, d // self.num_heads)
         q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)  # iterating over a tensor does not trace
         dropout = self.dropout.p if self.training else 0.0
-        if HAS_FUSED_ATTENTION and not torch.jit.is_tracing() and (x.is_cuda or dropout == 0.0):
-            out = nn.functional.scaled_dot_product_attention(q, k, v, key_bias.to(q.dtype), dropout)
+        if FUSED_ATTENTION is not None and not torch.jit.is_tracing() and (x.is_cuda or dropout == 0.0):
+            out = FUSED_ATTENTION(q, k, v, key_bias.to(q.dtype), dropout)
         else:
             scores = torch.matmul(q * self.scale, k.transpose(-2, -1)) + key_bias
             out = torch.matmul(self.dropout(scores.softmax(dim=-1)), v)
@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
 
 @contextmanager
 def statistics_of_one_rank(module: nn.Module) -> Iterator[None]:
-    """Inside, the batch statistics of `module` are this rank's own: no rank waits for another."""
+    """Compute batch statistics over this rank only while the context is open, so that no rank waits for another."""
     norms = [each for each in module.modules() if isinstance(each, MaskedBatchNorm)]
     for norm in norms:
         norm.over_ranks = False
@@ -84,14 +84,17 @@ def statistics_of_one_rank(module: nn.Module) -> Iterator[None]:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum x over ranks, which all pass the same shape; differentiable. Returns x outside distributed training."""
+    """Return the sum of x over all ranks, differentiable; outside distributed training, return x.
+
+    All ranks must pass the same shape.
+    """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return _SumOverRanks.apply(x)
     return x
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All ranks' losses depend on the sum: its gradient is the sum of their gradients."""
+    """The losses of all ranks depend on the sum, so its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -109,14 +112,18 @@ class _SumOverRanks(torch.autograd.Function):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the valid frames of a padded batch; same parameters and buffers as `BatchNorm1d`.
 
-    In distributed training the statistics are those of all ranks, so that a model does not depend on their number;
+    In distributed training, statistics are computed over all ranks, so that the model does not depend on their number;
     `statistics_of_one_rank` switches that off.
     """
 
     over_ranks = True
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """x (N, T, D); mask (N, T, 1), 1 on valid frames and 0 on padded ones."""
+        """Normalise x (N, T, D); mask (N, T, 1) is 1 on valid frames and 0 on padded ones."""
         if self.training:
             total = sum_over_ranks if self.over_ranks else nn.Identity()
             sums = total(torch.cat([(x * mask).sum(dim=(0, 1)), mask.sum().view(1)]))
@@ -146,7 +153,7 @@ class ConvolutionModule(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (N, T, D); mask (N, T, 1) as in `MaskedBatchNorm`."""
+        """Map x (N, T, D) to the same shape; mask (N, T, 1) as in `MaskedBatchNorm`."""
         x = nn.functional.glu(self.pointwise1(self.norm(x)), dim=-1) * mask
         x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         x = nn.functional.silu(self.batch_norm(x, mask))
@@ -167,7 +174,7 @@ class ConformerLayer(nn.Module):
         self.final_norm = nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor, key_bias: Tensor, mask: Tensor) -> Tensor:
-        """x (N, T, D) to the same shape; key_bias (N, 1, 1, T) and mask (N, T, 1) from `frame_masks`."""
+        """Map x (N, T, D) to the same shape; key_bias (N, 1, 1, T) and mask (N, T, 1) are from `frame_masks`."""
         x = x + 0.5 * self.feed_forward1(x)
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), key_bias))
         x = x + self.convolution(x, mask)
@@ -176,6 +183,6 @@ class ConformerLayer(nn.Module):
 
 
 def frame_masks(lengths: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """For x (N, T, D) with `lengths` (N,): the attention's key_bias (N, 1, 1, T) and the mask (N, T, 1)."""
+    """Return the attention's key_bias (N, 1, 1, T) and the mask (N, T, 1), for x (N, T, D) with `lengths` (N,)."""
     mask = valid_frames(lengths, x.size(1)).to(x.dtype)
     return ((1.0 - mask) * MASK_BIAS).unsqueeze(1).unsqueeze(1), mask.unsqueeze(2)

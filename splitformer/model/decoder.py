@@ -1,4 +1,4 @@
-"""The transducer's stateless decoder: a prediction network that sees the last few tokens only."""
+"""The transducer's stateless decoder: a prediction network that sees only the last few tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor, nn
 class Decoder(nn.Module):
     """Embedding, causal depthwise Conv1d over `context_size` tokens, ReLU (Ghodsi et al., ICASSP 2020).
 
-    All exits share it: what was said does not depend on how deep the encoder is.
+    All exits share it, because it depends on the transcript alone.
     """
 
     def __init__(self, vocab_size: int, decoder_dim: int, context_size: int, blank_id: int = 0) -> None:
         super().__init__()
         self.vocab_size, self.context_size, self.blank_id = vocab_size, context_size, blank_id
-        # the blank stands for "nothing said yet": it is embedded as zeros
+        # blanks pad the context at the start of an utterance; they are embedded as zeros
         self.embedding = nn.Embedding(vocab_size, decoder_dim, padding_idx=blank_id)
         self.conv = nn.Conv1d(decoder_dim, decoder_dim, context_size, groups=decoder_dim, bias=False)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Tokens y (N, C + U - 1), each `context_size` = C neighbours a context, to (N, U, decoder_dim)."""
+        """Map tokens y (N, C + U - 1), in which each C = `context_size` neighbours are a context, to (N, U, D)."""
         embedded = self.embedding(y)
         return torch.relu(self.conv(embedded.transpose(1, 2)).transpose(1, 2))
 
     def start(self, batch: int) -> Tensor:
-        """(batch, context_size) tokens before the first one: blanks, on the decoder's device."""
+        """Return the (batch, context_size) blanks that precede the first token, on the decoder's device."""
         return torch.full((batch, self.context_size), self.blank_id, device=self.embedding.weight.device)
 
     def teacher_forced(self, y: Tensor) -> Tensor:
-        """Labels y (N, S) to (N, S + 1, decoder_dim): what is predicted from before and after each label."""
+        """Map labels y (N, S) to the states (N, S + 1, decoder_dim) before the first and after each label."""
         return self(torch.cat([self.start(y.size(0)).to(y.dtype), y], dim=1))

@@ -16,21 +16,22 @@ from splitformer.model.subsampling import Conv1dSubsampling, Conv2dSubsampling, 
 
 
 class ExitOutput(NamedTuple):
-    """What leaves the encoder at one exit."""
+    """The encoder's output at one exit."""
 
     layer: int
-    """the encoder layer that this exit follows, counted from 1: its name everywhere"""
+    """number of the encoder layer before the exit, counted from 1; it names the exit everywhere"""
     encoder_out: Tensor
-    """(N, T', D); frames at and beyond `lengths` hold nothing of meaning"""
+    """(N, T', D); frames beyond `lengths` are undefined"""
     lengths: Tensor
     """(N,) valid frames"""
 
 
 class Encoder(nn.Module):
-    """Subsampling, positions, Conformer layers; an exit after each of `config.exit_layers`.
+    """Subsampling, positions and Conformer layers, with an exit after each layer in `config.exit_layers`.
 
-    Where an exit is in `config.parallel_exits`, one more Conformer layer runs beside the block of layers that ends
-    there, on every second frame of the block's input, and is added to the block's output (arXiv 2506.18035, figure 1).
+    For each exit in `config.parallel_exits`, one more Conformer layer runs parallel to the block of layers that ends
+    there. It sees every second frame of the block's input and is added to the block's output (arXiv 2506.18035,
+    figure 1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,46 +45,42 @@ class Encoder(nn.Module):
         else:
             self.subsampling = Conv1dSubsampling(config.num_mel_bins, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-
         self.layers = nn.ModuleList([make_layer(config) for _ in range(config.num_layers)])
         self.parallel = nn.ModuleDict(
-            {
-                str(exit_layer): ParallelBranch(make_layer(config), config.parallel_gate)
-                for exit_layer in config.parallel_exits
-            }
+            {str(layer): ParallelBranch(make_layer(config), config.parallel_gate) for layer in config.parallel_exits}
         )
 
     def forward(self, x: Tensor, x_lens: Tensor) -> Generator[ExitOutput, Tensor | None, None]:
-        """Yield the exits one by one; layers above the last exit that is asked for are never run.
+        """Yield the exits one by one; layers above the last exit that the caller asks for are not run.
 
-        Utterances may leave on the way: `send(rows)`, with the indices in the last exit's output of those that go on,
-        takes the others out of the batch, with the padding that only they needed. `next` goes on with all.
+        `send(rows)` drops utterances that exit early: `rows` are the indices, in the last exit's output, of those that
+        stay active. The batch is trimmed to them and to their longest. `next` keeps all utterances active.
 
         Args:
-          x: (N, T, C) features, padded with anything
+          x: (N, T, C) features; padding may hold anything
           x_lens: (N,) valid frames
         """
         x, lengths = self.front_end(x, x_lens)
         for exit_layer in self.exit_layers:
             x = self.block(exit_layer, x, lengths)
-            going_on = yield ExitOutput(exit_layer, x, lengths)
-            if going_on is not None:
-                lengths = lengths[going_on]
-                x = x[going_on, : max(1, int(lengths.max()))]
+            active = yield ExitOutput(exit_layer, x, lengths)
+            if active is not None:
+                lengths = lengths[active]
+                x = x[active, : max(1, int(lengths.max()))]
 
     def front_end(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features x (N, T, C) with `x_lens` (N,) to the first layer's input (N, T', D) and its lengths (N,)."""
+        """Map features x (N, T, C) of x_lens (N,) frames to the first layer's input (N, T', D) and its lengths (N,)."""
         x = self.subsampling(self.cmvn(x, x_lens))
         # the residual stream stays float32 under autocast
         return self.dropout(x.float() + sinusoidal_positions(x)), subsampled_lengths(x_lens)
 
     def block(self, exit_layer: int, x: Tensor, lengths: Tensor) -> Tensor:
-        """The layers between the exit before (or the front end), whose output is x, and the exit after `exit_layer`.
+        """Run the layers from the previous exit (or the front end) to the exit after layer `exit_layer`.
 
         Args:
-          x: (N, T', D) with `lengths` (N,)
+          x: (N, T', D) output of the previous exit, with `lengths` (N,) valid frames
         Returns:
-          (N, T', D), this exit's output
+          (N, T', D) output of this exit
         """
         first = max((each for each in self.exit_layers if each < exit_layer), default=0)
         key_bias, mask = frame_masks(lengths, x)
@@ -96,10 +93,10 @@ class Encoder(nn.Module):
 
 
 class ParallelBranch(nn.Module):
-    """A Conformer layer at half the frame rate: every second frame in, each output frame twice.
+    """A Conformer layer on every second frame, whose output frames are each repeated once.
 
-    With `gate`, a learned scalar that starts at zero multiplies the output, so that training begins as the
-    EE-baseline's. The published branch has none.
+    With `gate`, a learned scalar that starts at zero multiplies the output, so that training starts from the
+    EE-baseline. The published branch has no gate.
     """
 
     def __init__(self, layer: ConformerLayer, gate: bool) -> None:
@@ -108,7 +105,7 @@ class ParallelBranch(nn.Module):
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x (N, T', D) with `lengths` (N,) to (N, T', D)."""
+        """Map x (N, T', D) with `lengths` (N,) valid frames to the same shape."""
         half = x[:, ::2]
         half = self.layer(half, *frame_masks(every_nth(lengths, 2), half))
         full = repeat_frames(half, 2, x.size(1))
@@ -116,12 +113,12 @@ class ParallelBranch(nn.Module):
 
 
 def every_nth(lengths: Tensor, n: int) -> Tensor:
-    """How many of the frames 0, n, 2n, ... are among `lengths` valid ones: the quotient, rounded up."""
+    """Return how many of the frames 0, n, 2n, ... are valid, for `lengths` valid frames: lengths / n, rounded up."""
     return torch.div(lengths + (n - 1), n, rounding_mode="floor")
 
 
 def repeat_frames(x: Tensor, times: int, num_frames: int | Tensor) -> Tensor:
-    """Each frame of x (N, T, D) so many times, cut to `num_frames`: the inverse of taking every so-manieth."""
+    """Repeat each frame of x (N, T, D) `times` times and trim to `num_frames`: undo taking every n-th frame."""
     n, t, d = x.shape
     return x.unsqueeze(2).expand(n, t, times, d).reshape(n, t * times, d)[:, :num_frames]
 
@@ -133,9 +130,10 @@ def make_layer(config: ModelConfig) -> ConformerLayer:
 
 
 def sinusoidal_positions(x: Tensor) -> Tensor:
-    """Positions for x (N, T, D), computed in the graph: (1, T, D), sine and cosine interleaved.
+    """Return the positional encoding (1, T, D) for x (N, T, D), sine and cosine interleaved.
 
-    Vaswani et al. 2017, section 3.5: PE(t, 2i) = sin(t / 10000^(2i/D)), PE(t, 2i + 1) = cos(same).
+    Vaswani et al. 2017, section 3.5: PE(t, 2i) = sin(t / 10000^(2i/D)), PE(t, 2i + 1) = cos(same). It is computed in
+    the graph, so that an exported model takes any length.
     """
     t, d = x.size(1), x.size(2)
     inverse = torch.exp(torch.arange(0, d, 2, device=x.device) * (-math.log(10000.0) / d))

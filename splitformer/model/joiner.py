@@ -1,4 +1,4 @@
-"""The transducer's joiner: one exit's encoder frame and a decoder state to logits over tokens and blank."""
+"""The transducer's joiner: combines an encoder frame and a decoder state into logits over tokens and blank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Joiner(nn.Module):
     """output_linear(tanh(encoder_proj(encoder_out) + decoder_proj(decoder_out))), as in icefall's recipes.
 
-    The projections are apart from `forward`, so that a search projects each frame and each context once.
+    `forward` takes projected inputs, so that a search projects each frame and each context only once.
     """
 
     def __init__(self, d_model: int, decoder_dim: int, joiner_dim: int, vocab_size: int) -> None:
@@ -19,5 +19,5 @@ class Joiner(nn.Module):
         self.output_linear = nn.Linear(joiner_dim, vocab_size)
 
     def forward(self, encoder_projected: Tensor, decoder_projected: Tensor) -> Tensor:
-        """(..., joiner_dim) each, of shapes that broadcast, to logits (..., vocab_size)."""
+        """Map two projected inputs (..., joiner_dim) that broadcast to logits (..., vocab_size)."""
         return self.output_linear(torch.tanh(encoder_projected + decoder_projected))

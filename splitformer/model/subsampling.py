@@ -1,4 +1,4 @@
-"""Front ends that turn feature frames into encoder frames at a quarter of their rate."""
+"""Front ends that subsample feature frames by four."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 SAMPLING_RATE = 16000
-"""Hz, of the audio that features are computed from."""
+"""Sampling rate in Hz of the audio that features are computed from."""
 FRAME_SHIFT = 0.01
 """Seconds between two feature frames."""
 OUTPUT_FRAME = 4 * FRAME_SHIFT
@@ -14,10 +14,10 @@ OUTPUT_FRAME = 4 * FRAME_SHIFT
 
 
 def subsampled_lengths(lengths: Tensor) -> Tensor:
-    """Output frames for `lengths` input frames, elementwise: two convolutions of kernel 3 and stride 2, unpadded.
+    """Return the number of output frames for each number of input frames in `lengths`.
 
-    The one place where output lengths are computed: the filter, the loss, the searches and the export call it.
-    Each convolution makes floor((T - 3) / 2) + 1 = floor((T - 1) / 2) frames of T; fewer than 7 frames give none.
+    Two unpadded convolutions of kernel 3 and stride 2 each map T frames to floor((T - 3) / 2) + 1 = floor((T - 1) / 2);
+    fewer than `MIN_FRAMES` input frames give none.
     """
     lengths = torch.div(lengths - 1, 2, rounding_mode="floor")
     lengths = torch.div(lengths - 1, 2, rounding_mode="floor")
@@ -25,11 +25,11 @@ def subsampled_lengths(lengths: Tensor) -> Tensor:
 
 
 MIN_FRAMES = 7
-"""Fewest input frames that give an output frame."""
+"""The smallest number of input frames that gives an output frame."""
 
 
 class Conv1dSubsampling(nn.Module):
-    """The published front end: two linear Conv1d (kernel 3, stride 2), nothing between them."""
+    """The published front end: two Conv1d (kernel 3, stride 2) without a nonlinearity."""
 
     def __init__(self, num_mel_bins: int, d_model: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Conv1dSubsampling(nn.Module):
         self.conv2 = nn.Conv1d(d_model, d_model, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, C) features to (N, T', D)."""
+        """Map features (N, T, C) to (N, T', D)."""
         return self.conv2(self.conv1(x.transpose(1, 2))).transpose(1, 2)
 
 
@@ -52,7 +52,7 @@ class Conv2dSubsampling(nn.Module):
         self.out = nn.Linear(channels * bins, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, C) features to (N, T', D)."""
+        """Map features (N, T, C) to (N, T', D)."""
         x = torch.relu(self.conv1(x.unsqueeze(1)))
         x = torch.relu(self.conv2(x))  # (N, channels, T', bins)
         return self.out(x.permute(0, 2, 1, 3).flatten(2))

@@ -1,8 +1,8 @@
-"""Faster layers for training on a CPU, put in the place of a model's own.
+"""Faster linear and dropout layers for training on a CPU.
 
-The model is written in plain `nn.Linear` and `nn.Dropout`. `speed_up` changes the class of these modules and nothing
-else: parameters, their names, hooks and what a checkpoint holds stay. In evaluation, and so in every export, they
-compute what `nn` computes. `benchmarks/train.md` has what they save.
+`speed_up` changes the class of a model's `nn.Linear` and `nn.Dropout` modules and nothing else: parameters, hooks and
+checkpoints stay the same. In evaluation, and so in every export, these layers compute what `nn` computes. See
+`benchmarks/train.md` for the speed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 CPUINFO = Path("/proc/cpuinfo")
 MIN_WEIGHTS = 2**15
-"""of a linear layer; oneDNN prepares a convolution anew for each number of frames, which takes longer below this"""
+"""Size of the smallest linear layer to replace: oneDNN takes time to set up a convolution for each number of frames."""
 
 
 def speed_up(module: nn.Module) -> None:
-    """Make the linear and dropout layers of `module` faster in training on a CPU, in place.
+    """Replace the linear and dropout layers of `module`, in place.
 
-    Dropout draws other random numbers than `nn.Dropout` does; linear layers add up in another order.
+    Dropout then draws other random numbers than `nn.Dropout`, and linear layers sum in another order than `nn.Linear`.
     """
     by_convolution = mkl_is_slow()
     for each in module.modules():
@@ -33,9 +33,9 @@ def speed_up(module: nn.Module) -> None:
 
 
 def mkl_is_slow() -> bool:
-    """Whether torch multiplies float32 matrices by MKL on a processor that is not Intel's.
+    """Return whether torch multiplies float32 matrices with MKL on a processor that is not Intel's.
 
-    MKL leaves most of the vector units of such a processor unused. oneDNN, which torch has for convolutions, does not.
+    MKL does not use most vector units of such a processor. oneDNN, which torch uses for convolutions, does.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -48,14 +48,14 @@ def mkl_is_slow() -> bool:
 
 
 class ConvolutionLinear(nn.Linear):
-    """`nn.Linear` that trains in float32 on a CPU as a convolution of kernel 1 over all frames."""
+    """`nn.Linear`, computed as a convolution of kernel 1 over all frames when training in float32 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        if not self.training or x.device.type != "cpu" or _autocast_on_cpu():  # bfloat16 products are oneDNN's anyway
+        """Map (..., in_features) to (..., out_features)."""
+        if not self.training or x.device.type != "cpu" or _autocast_on_cpu():  # bfloat16 uses oneDNN anyway
             return super().forward(x)
-        # One image, as wide as there are frames, channels last: the layout that the frames have in memory. A kernel
-        # of 1 has nothing to dilate, but with one thread torch takes MKL for convolutions that are not dilated.
+        # One image as wide as there are frames, channels last, which is the layout of the frames in memory. Dilation
+        # does not affect a kernel of 1, but with one thread torch uses MKL for convolutions without dilation.
         image = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
         weight = self.weight.view(self.out_features, self.in_features, 1, 1)
         out = nn.functional.conv2d(image, weight, self.bias, dilation=2)
@@ -64,14 +64,14 @@ class ConvolutionLinear(nn.Linear):
 
 def _autocast_on_cpu() -> bool:
     if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
-        return torch.is_autocast_enabled("cpu")
+        return torch.is_autocast_enabled("cpu")  # type: ignore[call-arg]
     return torch.is_autocast_cpu_enabled()
 
 
 class ByteDropout(nn.Dropout):
-    """`nn.Dropout` that draws one random byte per element, eight at a time; p is rounded to a 256th.
+    """`nn.Dropout` that draws one random byte per element, eight at a time; p is rounded to a multiple of 1/256.
 
-    On a CPU torch draws one number after another, which took a fifth of a training step.
+    torch draws one number after another on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,16 +81,16 @@ class ByteDropout(nn.Dropout):
 
 
 def _is_compiling() -> bool:
-    """Whether torch.compile (torch 2) traces this call: it cannot view numbers as bytes."""
+    """Return whether torch.compile (torch 2) traces this call; it cannot view numbers as bytes."""
     return hasattr(torch, "compiler") and torch.compiler.is_compiling()
 
 
 class _DropoutByBytes(torch.autograd.Function):
-    """Keeps the bytes for the backward pass, a quarter of what the factors would take."""
+    """Saves the bytes for the backward pass, which take a quarter of the memory of the factors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        """x (*); `dropped` in 256 of its elements become 0."""
+        """Set `dropped` in 256 of the elements of x, of any shape, to 0."""
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
         ctx.save_for_backward(drawn)
@@ -104,8 +104,8 @@ class _DropoutByBytes(torch.autograd.Function):
 
 
 def _factors(drawn: Tensor, dropped: int, dtype: torch.dtype) -> Tensor:
-    """0 where a byte of `drawn` is less than `dropped`, else the factor that keeps the mean.
+    """Return 0 where a byte of `drawn` is less than `dropped`, and elsewhere the factor that preserves the mean.
 
-    The bytes are compared as float32: torch has vector instructions for that, and none for bytes.
+    The bytes are compared as float32, for which torch uses vector instructions; for bytes it does not.
     """
     return drawn.to(torch.float32).ge_(dropped).mul_(256.0 / (256 - dropped)).to(dtype)

@@ -1,4 +1,4 @@
-"""What flows through a model: statistics of every layer's output and gradients, for one batch."""
+"""Statistics of every layer's output and gradients, and of every exit's posteriors, for one training batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from splitformer.data.batches import Batch
 from splitformer.losses.multi_exit import MultiExitLoss
+from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import statistics_of_one_rank, valid_frames
+from splitformer.report.tables import markdown_table
 from splitformer.training.precision import Precision
 
 
 @dataclass
 class Activation:
-    """One module's output over a batch, its padding included."""
+    """The output of one module for a batch, including padding."""
 
     name: str
     rms: float
@@ -27,14 +29,14 @@ class Activation:
     not_finite: float
     """share of the values"""
     gradient_rms: float = math.nan
-    """of the loss by this output; NaN where none came back"""
+    """of the loss with respect to this output; NaN if there is none"""
     weight_rms: float = math.nan
     """of the module's parameters"""
 
 
 @dataclass
 class ExitStatistics:
-    """One exit's CTC posteriors over the valid frames of a batch, in evaluation mode."""
+    """The CTC posteriors of one exit over the valid frames of a batch, in evaluation mode."""
 
     layer: int
     loss: float
@@ -45,21 +47,39 @@ class ExitStatistics:
     """mean, in nats"""
 
 
-def inspect(
-    loss: MultiExitLoss, batch: Batch, precision: Precision, step: int
-) -> tuple[list[Activation], list[ExitStatistics]]:
-    """Statistics of a training step's layers, in the order in which the batch meets them, and of its exits.
+@dataclass
+class Inspection:
+    """Statistics of modules, in the order in which they run, and of exits.
 
-    `loss` is left as it was. What to look for: values that grow from layer to layer without bound, a gradient that
-    vanishes towards the front end, an exit whose posteriors are all blank (an entropy near zero with a large loss).
+    Look for values that grow from layer to layer without bound, gradients that vanish towards the front end, and exits
+    whose posteriors are all blank (an entropy near zero with a large loss).
     """
+
+    layers: list[Activation]
+    exits: list[ExitStatistics]
+
+    def __str__(self) -> str:
+        header = ["output of", "rms", "largest", "gradient rms", "weight rms", "not finite"]
+        rows = []
+        for each in self.layers:
+            values = (each.rms, each.largest, each.gradient_rms, each.weight_rms)
+            rows.append([each.name, *(f"{value:.3g}" for value in values), f"{100 * each.not_finite:.2g} %"])
+        tables = [markdown_table(header, rows)]
+        if self.exits:
+            header = ["exit", "CTC loss", "blank posterior", "entropy"]
+            rows = [[f"{e.layer}", *(f"{value:.3f}" for value in (e.loss, e.blank, e.entropy))] for e in self.exits]
+            tables.append(markdown_table(header, rows))
+        return "\n\n".join(tables)
+
+
+def inspect(loss: MultiExitLoss, batch: Batch, precision: Precision, step: int) -> Inspection:
+    """Return the statistics of training step `step` on `batch`; `loss` is left unchanged."""
     buffers = [buffer.clone() for buffer in loss.buffers()]
     activations: list[Activation] = []
     batch = batch.to(next(loss.parameters()).device)
     with ExitStack() as stack:
-        for name, module in _parts(loss.model):
-            handle = module.register_forward_hook(_note(name, activations))
-            stack.callback(handle.remove)
+        for name, module in _modules(loss.model):
+            stack.callback(module.register_forward_hook(_recorder(name, activations)).remove)
         stack.enter_context(statistics_of_one_rank(loss))
         with precision.autocast():
             losses = loss(batch.x, batch.x_lens, batch.y, batch.y_lens, step)
@@ -68,16 +88,16 @@ def inspect(
         parameter.grad = None
     loss.eval()
     with torch.no_grad(), precision.autocast():
-        exits = _exits(loss, batch, losses.per_exit.tolist())
+        exits = _exits(loss, batch, losses.per_exit.tolist()) if "ctc" in loss.model.heads else []
     loss.train()
     for buffer, before in zip(loss.buffers(), buffers, strict=True):
         buffer.copy_(before)
-    return activations, exits
+    return Inspection(activations, exits)
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The front end, each layer and what it is made of, each parallel branch, each exit's heads."""
-    encoder = model.encoder
+def _modules(model: AsrModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the front end, each layer and its components, each parallel branch, and each exit's heads."""
+    encoder: Any = model.encoder
     yield "front end", encoder.subsampling
     for number, layer in enumerate(encoder.layers, 1):
         yield f"layer {number}", layer
@@ -90,8 +110,10 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{kind[:-1].replace('_', ' ')} {exit_layer}", head
 
 
-def _note(name: str, activations: list[Activation]) -> Any:
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+def _recorder(name: str, activations: list[Activation]) -> Any:
+    """Return a forward hook that appends the statistics of a module's output."""
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
         values = x.detach().float()
         finite = torch.isfinite(values)
@@ -107,7 +129,7 @@ def _note(name: str, activations: list[Activation]) -> Any:
         if x.requires_grad:
             x.register_hook(lambda gradient: setattr(activation, "gradient_rms", _rms(gradient.float())))
 
-    return note
+    return record
 
 
 def _rms(x: Tensor) -> float:
@@ -115,13 +137,11 @@ def _rms(x: Tensor) -> float:
 
 
 def _exits(loss: MultiExitLoss, batch: Batch, losses: list[float]) -> list[ExitStatistics]:
-    if "ctc" not in loss.model.heads:
-        return []
-    found = []
+    exits = []
     for exit_output, per_token in zip(loss.model.encoder(batch.x, batch.x_lens), losses, strict=True):
         log_probs = loss.model.ctc_log_probs(exit_output)
         frames = log_probs[valid_frames(exit_output.lengths, log_probs.size(1))]
         entropy = -(frames.exp() * frames).sum(dim=1)
         blank = frames[:, loss.blank_id].exp()
-        found.append(ExitStatistics(exit_output.layer, per_token, float(blank.mean()), float(entropy.mean())))
-    return found
+        exits.append(ExitStatistics(exit_output.layer, per_token, float(blank.mean()), float(entropy.mean())))
+    return exits

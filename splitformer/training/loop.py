@@ -1,8 +1,8 @@
 """The training loop: load, step, save, validate.
 
-A run is a function of its seed, its configuration and its data. What a step draws at random depends on the seed and on
-the step alone, so that a checkpoint needs no generator's state: a run that was killed and goes on ends with the weights
-of one that was not. A step is one global batch, whatever the number of ranks and of accumulated parts.
+A run is a function of its seed, its configuration and its data. What a step draws at random depends only on the seed
+and on the step, so that a checkpoint needs no generator states: a run that was killed and resumed ends with the same
+weights as one that was not. A step is one global batch, whatever the number of ranks and of micro-batches.
 """
 
 from __future__ import annotations
@@ -11,118 +11,201 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from splitformer.checkpoint import load_checkpoint
-from splitformer.config import Config, ConfigError, LossConfig
+from splitformer.config import Config, ConfigError
 from splitformer.data.batches import Batch, evaluation_batches, load_cuts
-from splitformer.data.on_the_fly import options_on_the_fly
 from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.data.training import TrainingData
+from splitformer.data.training import DataOptions, TrainingData
 from splitformer.errors import UserError
-from splitformer.losses.multi_exit import MultiExitLoss, TransducerLoss
+from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.cmvn import UtteranceCmvn
-from splitformer.report.records import EpochRecord, append_epoch
-from splitformer.training.averaging import RunningAverage
-from splitformer.training.bad_data import BadData
-from splitformer.training.distributed import Ranks
+from splitformer.training.distributed import Ranks, StopRequest
 from splitformer.training.evaluate import DevResult, evaluate
 from splitformer.training.fast_cpu import speed_up
 from splitformer.training.initial import start_from
-from splitformer.training.inspection import Activation, ExitStatistics, inspect
+from splitformer.training.inspection import Inspection, inspect
 from splitformer.training.memory import DoesNotFit, DryRun, check_memory
-from splitformer.training.optimizer import adamw
+from splitformer.training.optim import RunningAverage, adamw, learning_rate
+from splitformer.training.options import RunOptions
 from splitformer.training.precision import Precision
 from splitformer.training.progress import EpochTotals, Progress, StepResult
-from splitformer.training.saving import load_newest, newest_first, remove_leftovers, save_epoch, save_step
-from splitformer.training.schedule import learning_rate
-from splitformer.training.stopping import Stopped, StopRequest
+from splitformer.training.run_log import BadData, RunLog, epoch_record
+from splitformer.training.saving import TO_RESUME, load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
-MUCH_WAITING = 0.1
-"""share of the time waiting for data above which the log says what helps"""
-
 
 class TrainingError(UserError):
-    """Training cannot start or go on; the message says why and what to do."""
+    """Training cannot start or continue."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Circumstance of a run: where, on what, from where on, in how many parts."""
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved."""
 
-    exp_dir: Path
-    train_cuts: list[Path]
-    dev_cuts: list[Path]
-    lang_dir: Path
-    seed: int
-    num_workers: int
-    resume: bool
-    accum_grad: int = 1
-    """parts in which a rank takes its share of a global batch, one after the other"""
-    precision: str = "auto"
-    save_minutes: float = 15.0
-    """between two checkpoints inside an epoch; 0: after every step"""
-    max_skipped: int = 10
-    """batches in a row without finite gradients after which the run ends"""
-    inspect: bool = False
-    """the run is looked at (`Trainer.inspect`), not trained"""
-    timeout_minutes: float = 30.0
-    """after which a rank gives up waiting for the others"""
-    on_the_fly: bool = False
-    """features of training data are computed from audio"""
-    noise_cuts: tuple[Path, ...] = ()
-    """what augment.noise_p of the utterances are mixed with"""
-    init_from: Path | None = None
-    """a checkpoint whose weights the run starts from"""
-    freeze_encoder_layers: int = 0
-    """the front end and so many layers keep the weights that they start with"""
+
+class Gradients(NamedTuple):
+    """The losses of a rank's micro-batches, whose gradients are accumulated."""
+
+    sums: Tensor
+    """loss per exit, total loss, frames, unreadable cuts, stop requests, and losses that are not finite"""
+    finite: list[Tensor]
+    """per micro-batch: whether its loss is finite"""
 
 
 class Trainer:
     """Trains one system from cuts on disk to `exp_dir/epoch-N.pt`."""
 
-    def __init__(
-        self,
-        config: Config,
-        options: RunOptions,
-        ranks: Ranks,
-        transducer_loss: Callable[[AsrModel, LossConfig], TransducerLoss] | None = None,
-    ) -> None:
-        """`transducer_loss` makes the loss of a system with transducer heads; it comes from the caller because it needs
-        k2, and this module does not."""
+    def __init__(self, config: Config, options: RunOptions, ranks: Ranks) -> None:
+        """Set up a run that starts, or that resumes from its newest checkpoint.
+
+        Raises:
+          UserError: options, configuration, data and checkpoints do not fit together, or cannot be used.
+        """
+        if options.seed < 0:
+            raise TrainingError(f"--seed {options.seed} must be 0 or greater")
+        if not options.train_cuts or not options.dev_cuts:
+            raise TrainingError("--train-cuts and --dev-cuts need at least one file each")
         self.options, self.ranks = options, ranks
-        self.tokenizer = Tokenizer(options.lang_dir)
-        self.config = _with_vocabulary(config, self.tokenizer.vocab_size)
-        self.precision = Precision(options.precision, ranks.device)
-        checkpoint = self._checkpoint()
+        self.tokenizer = ranks.main_first(lambda: Tokenizer(options.lang_dir))
+        self.config = replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
+        self.precision = ranks.main_first(lambda: Precision(options.precision, ranks.device))
+        checkpoint = self._newest_checkpoint()
         self.progress = Progress(**checkpoint.get("progress", {}))
-        if self.is_finished and not options.inspect:
-            return
-        self.parts = ranks.world_size * options.accum_grad
+        self.micro_batches = ranks.world_size * options.accum_grad
         self.mine = range(ranks.rank * options.accum_grad, (ranks.rank + 1) * options.accum_grad)
-        self.data = self._training_data()
+        self.data = ranks.main_first(self._training_data)
         self.total_steps = self.data.steps_per_epoch * self.config.training.num_epochs
+        deviation = self._feature_deviation(resuming=bool(checkpoint))
+        self.loss = ranks.main_first(lambda: self._make_loss(deviation, resuming=bool(checkpoint)))
+        self.optimizer = adamw(self.loss.parameters(), self.config.optim)
+        self.average = RunningAverage(self.loss.model.state_dict(), self.config.training.average_period)
+        if checkpoint:
+            self._restore(checkpoint)
+        self.ddp: MultiExitLoss | DistributedDataParallel = self.loss
+        if ranks.world_size > 1:
+            # buffers need not be sent: batch statistics are those of all ranks
+            self.ddp = DistributedDataParallel(self.loss, broadcast_buffers=False)
+        self.stop = StopRequest()
+        self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
+        self.bad_data = BadData(options.exp_dir / "bad-batches", ranks.rank)
+        self.saved_at = time.monotonic()
+
+    def train(self) -> None:
+        """Run the remaining epochs.
+
+        Raises:
+          Stopped: a signal asked for it; the state is saved.
+          UserError: the run cannot continue; what was done is saved where that makes sense.
+        """
+        num_epochs = self.config.training.num_epochs
+        if self.progress.epoch >= num_epochs:
+            log.info("all %d epochs are done: nothing to train", self.progress.epoch)
+            return
+        self._announce()
+        self._dry_run()
+        with self.stop, self.watch, ExitStack() as stack:
+            run_log = None
+            if self.ranks.is_main:
+                run_log = stack.enter_context(closing(RunLog(self.options.exp_dir, self.progress.step)))
+            for epoch in range(self.progress.epoch + 1, num_epochs + 1):
+                totals = self._train_epoch(epoch, run_log)
+                started = time.perf_counter()
+                dev = self._evaluate()
+                self._end_epoch(totals, dev, totals.seconds + time.perf_counter() - started, run_log)
+
+    def inspect(self) -> Inspection:
+        """Return statistics of every layer and exit for the next batch; see `splitformer.training.inspection`."""
+        epoch = self.progress.epoch + 1
+        batches = self.data.batches(
+            self.data.plan(epoch), epoch, self.progress.batch, self.micro_batches, self.mine
+        )
+        return inspect(self.loss, next(batches), self.precision, self.progress.step + 1)
+
+    # ---- setting up
+
+    def _newest_checkpoint(self) -> dict[str, Any]:
+        """Return the newest readable checkpoint, or {} for a new run. The main rank chooses it for all."""
+        options = self.options
+        chosen: dict[str, Any] = {}
+
+        def choose() -> Path | None:
+            existing = newest_first(options.exp_dir)
+            if existing and not options.resume:
+                raise TrainingError(
+                    f"{options.exp_dir} has {len(existing)} checkpoint(s), up to {existing[0].name}: add --resume to "
+                    "continue, or choose another --exp-dir"
+                )
+            remove_leftovers(options.exp_dir)
+            path, contents = load_newest(options.exp_dir)
+            if path is not None:
+                self._check_same_run(contents, path)
+            chosen.update(contents)
+            return path
+
+        path = self.ranks.on_main(choose)
+        return chosen if path is None or self.ranks.is_main else load_checkpoint(path)
+
+    def _check_same_run(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Raise if the checkpoint was trained with other tokens, another configuration or another seed."""
+        before = Config.from_dict(checkpoint["config"], source=str(path)).to_dict()  # newer keys have their defaults
+        differences = [
+            f"{section}.{key}: {before[section][key]!r} there, {value!r} now"
+            for section, table in self.config.to_dict().items()
+            for key, value in table.items()
+            if before[section][key] != value
+        ]
+        if checkpoint["seed"] != self.options.seed:
+            differences.append(f"--seed: {checkpoint['seed']} there, {self.options.seed} now")
+        pairs = itertools.zip_longest(checkpoint["tokens"], self.tokenizer.tokens)
+        if changed := [(number, *pair) for number, pair in enumerate(pairs) if pair[0] != pair[1]]:
+            number, there, now = changed[0]
+            differences.append(f"{len(changed)} tokens, the first is {number}: {there!r} there, {now!r} now")
+        if differences:
+            raise ConfigError(
+                f"{path} was trained with other settings ({'; '.join(differences)}): restore them, or choose another "
+                "--exp-dir"
+            )
+        if checkpoint.get("precision", self.precision.name) != self.precision.name:
+            log.warning("%s was trained in %s; continuing in %s", path, checkpoint["precision"], self.precision.name)
+
+    def _training_data(self) -> TrainingData:
+        options = self.options
+        return TrainingData(
+            DataOptions(options.train_cuts, options.noise_cuts, options.on_the_fly, options.num_workers),
+            self.config,
+            self.tokenizer,
+            options.exp_dir / "train-cuts",
+            options.seed,
+            progress=self.ranks.is_main,
+        )
+
+    def _feature_deviation(self, resuming: bool) -> Tensor | None:
+        if resuming or self.config.model.cmvn != "utterance":
+            return None
+        return self.ranks.on_main(self.data.feature_deviation)
+
+    def _make_loss(self, deviation: Tensor | None, resuming: bool) -> MultiExitLoss:
+        """Return the model with its loss, on the device, in training mode."""
+        options, ranks = self.options, self.ranks
         _seed_everything(options.seed)
         model = AsrModel(self.config.model)
-        if not checkpoint and isinstance(model.encoder.cmvn, UtteranceCmvn):
-            deviation = self.data.feature_deviation() if ranks.is_main else None
-            model.encoder.cmvn.set_deviation(ranks.from_main(deviation))
+        if deviation is not None and isinstance(model.encoder.cmvn, UtteranceCmvn):
+            model.encoder.cmvn.set_deviation(deviation)
         start_from(
             model,
             self.config,
@@ -130,83 +213,64 @@ class Trainer:
             options.exp_dir,
             init_from=options.init_from,
             freeze_encoder_layers=options.freeze_encoder_layers,
-            resuming=bool(checkpoint),
+            resuming=resuming,
             is_main=ranks.is_main,
         )
-        self.loss = MultiExitLoss(
-            model,
-            self.config.loss,
-            transducer_loss(model, self.config.loss) if transducer_loss else None,
-            transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch,
+        loss = MultiExitLoss(
+            model, self.config.loss, transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch
         )
-        self.loss.to(ranks.device).train()
+        loss.to(ranks.device).train()
         if ranks.device.type == "cpu":
-            speed_up(self.loss)
-        self.optimizer = adamw(self.loss.parameters(), self.config.optim)
-        self.average = RunningAverage(model.state_dict(), self.config.training.average_period)
-        if checkpoint:
-            self._restore(checkpoint)
-        self.wrapped: nn.Module = self.loss
-        if ranks.world_size > 1:
-            # batch statistics are those of all ranks: the buffers are the same without being sent
-            self.wrapped = DistributedDataParallel(self.loss, broadcast_buffers=False)
-        self.tensorboard: SummaryWriter | None = None  # while it trains
-        self.stop = StopRequest()
-        self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
-        self.saved_at = time.monotonic()
-        self.bad_data = BadData(options.exp_dir / "bad-batches", ranks.rank)
-        self.inside_step = False
+            speed_up(loss)
+        return loss
 
-    @property
-    def is_finished(self) -> bool:
-        return self.progress.epoch >= self.config.training.num_epochs
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        self.loss.model.load_state_dict(checkpoint["model"])
+        self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
+        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]})
+        self.precision.restore(checkpoint.get("scaler", {}))
+        self.average = RunningAverage(
+            {name: tensor.to(self.ranks.device) for name, tensor in checkpoint["average"].items()},
+            self.config.training.average_period,
+            checkpoint["average_step"],
+        )
 
-    def train(self) -> None:
-        """Run the epochs that are left.
-
-        Raises:
-          Stopped: a signal asked for it; the state is saved.
-          TrainingError, CheckpointError, DataError, PrecisionError: the run cannot go on; what was done is saved.
-        """
-        if self.is_finished:
-            log.info("all %d epochs are done: nothing to train", self.progress.epoch)
+    def _announce(self) -> None:
+        if not self.ranks.is_main:
             return
-        self._announce()
-        self._dry_run()
-        with self.stop, self.watch, ExitStack() as at_the_end:
-            if self.ranks.is_main:
-                folder = str(self.options.exp_dir / "tensorboard")
-                self.tensorboard = at_the_end.enter_context(SummaryWriter(folder, purge_step=self.progress.step + 1))
-            for epoch in range(self.progress.epoch + 1, self.config.training.num_epochs + 1):
-                totals = self._train_epoch(epoch)
-                started = time.perf_counter()
-                dev = self._evaluate()
-                self._end_epoch(totals, dev, totals.seconds + time.perf_counter() - started)
-
-    def inspect(self) -> tuple[list[Activation], list[ExitStatistics]]:
-        """What the next batch does to the model as it is: see `splitformer.training.inspection`."""
-        epoch = self.progress.epoch + 1
-        batches = self.data.batches(self.data.plan(epoch), epoch, self.progress.batch, self.parts, self.mine)
-        return inspect(self.loss, next(batches), self.precision, self.progress.step + 1)
+        log.info("training data: %s", self.data.report)
+        log.info(
+            "%d parameters, exits %s, parallel %s; %d epochs of about %d steps of up to %g s; %d rank(s) x %d "
+            "micro-batch(es), %s on %s%s",
+            sum(p.numel() for p in self.loss.model.parameters()),
+            list(self.config.model.exit_layers),
+            list(self.config.model.parallel_exits),
+            self.config.training.num_epochs,
+            self.data.steps_per_epoch,
+            self.config.data.max_duration,
+            self.ranks.world_size,
+            self.options.accum_grad,
+            self.precision.name,
+            device_name(self.ranks.device),
+            f"; resuming after epoch {self.progress.epoch}, step {self.progress.step}" if self.progress.step else "",
+        )
 
     def _dry_run(self) -> None:
-        """Every rank for itself, as they may have unlike devices; all leave where one has too little memory."""
+        """Check the memory on every rank, since devices may differ."""
         dry_run = DryRun(self.loss, self.optimizer, self.config.model, self.precision, self.ranks)
-        problem = ""
+        problem: DoesNotFit | None = None
         try:
-            peak = check_memory(dry_run, self.data, self.ranks.world_size, self.options.accum_grad)
+            log.info("%s", check_memory(dry_run, self.data, self.ranks.world_size, self.options.accum_grad))
         except DoesNotFit as error:
-            problem = str(error)
-        else:
-            log.info("%s", peak)
-        failed = int(self.ranks.sum(torch.tensor([float(bool(problem))], device=self.ranks.device)).item())
-        if failed:
-            raise TrainingError(problem or f"{failed} of the other ranks have too little memory, see there")
+            problem = error
+        self.ranks.raise_first(problem)
 
-    def _train_epoch(self, epoch: int) -> EpochTotals:
-        progress, totals = self.progress, EpochTotals(**self.progress.totals)
+    # ---- an epoch
+
+    def _train_epoch(self, epoch: int, run_log: RunLog | None) -> EpochTotals:
+        progress, totals = self.progress, EpochTotals.from_dict(self.progress.totals)
         plan = self.data.plan(epoch)
-        batches = self.data.batches(plan, epoch, progress.batch, self.parts, self.mine)
+        batches = self.data.batches(plan, epoch, progress.batch, self.micro_batches, self.mine)
         with tqdm(
             total=len(plan),
             initial=progress.batch,
@@ -216,121 +280,28 @@ class Trainer:
             leave=False,
         ) as bar:
             while progress.batch < len(plan):
-                try:
-                    step = self._step(epoch, plan, batches)
-                except Exception:
-                    if not self.inside_step:
-                        self._save_step()
-                    raise
+                step = self._step(epoch, plan, batches)
                 totals.add(step, self.config.optim.clip_grad_norm)
                 progress.batch += 1
                 progress.totals = vars(totals)
                 progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if step.bad else 0
                 bar.update()
-                if self.tensorboard and progress.step % 20 == 0:
+                if run_log and progress.step % 20 == 0:
                     bar.set_postfix(loss=f"{totals.per_token(totals.loss):.3f}", refresh=False)
-                    self.tensorboard.add_scalar("train/loss_step", step.loss, progress.step)
-                    self.tensorboard.add_scalar("train/gradient_norm", step.norm, progress.step)
-                    self.tensorboard.add_scalar(
-                        "train/learning_rate", self.optimizer.param_groups[0]["lr"], progress.step
-                    )
+                    run_log.add_step(progress.step, step, self.optimizer.param_groups[0]["lr"])
                 if step.stop:
-                    self._stop()
+                    self._save_and_stop()
                 if progress.skipped_in_a_row > self.options.max_skipped:
-                    raise TrainingError(
-                        f"{progress.skipped_in_a_row} batches in a row had no finite gradients, up to step "
-                        f"{progress.step}; they are in {self.bad_data.folder}. Lower optim.base_lr, look at these "
-                        "cuts, or go on from a checkpoint that is older than the trouble"
-                    )
+                    self.ranks.raise_first(self._too_many_skipped())
                 if time.monotonic() - self.saved_at >= 60 * self.options.save_minutes and progress.batch < len(plan):
                     self._save_step()
         return totals
 
-    def _step(self, epoch: int, plan: EpochPlan, batches: Iterator[Batch]) -> StepResult:
-        """One global batch: this rank's parts of it, the gradients of all ranks, the optimiser's step."""
-        started = time.perf_counter()
-        progress, number, device = self.progress, self.progress.batch, self.ranks.device
-        numbers = filled(plan.batch(number), self.parts)
-        tokens = float(self.data.index.tokens[numbers].sum())
-        step = progress.step + 1
-        rate = learning_rate(self.config.optim, step, self.total_steps, self.config.model.d_model)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        buffers = [buffer.clone() for buffer in self.loss.buffers()]
-        # per exit, the whole, frames, unreadable cuts, stop requests, losses that are not finite
-        sums = torch.zeros(len(self.config.model.exit_layers) + 5, device=device)
-        waited, parts, finite = 0.0, [], []
-        self.optimizer.zero_grad(set_to_none=True)
-        self.inside_step = False
-        for part in self.mine:
-            self.watch.report("loading", epoch, number)
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            self.watch.report("computing")
-            parts.append(batch)
-            self.bad_data.name_faults(batch)
-            self.inside_step = True
-            # dropout is a function of the part, so that a run that goes on draws what one without a break would
-            _seed_everything(self.options.seed, epoch, number, part)
-            on_device = batch.to(device)
-            last = part == self.mine[-1]
-            with nullcontext() if last or self.ranks.world_size == 1 else self.wrapped.no_sync():  # type: ignore
-                with self.precision.autocast():
-                    loss = self.wrapped(
-                        on_device.x, on_device.x_lens, on_device.y, on_device.y_lens, step, num_tokens=tokens
-                    )
-                # DistributedDataParallel takes the mean over ranks; the parts of a batch are to be added
-                self.precision.backward(loss.total * self.ranks.world_size)
-            total = loss.total.detach()
-            finite.append(torch.isfinite(total))
-            sums += torch.cat(
-                [
-                    loss.per_exit,
-                    total.view(1),
-                    on_device.x_lens.sum().view(1),
-                    sums.new_tensor([len(batch.faults), 0.0]),
-                    (~finite[-1]).float().view(1),
-                ]
-            )
-        sums[-2] = float(bool(self.stop))
-        self.precision.unscale(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.optim.clip_grad_norm)
-        # the only place of a step where the host waits for the device
-        *per_exit, total_loss, frames, faults, stops, not_finite, norm_value = torch.cat(
-            [self.ranks.sum(sums), norm.detach().view(1)]
-        ).tolist()
-        # all ranks see the same sums and the same norm, and so decide alike
-        skipped = not np.isfinite([*per_exit, total_loss, norm_value]).all()
-        bad = False
-        if not skipped:
-            self.precision.step(self.optimizer)
-            self.average.update(self.loss.model.state_dict(), step)
-        else:
-            for buffer, before in zip(self.loss.buffers(), buffers, strict=True):
-                buffer.copy_(before)  # batch statistics that are not finite would never be again
-            scale_overflow = self.precision.overflow()
-            bad = not_finite > 0 or not scale_overflow
-            if bad:
-                # where every loss was finite, any part may have made the gradients what they are
-                self.bad_data.keep(
-                    step, (part for part, ok in zip(parts, finite, strict=True) if not_finite == 0 or not ok)
-                )
-        self.optimizer.zero_grad(set_to_none=True)
-        progress.step = step
-        self.inside_step = False
-        return StepResult(
-            loss=total_loss,
-            loss_per_exit=per_exit,
-            norm=norm_value,
-            tokens=tokens,
-            frames=frames,
-            faults=int(faults),
-            skipped=skipped,
-            bad=bad,
-            stop=stops > 0,
-            seconds=time.perf_counter() - started,
-            waited=waited,
+    def _too_many_skipped(self) -> TrainingError:
+        return TrainingError(
+            f"{self.progress.skipped_in_a_row} batches in a row had no finite gradients, up to step "
+            f"{self.progress.step}; they are in {self.bad_data.folder}. Lower optim.base_lr, look at these cuts, or "
+            "delete the checkpoints since the trouble began and resume from an earlier one"
         )
 
     def _evaluate(self) -> DevResult:
@@ -343,16 +314,16 @@ class Trainer:
             world_size=self.ranks.world_size,
         )
         heads = [h for h in self.config.model.heads if h == "ctc" or self.progress.step > self.loss.transducer_from]
-        # asked to stop, a rank leaves the rest of its batches: the result is not used
-        going_on = itertools.takewhile(lambda batch: not self.stop, self._watched(batches))
+        # after a signal a rank skips its remaining batches, because the result is not used
+        remaining = itertools.takewhile(lambda batch: not self.stop, self._watched(batches))
         try:
-            dev = evaluate(self.loss, going_on, self.tokenizer, self.ranks, heads)
+            dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads)
         except Exception:
             self.loss.model.train()
             self._save_step()
             raise
-        if self.ranks.sum(torch.tensor([float(bool(self.stop))], device=self.ranks.device)).item():
-            self._stop()
+        if self.ranks.any(bool(self.stop)):
+            self._save_and_stop()
         return dev
 
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -361,27 +332,138 @@ class Trainer:
             yield batch
         self.watch.report("waiting")
 
-    def _end_epoch(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
+    def _end_epoch(self, totals: EpochTotals, dev: DevResult, seconds: float, run_log: RunLog | None) -> None:
         p = self.progress
         self.progress = Progress(p.epoch + 1, 0, p.step, p.seconds + seconds, p.skipped_in_a_row)
-        if self.ranks.is_main:
+        if run_log:
             self.watch.report("saving")
-            # the log first: a run that goes on replaces its lines, but would not write a missing one
-            self._record(totals, dev, seconds)
-            keep_epochs = self.config.training.average_epochs
-            save_epoch(self.options.exp_dir, self.progress.epoch, self._contents(), keep_epochs)
+            epoch, rate = self.progress.epoch, self.optimizer.param_groups[0]["lr"]
+            record = epoch_record(epoch, self.config.model.exit_layers, totals, dev, seconds, rate)
+            # the log first: a resumed run replaces its lines, but would not write a missing one
+            run_log.add_epoch(record, self.config.training.num_epochs, self.options.num_workers)
+            save_epoch(self.options.exp_dir, epoch, self._contents(), self.config.training.average_epochs)
         self.saved_at = time.monotonic()
 
-    def _stop(self) -> None:
-        """Save and leave, on all ranks alike."""
-        self._save_step()
-        raise Stopped(
-            f"stopped by {self.stop.name or 'a signal to another rank'} after step {self.progress.step}; the state is "
-            f"saved in {self.options.exp_dir}, and --resume goes on from there"
+    # ---- a step
+
+    def _step(self, epoch: int, plan: EpochPlan, batches: Iterator[Batch]) -> StepResult:
+        """Train on one global batch: accumulate this rank's gradients, add those of all ranks, update the weights."""
+        started = time.perf_counter()
+        batch, step = self.progress.batch, self.progress.step + 1
+        micro_batches = self._load(batches, epoch)
+        waited = time.perf_counter() - started
+        tokens = float(self.data.index.tokens[filled(plan.batch(batch), self.micro_batches)].sum())
+        self._set_learning_rate(step)
+        buffers = [buffer.clone() for buffer in self.loss.buffers()]
+        gradients = self._accumulate(micro_batches, (self.options.seed, epoch, batch), step, tokens)
+        self.precision.unscale(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.optim.clip_grad_norm)
+        # all ranks get the same numbers, and so decide alike; only here does a step wait for the device
+        *per_exit, loss, frames, unreadable, stops, not_finite, norm_value = torch.cat(
+            [self.ranks.sum(gradients.sums), norm.detach().view(1)]
+        ).tolist()
+        skipped, bad = not np.isfinite([*per_exit, loss, norm_value]).all(), False
+        if skipped:
+            bad = self._skip(step, buffers, micro_batches, gradients.finite, not_finite > 0)
+        else:
+            self.precision.step(self.optimizer)
+            self.average.update(self.loss.model.state_dict(), step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step = step
+        return StepResult(
+            loss=loss,
+            loss_per_exit=per_exit,
+            norm=norm_value,
+            tokens=tokens,
+            frames=frames,
+            unreadable=int(unreadable),
+            skipped=skipped,
+            bad=bad,
+            stop=stops > 0,
+            seconds=time.perf_counter() - started,
+            waited=waited,
         )
 
+    def _load(self, batches: Iterator[Batch], epoch: int) -> list[Batch]:
+        """Return this rank's micro-batches of the next step. If any rank cannot load, save the state and raise."""
+        self.watch.report("loading", epoch, self.progress.batch)
+        micro_batches: list[Batch] = []
+        problem: Exception | None = None
+        try:
+            micro_batches = list(itertools.islice(batches, len(self.mine)))
+        except Exception as error:
+            problem = error
+        self.watch.report("computing")
+        if self.ranks.any(problem is not None):
+            self._save_together()
+            self.ranks.raise_first(problem)
+        for micro_batch in micro_batches:
+            self.bad_data.name(micro_batch.errors)
+        return micro_batches
+
+    def _set_learning_rate(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, step, self.total_steps, self.config.model.d_model)
+
+    def _accumulate(self, micro_batches: list[Batch], seed: tuple[int, ...], step: int, tokens: float) -> Gradients:
+        """Add up the gradients of this rank's micro-batches, and in the last one those of all ranks."""
+        sums = torch.zeros(len(self.config.model.exit_layers) + 5, device=self.ranks.device)
+        finite = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, micro_batch in zip(self.mine, micro_batches, strict=True):
+            # dropout depends on the micro-batch, so that a resumed run draws the same
+            _seed_everything(*seed, index)
+            batch = micro_batch.to(self.ranks.device)
+            with self._gradients_stay_local(index != self.mine[-1]):
+                with self.precision.autocast():
+                    loss = self.ddp(batch.x, batch.x_lens, batch.y, batch.y_lens, step, num_tokens=tokens)
+                # DistributedDataParallel averages over ranks, but the gradients of micro-batches are to be added
+                self.precision.backward(loss.total * self.ranks.world_size)
+            total = loss.total.detach()
+            finite.append(torch.isfinite(total))
+            counts = sums.new_tensor([len(batch.errors), 0.0])
+            not_finite = (~finite[-1]).float().view(1)
+            sums += torch.cat([loss.per_exit, total.view(1), batch.x_lens.sum().view(1), counts, not_finite])
+        sums[-2] = float(bool(self.stop))
+        return Gradients(sums, finite)
+
+    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[Any]:
+        return self.ddp.no_sync() if local and self.ranks.world_size > 1 else nullcontext()  # type: ignore[operator]
+
+    def _skip(
+        self, step: int, buffers: list[Tensor], micro_batches: list[Batch], finite: list[Tensor], loss_not_finite: bool
+    ) -> bool:
+        """Leave out a step whose gradients are not finite; return whether the batch is bad, and then save it.
+
+        It is not bad if float16's loss scale made the gradients overflow.
+        """
+        for buffer, before in zip(self.loss.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # batch statistics that are not finite would stay so
+        overflow = self.precision.overflow()
+        if overflow and not loss_not_finite:
+            return False
+        # if every loss was finite, any of the micro-batches may be the cause
+        suspects = (batch for batch, ok in zip(micro_batches, finite, strict=True) if not loss_not_finite or not ok)
+        self.bad_data.save(step, suspects)
+        return True
+
+    # ---- saving
+
+    def _save_and_stop(self) -> None:
+        """Save the state and raise Stopped, on all ranks alike."""
+        self._save_together()
+        raise Stopped(
+            f"stopped by {self.stop.name or 'a signal to another rank'} after step {self.progress.step}; the state is "
+            f"saved in {self.options.exp_dir}: {TO_RESUME}"
+        )
+
+    def _save_together(self) -> None:
+        """Save the state inside an epoch. No rank ends before it is saved, because the others are killed then."""
+        self._save_step()
+        self.ranks.barrier()
+
     def _save_step(self) -> None:
-        """Save the state inside the epoch; between steps alone."""
+        """Save the state inside an epoch; only between steps."""
         if self.ranks.is_main:
             self.watch.report("saving")
             save_step(self.options.exp_dir, self.progress.epoch + 1, self.progress.step, self._contents())
@@ -407,172 +489,12 @@ class Trainer:
             "device": device_name(self.ranks.device),
         }
 
-    def _checkpoint(self) -> dict[str, Any]:
-        """The newest readable checkpoint of `exp_dir` where the run goes on, empty where it starts.
-
-        The main rank chooses, and all read what it has chosen.
-        """
-        options = self.options
-        found = newest_first(options.exp_dir)
-        if found and not options.resume:
-            raise TrainingError(
-                f"{options.exp_dir} holds {len(found)} checkpoint(s), up to {found[0].name}: add --resume to go on, or "
-                "choose another --exp-dir"
-            )
-        path, checkpoint = None, {}
-        if self.ranks.is_main:
-            remove_leftovers(options.exp_dir)
-            path, checkpoint = load_newest(options.exp_dir)
-        path = self.ranks.from_main(path)
-        if path is None:
-            return {}
-        if not self.ranks.is_main:
-            checkpoint = load_checkpoint(path)
-        if checkpoint["tokens"] != self.tokenizer.tokens:
-            raise TrainingError(f"{options.exp_dir} was trained with other tokens than those of {options.lang_dir}")
-        then = Config.from_dict(checkpoint["config"], source=str(path))  # fields that are newer have their defaults
-        _check_same_config(then.to_dict(), self.config.to_dict(), path)
-        if checkpoint["seed"] != options.seed:
-            raise TrainingError(f"{path} was trained with --seed {checkpoint['seed']}, not {options.seed}")
-        if checkpoint.get("precision", self.precision.name) != self.precision.name:
-            log.warning("%s was trained in %s; going on in %s", path, checkpoint["precision"], self.precision.name)
-        return checkpoint
-
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        self.loss.model.load_state_dict(checkpoint["model"])
-        self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
-        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]})
-        self.precision.restore(checkpoint.get("scaler", {}))
-        self.average = RunningAverage(
-            {name: tensor.to(self.ranks.device) for name, tensor in checkpoint["average"].items()},
-            self.config.training.average_period,
-            checkpoint["average_step"],
-        )
-
-    def _training_data(self) -> TrainingData:
-        """The main rank indexes the cuts, and the others find what it has made."""
-        options = self.options
-        if not self.ranks.is_main:
-            self.ranks.barrier()
-        data = TrainingData(
-            options.train_cuts,
-            self.tokenizer,
-            self.config.data,
-            self.config.augment,
-            options.exp_dir / "train-cuts",
-            options.seed,
-            options.num_workers,
-            progress=self.ranks.is_main,
-            on_the_fly=options_on_the_fly(self.config) if options.on_the_fly else None,
-            noise_cuts=options.noise_cuts,
-        )
-        if self.ranks.is_main:
-            self.ranks.barrier()
-        return data
-
-    def _record(self, totals: EpochTotals, dev: DevResult, seconds: float) -> None:
-        exits = self.config.model.exit_layers
-        per_exit = totals.loss_per_exit or [0.0] * len(exits)
-        record = EpochRecord(
-            epoch=self.progress.epoch,
-            seconds=seconds,
-            frames_per_second=totals.frames / max(totals.seconds, 1e-9),
-            data_wait_share=totals.waited / max(totals.seconds, 1e-9),
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            train_loss=totals.per_token(totals.loss),
-            train_loss_per_exit={layer: totals.per_token(x) for layer, x in zip(exits, per_exit, strict=True)},
-            dev_loss_per_exit=dev.loss_per_exit,
-            dev_wer_per_exit=dev.wer_per_exit.get("ctc", {}),
-            dev_transducer_wer_per_exit=dev.wer_per_exit.get("transducer", {}),
-            gradient_norm=totals.per_good_step(totals.norm),
-            clipped_share=totals.per_good_step(totals.clipped),
-            skipped_steps=totals.skipped,
-            unreadable_cuts=totals.faults,
-        )
-        append_epoch(self.options.exp_dir / "training.jsonl", record)
-        assert self.tensorboard is not None
-        for name in EpochRecord.SCALARS:
-            self.tensorboard.add_scalar(f"epoch/{name}", getattr(record, name), record.epoch)
-        for name in EpochRecord.PER_EXIT:
-            for layer, value in getattr(record, name).items():
-                self.tensorboard.add_scalar(f"{name}/{layer:02d}", value, record.epoch)
-        self.tensorboard.flush()
-        told = [f"dev loss {list(dev.loss_per_exit.values())[-1]:.3f}"] if dev.loss_per_exit else []
-        for head, by_layer in dev.wer_per_exit.items():
-            wers = " ".join(f"{layer}:{wer:.1f}" for layer, wer in by_layer.items())
-            told.append(f"dev WER% by exit{' (transducer)' if head == 'transducer' else ''} {wers}")
-        if record.skipped_steps:
-            told.append(f"{record.skipped_steps} steps skipped")
-        if record.unreadable_cuts:
-            told.append(f"{record.unreadable_cuts} cuts unreadable")
-        log.info(
-            "epoch %d/%d  loss %.3f  %s  lr %.1e  |g| %.2f (%.0f%% clipped)  %.0f s  %.0f frames/s  data %.0f%%",
-            record.epoch,
-            self.config.training.num_epochs,
-            record.train_loss,
-            "  ".join(told),
-            record.learning_rate,
-            record.gradient_norm,
-            100 * record.clipped_share,
-            record.seconds,
-            record.frames_per_second,
-            100 * record.data_wait_share,
-        )
-        if record.data_wait_share > MUCH_WAITING:
-            log.warning(
-                "%.0f%% of the time went by waiting for data: raise --num-workers (now %d a rank), or put the features "
-                "on a faster disk",
-                100 * record.data_wait_share,
-                self.options.num_workers,
-            )
-
-    def _announce(self) -> None:
-        if not self.ranks.is_main:
-            return
-        parameters = sum(p.numel() for p in self.loss.model.parameters())
-        log.info("training data: %s", self.data.report)
-        log.info(
-            "%d parameters, exits %s, parallel %s; %d epochs of about %d steps of up to %g s; %d rank(s) x %d part(s), "
-            "%s on %s%s",
-            parameters,
-            list(self.config.model.exit_layers),
-            list(self.config.model.parallel_exits),
-            self.config.training.num_epochs,
-            self.data.steps_per_epoch,
-            self.config.data.max_duration,
-            self.ranks.world_size,
-            self.options.accum_grad,
-            self.precision.name,
-            device_name(self.ranks.device),
-            f"; going on after epoch {self.progress.epoch}, step {self.progress.step}" if self.progress.step else "",
-        )
-
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu` with its number of threads."""
+    """Return the GPU's name, or `cpu` with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} a rank)"
-
-
-def _with_vocabulary(config: Config, vocab_size: int) -> Config:
-    tables = config.to_dict()
-    tables["model"]["vocab_size"] = vocab_size
-    return Config.from_dict(tables)
-
-
-def _check_same_config(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    differences = [
-        f"{section}.{key}: {old.get(section, {}).get(key)!r} there, {value!r} now"
-        for section, table in new.items()
-        for key, value in table.items()
-        if old.get(section, {}).get(key) != value
-    ]
-    if differences:
-        raise ConfigError(
-            f"{path} was trained with another configuration ({'; '.join(differences)}): restore it, or choose another "
-            "--exp-dir"
-        )
 
 
 def _seed_everything(*key: int) -> None:

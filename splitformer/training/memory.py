@@ -1,8 +1,8 @@
 """A dry run on the largest batches of an epoch, so that memory runs out before the first step or not at all.
 
-What a step takes depends on the shape of its batch alone, and the plan of an epoch tells the shapes without reading
-anything. The dry run computes the loss and the gradients of random features of the worst of them, and adds what the
-optimiser and the exchange of gradients will allocate later.
+The memory of a step depends only on the shape of its batch, and the plan of an epoch gives the shapes without reading
+any data. The dry run computes loss and gradients of random features in the worst shapes, and adds what the optimizer
+and the exchange of gradients will allocate later.
 """
 
 from __future__ import annotations
@@ -32,26 +32,25 @@ from splitformer.training.precision import Precision
 
 FRAMES_PER_SECOND = 100
 TRIALS = 6
-"""in search of the largest max_duration that fits"""
+"""Trials to find the largest max_duration that fits."""
 SPARE = 0.05
-"""of the memory, which what is proposed leaves: the same shapes do not take quite the same in two runs"""
-MOST_PARTS = 64
-"""accumulated parts that are tried"""
+"""Share of the memory that proposals leave free, because equal shapes do not take exactly the same in two runs."""
+MAX_ACCUM_GRAD = 64
 LAST_STEP = 2**31
-"""of training: every loss is at work by then"""
+"""A training step in which every loss is computed."""
 GIB = 2**30
 
 
 class DoesNotFit(UserError):
-    """The largest batches take more memory than there is; the message says what would fit."""
+    """The largest batches need more memory than there is; the message says what would fit."""
 
 
 class Shape(NamedTuple):
-    """What one forward and backward pass takes in."""
+    """The shape of a micro-batch."""
 
     utterances: int
     frames: int
-    """of the longest"""
+    """of the longest utterance"""
     labels: int
     """of the longest transcript"""
 
@@ -61,7 +60,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Peak:
-    """What the dry run found, in bytes."""
+    """Peak memory in bytes."""
 
     used: float
     available: float
@@ -74,55 +73,54 @@ class Peak:
 
 
 def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accum_grad: int) -> Peak:
-    """Try the largest batches of the first epoch.
+    """Try the largest batches of the first epoch and return their peak.
 
     Raises:
-      DoesNotFit: with the largest data.max_duration that does, and the accumulation that makes room without a change of
-        what is trained.
+      DoesNotFit: the message names the largest data.max_duration that fits, and the --accum-grad that makes the
+        configured batches fit.
     """
-    durations, tokens, longest = data.index.durations, data.index.tokens, float(data.index.durations.max())
-    configured = data.config.data.max_duration
+    durations, configured = data.index.durations, data.config.data.max_duration
+    longest = float(durations.max())
 
-    def try_out(max_duration: float, accum_grad: int, spare: float = 0.0) -> Peak:
+    def measure(max_duration: float, accum_grad: int, spare: float) -> Peak:
         plan = plan_epoch(durations, max_duration, data.num_buckets, data.seed, epoch=1)
-        return dry_run.peak(pessimistic_shapes(plan, durations, tokens, world_size * accum_grad), spare)
+        return dry_run.peak(pessimistic_shapes(plan, durations, data.index.tokens, world_size * accum_grad), spare)
 
     def fits(max_duration: float, accum_grad: int) -> bool:
-        try:
-            try_out(max_duration, accum_grad, SPARE)
-        except DoesNotFit:
-            return False
-        return True
+        with suppress(DoesNotFit):
+            measure(max_duration, accum_grad, SPARE)
+            return True
+        return False
 
     try:
-        return try_out(configured, accum_grad)
+        return measure(configured, accum_grad, spare=0.0)
     except DoesNotFit as error:
         reason = str(error)
     if not fits(longest, accum_grad):
         raise DoesNotFit(
             f"{reason}; nor does a batch of the longest utterance alone, {longest:.1f} s: lower "
-            "data.max_utterance_seconds, or take a smaller model"
+            "data.max_utterance_seconds, or choose a smaller model"
         )
     low, high = longest, min(configured, longest * len(durations))
     for _ in range(TRIALS):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fits(middle, accum_grad) else (low, middle)
     more = 2 * accum_grad
-    while more < MOST_PARTS and not fits(configured, more):
+    while more < MAX_ACCUM_GRAD and not fits(configured, more):
         more *= 2
     raise DoesNotFit(
-        f"{reason}. --accum-grad {more} makes it fit with the same batches; without, the largest "
+        f"{reason}. --accum-grad {more} makes it fit with the same batches; otherwise, the largest "
         f"data.max_duration that fits is {math.floor(low)}"
     )
 
 
-def pessimistic_shapes(plan: EpochPlan, durations: np.ndarray, tokens: np.ndarray, parts: int) -> list[Shape]:
-    """Of the shares of `plan` in `parts`, those with the most frames, attention weights and lattice cells; distinct."""
+def pessimistic_shapes(plan: EpochPlan, durations: np.ndarray, tokens: np.ndarray, count: int) -> list[Shape]:
+    """Return the shapes with the most frames, attention weights and lattice cells, of `count` micro-batches a batch."""
     shapes = []
     for number in range(len(plan)):
-        share = filled(plan.batch(number), parts)[::parts]  # of part 0: no other has more
-        frames = math.ceil(durations[share].max() * FRAMES_PER_SECOND)
-        shapes.append(Shape(len(share), frames, int(tokens[share].max())))
+        cuts = filled(plan.batch(number), count)[::count]  # the first micro-batch is the largest
+        frames = math.ceil(durations[cuts].max() * FRAMES_PER_SECOND)
+        shapes.append(Shape(len(cuts), frames, int(tokens[cuts].max())))
     sizes: list[Callable[[Shape], int]] = [
         lambda s: s.utterances * s.frames,
         lambda s: s.utterances * s.frames**2,
@@ -132,7 +130,7 @@ def pessimistic_shapes(plan: EpochPlan, durations: np.ndarray, tokens: np.ndarra
 
 
 class DryRun:
-    """Measures the memory that shapes take, and leaves `loss` as it was."""
+    """Measures the memory that shapes need, and leaves `loss` unchanged."""
 
     def __init__(
         self,
@@ -144,16 +142,16 @@ class DryRun:
     ) -> None:
         self.loss, self.config, self.precision, self.device = loss, config, precision, ranks.device
         weights = sum(p.numel() * p.element_size() for p in loss.parameters())
-        # AdamW's two moments; the buckets in which gradients travel between ranks
-        self.still_to_come = weights * ((0 if optimizer.state else 2) + (ranks.world_size > 1))
+        # AdamW's two moments, and the buckets in which ranks exchange gradients
+        self.to_come = weights * ((0 if optimizer.state else 2) + (ranks.world_size > 1))
 
     def peak(self, shapes: list[Shape], spare: float = 0.0) -> Peak:
-        """The most memory that any of `shapes` takes.
+        """Return the highest peak of `shapes`.
 
         Raises:
-          DoesNotFit: there is not so much, less a share of `spare`.
+          DoesNotFit: it exceeds the available memory less the share `spare`.
         """
-        available = (1 - spare) * _available(self.device)
+        available = (1 - spare) * available_memory(self.device)
         peak = Peak(max(self._try(shape, available) for shape in shapes), available, shapes)
         if peak.used > available:
             raise DoesNotFit(f"the {peak}")
@@ -161,32 +159,31 @@ class DryRun:
 
     def _try(self, shape: Shape, available: float) -> float:
         free = f"the {available / GIB:.2f} GiB that are free"
-        n = shape.utterances
-        # a process that takes more than there is may be killed without a word: on a CPU, look ahead from smaller ones
-        sizes = sorted({math.ceil(n / part) for part in ((8, 4, 2, 1) if self.device.type == "cpu" else (1,))})
-        found: list[tuple[int, float]] = []
+        # on a CPU, a process that takes too much may be killed without a message: extrapolate from smaller batches
+        divisors = (8, 4, 2, 1) if self.device.type == "cpu" else (1,)
+        peaks: list[tuple[int, float]] = []
         try:
-            for size in sizes:
-                if len(found) > 1 and _on_a_line(found, size) > available:
-                    expected = _on_a_line(found, n) / GIB
+            for size in sorted({math.ceil(shape.utterances / divisor) for divisor in divisors}):
+                if len(peaks) > 1 and _extrapolated(peaks, size) > available:
+                    expected = _extrapolated(peaks, shape.utterances) / GIB
                     raise DoesNotFit(f"a batch of {shape} would take {expected:.2f} GiB, more than {free}")
-                found.append((size, self._run(shape._replace(utterances=size))))
-            return found[-1][1]
+                peaks.append((size, self._run(shape._replace(utterances=size))))
+            return peaks[-1][1]
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not (isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error))):
                 raise
             problem = str(error).splitlines()[0]
-        # out of the except clause, whose traceback holds on to the tensors
+        # outside the except clause, whose traceback keeps the tensors alive
         self._clean()
         raise DoesNotFit(f"a batch of {shape} does not fit into {free} ({problem})")
 
     def _run(self, shape: Shape) -> float:
-        """Bytes at the peak of one forward and backward pass."""
+        """Return the peak in bytes of one forward and backward pass."""
         n, device = shape.utterances, self.device
         labels = torch.arange(max(1, shape.labels)) % (self.config.vocab_size - 1) + 1
         buffers = [buffer.clone() for buffer in self.loss.buffers()]
-        _reset_peak(device)
-        to_come = torch.empty(self.still_to_come if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+        reset_peak(device)
+        to_come = torch.empty(self.to_come if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         try:
             with statistics_of_one_rank(self.loss), self.precision.autocast():
                 loss = self.loss(
@@ -201,7 +198,7 @@ class DryRun:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 return float(torch.cuda.max_memory_reserved(device))
-            return _status("VmHWM") + self.still_to_come
+            return process_memory("VmHWM") + self.to_come
         finally:
             for buffer, before in zip(self.loss.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -214,57 +211,44 @@ class DryRun:
             torch.cuda.empty_cache()
 
 
-def _on_a_line(found: list[tuple[int, float]], size: int) -> float:
-    """The value at `size` of the line through the first and the last point, no lower than the last."""
-    (a, low), (b, high) = found[0], found[-1]
+def _extrapolated(peaks: list[tuple[int, float]], size: int) -> float:
+    """Return the peak at `size` on the line through the first and the last point, at least that of the last."""
+    (a, low), (b, high) = peaks[0], peaks[-1]
     return high + max(0.0, high - low) / (b - a) * (size - b)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory", str(error)))
-
-
-def _available(device: torch.device) -> float:
-    """Bytes that this process may have, those that it has among them."""
+def available_memory(device: torch.device) -> float:
+    """Return the bytes that this process may use, including those that it uses already."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device))
-    free = _number(Path("/proc/meminfo"), r"^MemAvailable:\s+(\d+) kB") * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = _number(group / "memory.max", r"^(\d+)"), _number(group / "memory.current", r"^(\d+)")
-    return _resident() + min(free, limit - used if limit < math.inf else free) / int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )
+    kilobytes = _number("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB")
+    limit = _number("/sys/fs/cgroup/memory.max", r"^(\d+)") - _number("/sys/fs/cgroup/memory.current", r"^(\d+)", 0.0)
+    return process_memory("VmRSS") + min(kilobytes * 1024, limit) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _resident() -> float:
-    return _status("VmRSS")
+def process_memory(name: str) -> float:
+    """Return this process's bytes that Linux calls `name` (VmRSS: in use, VmHWM: the peak); 0 on other systems."""
+    return 1024 * _number("/proc/self/status", rf"^{name}:\s+(\d+) kB", 0.0)
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Let the peak memory of this process start from what it uses now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     gc.collect()
     with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed: an earlier trial would be part of this one
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would count towards the next trial
+    with suppress(OSError):  # then the peak is that of the whole run, which is not lower
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
+def _number(path: str, pattern: str, default: float = math.inf) -> float:
+    """Return the number that `pattern` finds in a file; `default` if there is no such file or line."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of the resident set starts anew
+        found = re.search(pattern, Path(path).read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
-        return  # the peak of the whole run so far is no less
-
-
-def _status(name: str) -> float:
-    """Bytes of a line of Linux's account of this process; 0 elsewhere."""
-    found = _number(Path("/proc/self/status"), rf"^{name}:\s+(\d+) kB")
-    return found * 1024 if found < math.inf else 0.0
-
-
-def _number(path: Path, pattern: str) -> float:
-    """What `pattern` finds in a file; infinity where there is no such file or line."""
-    try:
-        found = re.search(pattern, path.read_text(encoding="ascii"), re.MULTILINE)
-    except OSError:
-        return math.inf
-    return float(found[1]) if found else math.inf
+        return default
+    return float(found[1]) if found else default

@@ -1,9 +1,9 @@
-"""In which number format the products of a training step are computed."""
+"""The number format of matrix products in training."""
 
 from __future__ import annotations
 
-import functools
 import re
+import typing
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 from splitformer.errors import UserError
+from splitformer.training.options import PrecisionName
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SMALLEST_SCALE = 2.0**-8
-"""A loss scale below this means that gradients overflow whatever the scale: the model diverges."""
+"""Gradients that overflow at a lower loss scale overflow at any scale: the model diverges."""
 
 
 class PrecisionError(UserError):
-    """A number format that the device lacks, or in which training has failed."""
+    """The device does not support a number format, or training failed in it."""
 
 
 class Precision:
-    """Autocast, and for float16 the loss scale that keeps small gradients from vanishing.
+    """Autocast, and the loss scale that keeps small gradients from vanishing in float16.
 
-    `auto` is bfloat16 where the device computes with it in hardware, on other GPUs float16, on other CPUs float32. (On
-    a CPU with AVX512-BF16 or AMX a step of a small model takes about half the time.)
+    `auto` is bfloat16 if the device computes it in hardware; otherwise it is float16 on a GPU and float32 on a CPU.
     """
 
-    def __init__(self, wanted: str, device: torch.device) -> None:
-        """Raises PrecisionError for float16 where this torch has no loss scale for the device."""
-        if wanted not in PRECISIONS:
-            raise PrecisionError(f"--precision {wanted!r}: choose one of {', '.join(PRECISIONS)}")
-        self.name = _automatic(device) if wanted == "auto" else wanted
+    def __init__(self, requested: PrecisionName, device: torch.device) -> None:
+        """Raises PrecisionError for an unknown name, and for float16 if this torch has no loss scale on the device."""
+        if requested not in typing.get_args(PrecisionName):
+            choices = ", ".join(typing.get_args(PrecisionName))
+            raise PrecisionError(f"--precision {requested!r}: choose one of {choices}")
+        self.name = _automatic(device) if requested == "auto" else requested
         self.device = device
         self.scaler = _scaler(device) if self.name == "fp16" else None
 
@@ -46,12 +46,12 @@ class Precision:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call once per step, when all gradients are there."""
+        """Undo the loss scale; call it once per step, when all gradients are there."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser's step, for finite gradients."""
+        """Update the weights with finite gradients."""
         if self.scaler is None:
             optimizer.step()
         else:
@@ -59,7 +59,7 @@ class Precision:
             self.scaler.update()
 
     def overflow(self) -> bool:
-        """Gradients were not finite. True where that is the loss scale's doing, which is lowered, and no fault."""
+        """Return whether the loss scale can explain gradients that are not finite; if so, it is lowered."""
         if self.scaler is None:
             return False
         self.scaler.update()
@@ -87,17 +87,10 @@ def _scaler(device: torch.device) -> Any:
 
 
 def _automatic(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """What Linux says of the processor; nothing elsewhere."""
+    if device.type == "cuda":  # not is_bf16_supported(), which also accepts emulation
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        return frozenset()
-    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(flags[1].split()) if flags else frozenset()
+        return "fp32"
+    return "bf16" if flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()) else "fp32"

@@ -1,19 +1,43 @@
-"""How far a run has come, and what its steps add up to: part of every checkpoint."""
+"""How far a run has come: what each step did, the sums of an epoch, and the state saved in every checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, over all ranks. Losses are per label token."""
+
+    loss: float
+    loss_per_exit: list[float]
+    norm: float
+    """of the gradients, before clipping"""
+    tokens: float
+    frames: float
+    unreadable: int
+    """cuts that were left out of the batch"""
+    skipped: bool
+    """the gradients were not finite, and the weights did not change"""
+    bad: bool
+    """skipped, and float16's loss scale was not the cause"""
+    stop: bool
+    """a rank was asked to stop"""
+    seconds: float
+    waited: float
+    """seconds of waiting for data"""
+
+
 @dataclass
 class EpochTotals:
-    """Sums over the steps of one epoch, over all ranks; part of every checkpoint."""
+    """Sums over the steps of one epoch and over all ranks."""
 
     steps: int = 0
     skipped: int = 0
     clipped: int = 0
-    faults: int = 0
+    unreadable: int = 0
     frames: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
@@ -22,13 +46,18 @@ class EpochTotals:
     loss: float = 0.0
     loss_per_exit: list[float] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EpochTotals:
+        """Return the totals of a checkpoint; older ones call `unreadable` faults."""
+        return cls(**{"unreadable" if name == "faults" else name: value for name, value in values.items()})
+
     def add(self, step: StepResult, max_norm: float) -> None:
         self.steps += 1
-        self.faults += step.faults
+        self.unreadable += step.unreadable
         self.frames += step.frames
         self.seconds += step.seconds
         self.waited += step.waited
-        if step.skipped:  # a loss that is not finite would be the mean's end
+        if step.skipped:  # its loss may not be finite
             self.skipped += 1
             return
         self.tokens += step.tokens
@@ -45,35 +74,16 @@ class EpochTotals:
         return total / max(self.steps - self.skipped, 1)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, over all ranks; losses per label token."""
-
-    loss: float
-    loss_per_exit: list[float]
-    norm: float
-    tokens: float
-    frames: float
-    faults: int
-    skipped: bool
-    """the gradients were not finite and the weights are as before"""
-    bad: bool
-    """and that was no matter of float16's loss scale"""
-    stop: bool
-    seconds: float
-    waited: float
-
-
 @dataclass
 class Progress:
-    """How far the run has come; saved in every checkpoint."""
+    """The position of a run; saved in every checkpoint."""
 
     epoch: int = 0
-    """epochs that are complete"""
+    """complete epochs"""
     batch: int = 0
-    """batches done of the epoch after them"""
+    """batches done of the next epoch"""
     step: int = 0
     seconds: float = 0.0
     skipped_in_a_row: int = 0
     totals: dict[str, Any] = field(default_factory=dict)
-    """the `EpochTotals` of the epoch that is not complete"""
+    """`EpochTotals` of the incomplete epoch"""

@@ -1,108 +1,150 @@
-"""The checkpoints of a run: one at the end of each epoch, and the newest few of those made inside epochs.
+"""The folder of a run: its lock, and its checkpoints.
 
-`epoch-N.pt` is the end of epoch N; `epoch-N-step-S.pt` lies inside epoch N, after step S of the run. A file appears
-whole or not at all; where one is damaged all the same, the run goes on from the one before.
+`epoch-N.pt` is saved at the end of epoch N; `epoch-N-step-S.pt` inside epoch N, after step S of the run. A file appears
+whole or not at all. If one is damaged nevertheless, the run resumes from the one before.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, save_checkpoint
+from splitformer.errors import UserError
 
 log = logging.getLogger(__name__)
 
 KEPT = 2
-"""checkpoints inside epochs that are kept"""
+"""Number of checkpoints inside epochs that are kept."""
+TO_RESUME = "to resume, repeat the command (bin/train: with --resume)"
+
+
+class LockError(UserError):
+    """The exp_dir is in use by another run, or cannot be written to."""
+
+
+@contextmanager
+def locked(exp_dir: Path) -> Iterator[None]:
+    """Create `exp_dir` if needed and keep other runs out of it while the context is open.
+
+    The kernel releases the lock when the process ends, however it ends. The file `.lock` stays and names its owner.
+
+    Raises:
+      LockError: another process has the lock, or the folder cannot be written to.
+    """
+    path = exp_dir / ".lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        exp_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n", encoding="utf-8")
+    except Timeout:
+        owner = path.read_text(encoding="utf-8").strip() or "it has just started"
+        raise LockError(
+            f"{exp_dir} is in use by another run: {owner}. Wait for it to end, stop it, or choose another --exp-dir"
+        ) from None
+    except OSError as error:
+        raise LockError(
+            f"--exp-dir {exp_dir} cannot be written to ({error.strerror or error}): make it writable, or choose another"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def step_checkpoints(exp_dir: Path) -> dict[int, Path]:
-    """{S: exp_dir/epoch-N-step-S.pt}, rising."""
-    found = {}
-    for path in exp_dir.glob("epoch-*-step-*.pt"):
-        if match := re.fullmatch(r"epoch-\d+-step-(\d+)\.pt", path.name):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """Return {S: exp_dir/epoch-N-step-S.pt} in ascending order."""
+    matches = [(re.fullmatch(r"epoch-\d+-step-(\d+)\.pt", path.name), path) for path in exp_dir.glob("epoch-*-step-*")]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def newest_first(exp_dir: Path) -> list[Path]:
-    """All checkpoints of a run, from the one that is farthest on."""
+    """Return all checkpoints of a run, from the newest to the oldest."""
     places = {(epoch, math.inf): path for epoch, path in epoch_checkpoints(exp_dir).items()}
     places |= {(int(path.name.split("-")[1]), float(step)): path for step, path in step_checkpoints(exp_dir).items()}
     return [places[place] for place in sorted(places, reverse=True)]
 
 
 def load_newest(exp_dir: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that can be read, and where it lies; (None, {}) where the run has none yet.
+    """Return the path and the contents of the newest checkpoint that can be read; (None, {}) if there are none.
 
     Raises:
-      CheckpointError: there are checkpoints, and none can be read.
+      CheckpointError: there are checkpoints, but none can be read.
     """
     found = newest_first(exp_dir)
     for path in found:
         try:
             return path, load_checkpoint(path)
         except CheckpointError as error:
-            log.warning("%s; going back to the one before", error)
+            log.warning("%s; trying the one before", error)
     if found:
-        raise CheckpointError(f"no checkpoint of {exp_dir} can be read: delete epoch-*.pt there to start anew")
+        raise CheckpointError(f"no checkpoint of {exp_dir} can be read: delete epoch-*.pt there to start again")
     return None, {}
 
 
 def remove_leftovers(exp_dir: Path) -> None:
-    """Remove what a run that was killed while it wrote has left: nobody else writes here."""
+    """Remove the temporary files of a run that was killed while it wrote. Call it with the lock held."""
     for path in exp_dir.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_step(exp_dir: Path, epoch: int, step: int, contents: Mapping[str, Any]) -> bool:
-    """Save the state inside an epoch and remove all but the newest of its kind; False where that could not be.
+    """Save a checkpoint inside an epoch, remove older ones of this kind, and return whether it could be saved.
 
-    A full disk does not end the run: the checkpoint before stays, and the next attempt may succeed.
+    If it could not, the previous checkpoint stays and the run continues, because the next attempt may succeed.
     """
     path = exp_dir / f"epoch-{epoch}-step-{step}.pt"
     try:
         save_checkpoint(path, contents)
     except OSError as error:
-        before = next(iter(newest_first(exp_dir)), None)
-        log.error("cannot save %s (%s); %s", path, error, f"{before.name} is kept" if before else "there is none yet")
+        log.error("cannot save %s (%s); %s", path, error, _kept(exp_dir))
         return False
-    for old in list(step_checkpoints(exp_dir).values())[:-KEPT]:
-        old.unlink()
+    _remove(list(step_checkpoints(exp_dir).values())[:-KEPT])
     return True
 
 
 def save_epoch(exp_dir: Path, epoch: int, contents: Mapping[str, Any], keep_epochs: int) -> None:
-    """Save the end of an epoch, and remove what is not needed any more: those inside epochs, and old epochs.
+    """Save the checkpoint of an epoch's end; remove those inside epochs, and epochs that averaging does not need.
 
     Args:
-      keep_epochs: those before this one that averaging needs.
+      keep_epochs: number of epochs before this one to keep.
     Raises:
-      CheckpointError: the disk is full, even without the checkpoints inside epochs.
+      CheckpointError: the disk is full even after removing older checkpoints inside epochs.
     """
     path = exp_dir / f"epoch-{epoch}.pt"
     try:
         save_checkpoint(path, contents)
     except OSError as error:
         log.error("cannot save %s (%s); removing older checkpoints inside epochs and trying again", path, error)
-        for old in list(step_checkpoints(exp_dir).values())[:-1]:
-            old.unlink()
+        _remove(list(step_checkpoints(exp_dir).values())[:-1])
         try:
             save_checkpoint(path, contents)
         except OSError as again:
-            before = next(iter(newest_first(exp_dir)), None)
             raise CheckpointError(
-                f"cannot save {path} ({again}); {before.name if before else 'nothing'} is kept. Free some space and "
-                "start again with --resume"
+                f"cannot save {path} ({again}); {_kept(exp_dir)}. Free some space; {TO_RESUME}"
             ) from again
-    for old in step_checkpoints(exp_dir).values():
-        old.unlink()
-    for old_epoch, old in epoch_checkpoints(exp_dir).items():
-        if old_epoch < epoch - keep_epochs:
-            old.unlink()
+    _remove(step_checkpoints(exp_dir).values())
+    _remove(old for number, old in epoch_checkpoints(exp_dir).items() if number < epoch - keep_epochs)
+
+
+def _kept(exp_dir: Path) -> str:
+    newest = next(iter(newest_first(exp_dir)), None)
+    return f"{newest.name} is kept" if newest else "there is no earlier one"
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink()

@@ -1,4 +1,4 @@
-"""Fine-tuning: what a run takes from another model, what is new, and what stays as it came."""
+"""Fine-tuning: which weights a run takes from another model, which are new, and which are frozen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from splitformer.checkpoint import CheckpointError, save_checkpoint
 from splitformer.config import Config, ConfigError
 from splitformer.model.asr import AsrModel
 from splitformer.training.initial import RECORD, start_from
-from tests.training_runs import same, small_config, train, weights
+from splitformer.training.loop import Trainer
+from tests.training_runs import ALONE, options, same, small_config, weights
 
 TOKENS = ["<blk>", "<sos/eos>", "<unk>", *"▁ABCDEFGH"]
 
@@ -42,32 +43,32 @@ def started(tmp_path: Path, tokens: list[str], caplog, freeze: int = 0, **model:
     return network, caplog.text
 
 
-def test_another_vocabulary_keeps_the_encoder_and_makes_new_heads(tmp_path: Path, caplog) -> None:
+def test_another_vocabulary_keeps_the_encoder_and_has_new_heads(tmp_path: Path, caplog) -> None:
     theirs = make_checkpoint(tmp_path / "a.pt")
-    # as many tokens, and so the same shapes: what a row stands for is another
+    # the same number of tokens, and so the same shapes, but another meaning
     tokens = [*TOKENS[:-1], "Ω"]
-    network, told = started(tmp_path, tokens, caplog)
+    network, summary = started(tmp_path, tokens, caplog)
     ours = network.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("encoder."))
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("heads.1.weight"))
-    assert "encoder.layers 1, 2" in told and "new: ctc_heads 1, 2" in told and "vocabulary is another" in told
-    assert float(network.encoder.cmvn.deviation[0]) == 3.0, "the encoder hears features on its own scale"
+    assert "encoder.layers 1, 2" in summary and "new: ctc_heads 1, 2" in summary and "another vocabulary" in summary
+    assert float(network.encoder.cmvn.deviation[0]) == 3.0, "the encoder sees features on its own scale"
 
 
-def test_the_same_vocabulary_takes_all(tmp_path: Path, caplog) -> None:
+def test_the_same_vocabulary_takes_all_weights(tmp_path: Path, caplog) -> None:
     theirs = make_checkpoint(tmp_path / "a.pt")
-    network, told = started(tmp_path, TOKENS, caplog)
-    assert same(network.state_dict(), theirs) and "nothing is new" in told
+    network, summary = started(tmp_path, TOKENS, caplog)
+    assert same(network.state_dict(), theirs) and "new: none" in summary
 
 
-def test_exits_and_parallel_layers_that_the_other_has_not_are_new(tmp_path: Path, caplog) -> None:
+def test_exits_and_parallel_layers_that_the_other_model_lacks_are_new(tmp_path: Path, caplog) -> None:
     theirs = make_checkpoint(tmp_path / "a.pt", exit_layers=(2,), parallel_exits=())
-    network, told = started(tmp_path, TOKENS, caplog)
+    network, summary = started(tmp_path, TOKENS, caplog)
     assert torch.equal(network.ctc_heads["2"].weight, theirs["ctc_heads.2.weight"])
-    assert "new: ctc_heads 1" in told and "encoder.parallel 1, 2" in told
+    assert "new: ctc_heads 1" in summary and "encoder.parallel 1, 2" in summary
     theirs = make_checkpoint(tmp_path / "a.pt")
-    _, told = started(tmp_path, TOKENS, caplog, exit_layers=(2,), parallel_exits=(2,))
-    assert "not used: ctc_heads 1" in told
+    _, summary = started(tmp_path, TOKENS, caplog, exit_layers=(2,), parallel_exits=(2,))
+    assert "not used: ctc_heads 1" in summary
 
 
 def test_another_encoder_is_refused_with_the_keys(tmp_path: Path, caplog) -> None:
@@ -81,29 +82,37 @@ def test_another_encoder_is_refused_with_the_keys(tmp_path: Path, caplog) -> Non
 
 
 @pytest.mark.parametrize("count", [-1, 3])
-def test_there_are_only_so_many_layers_to_freeze(tmp_path: Path, caplog, count: int) -> None:
+def test_layers_to_freeze_must_exist(tmp_path: Path, caplog, count: int) -> None:
     make_checkpoint(tmp_path / "a.pt")
     with pytest.raises(ConfigError, match="the encoder has 1 to 2 layers"):
         started(tmp_path, TOKENS, caplog, freeze=count)
 
 
-def test_frozen_layers_stay_and_a_resumed_run_ends_as_one_without_a_break(corpus, tmp_path: Path) -> None:
+def test_frozen_layers_stay_and_a_resumed_run_ends_with_the_same_weights(corpus, tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)
     make_checkpoint(tmp_path / "a.pt", [*TOKENS, "Z"])
-    flags = ["--init-from", tmp_path / "a.pt", "--freeze-encoder-layers", 1]
-    done = train(corpus, tmp_path, tmp_path / "one", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "new: ctc_heads 1, 2" in done.stderr and "frozen: the front end and encoder layers 1 to 1" in done.stderr
+    fine_tuning = {"init_from": tmp_path / "a.pt", "freeze_encoder_layers": 1}
+    Trainer(small_config(), options(corpus, tmp_path / "one", **fine_tuning), ALONE).train()
+    assert "new: ctc_heads 1, 2" in caplog.text
+    assert "frozen: the front end and encoder layers 1 to 1" in caplog.text
     before, after = weights(tmp_path / "a.pt"), weights(tmp_path / "one/epoch-2.pt")
     frozen = ("encoder.cmvn", "encoder.subsampling", "encoder.layers.0.", "encoder.parallel.1.")
     for name in before:
-        if not name.startswith("ctc_heads"):
-            # batch statistics are there, too
+        if not name.startswith("ctc_heads"):  # batch statistics are among them
             assert torch.equal(before[name], after[name]) == name.startswith(frozen), name
 
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    (tmp_path / "two/epoch-2.pt").unlink()
-    other = train(corpus, tmp_path, tmp_path / "two", "--resume", "--freeze-encoder-layers", 2)
-    assert other.returncode == 1 and "is to go on with no --init-from and --freeze-encoder-layers 2" in other.stderr
-    resumed = train(corpus, tmp_path, tmp_path / "two", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert same(weights(tmp_path / "two/epoch-2.pt"), after)
+    for number, given in enumerate(({}, {"freeze_encoder_layers": 1}, fine_tuning)):
+        folder = tmp_path / f"resumed-{number}"
+        shutil.copytree(tmp_path / "one", folder)
+        (folder / "epoch-2.pt").unlink()
+        Trainer(small_config(), options(corpus, folder, **given), ALONE).train()
+        assert same(weights(folder / "epoch-2.pt"), after)
+    for other in ({"freeze_encoder_layers": 2}, {"init_from": tmp_path / "one/epoch-2.pt"}):
+        with pytest.raises(ConfigError, match=r"was started with --init-from a checkpoint .* cannot resume with"):
+            Trainer(small_config(), options(corpus, tmp_path / "one", **other), ALONE)
+
+
+def test_random_weights_are_not_frozen(tmp_path: Path) -> None:
+    config = config_of(TOKENS)
+    with pytest.raises(ConfigError, match=r"--freeze-encoder-layers 1 would freeze random weights: .* --init-from"):
+        start_from(AsrModel(config.model), config, TOKENS, tmp_path, freeze_encoder_layers=1)

@@ -1,140 +1,240 @@
-"""Ranks that wait for one another, and runs that want the same folder: who it is, is said by name."""
+"""Several ranks: they train like one, agree on errors, and name the one that hangs. One run in a folder."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-
-from splitformer.training.lock import LockError, locked
-from splitformer.training.saving import newest_first
-from splitformer.training.watch import RankState, Watch
-from tests.training_runs import ENV, TORCHRUN, command, train
-
-
-def wait_for(condition, seconds=90.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "this took too long"
-        time.sleep(0.1)
-
-
-# ---- two runs in one folder
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_touches_nothing(corpus, tmp_path):
-    exp_dir = tmp_path / "exp"
-    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0"]
-    first = subprocess.Popen(command(corpus, tmp_path, exp_dir, *flags), env=ENV, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: newest_first(exp_dir))
-        half_written = exp_dir / ".epoch-1.pt.123.tmp"  # as the first run may have at any moment
-        half_written.write_bytes(b"half")
-        second = train(corpus, tmp_path, exp_dir, *flags, "--resume")
-        assert second.returncode == 1
-        assert re.search(
-            rf"train: {exp_dir} is in use by another run: process {first.pid} on \S+, started 2\S+\. Wait for its end, "
-            r"stop it, or choose another --exp-dir",
-            second.stderr,
-        ), second.stderr
-        assert half_written.exists() and first.poll() is None
-    finally:
-        first.kill()  # and no stale lock is left by that
-        first.wait()
-    third = train(corpus, tmp_path, exp_dir, "--set", "training.num_epochs=500", "--resume", "--max-skipped", "x")
-    assert "is in use" not in third.stderr
-    with locked(exp_dir):
-        assert f"process {os.getpid()} " in (exp_dir / ".lock").read_text()
-
-
-@pytest.fixture
-def read_only(tmp_path):
-    folder = tmp_path / "read_only"
-    folder.mkdir()
-    for options in ("size=1m", "remount,ro"):
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
-        assert made.returncode == 0, f"this test mounts a read-only tmpfs: {made.stderr}"
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(read_only, corpus, tmp_path):
-    for exp_dir in (read_only, read_only / "new", tmp_path / "system.toml" / "below-a-file"):
-        started = time.monotonic()
-        run = train(corpus, tmp_path, exp_dir)
-        assert run.returncode == 1 and f"--exp-dir {exp_dir} cannot be written to" in run.stderr, run.stderr
-        assert "training data" not in run.stderr and time.monotonic() - started < 60
-    with pytest.raises(LockError, match=r"Read-only file system.*Give another --exp-dir"), locked(read_only):
-        raise AssertionError("not to be reached")
-
-
-# ---- ranks
-
-
-@pytest.mark.parametrize("stuck", [1, 0])
-def test_a_rank_that_stands_still_is_named_by_the_others(corpus, tmp_path, stuck):
-    exp_dir = tmp_path / "exp"
-    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0", "--timeout-minutes", "0.1"]
-    ranks = [sys.executable, *TORCHRUN, "--nproc_per_node", "2", *command(corpus, tmp_path, exp_dir, *flags)[1:]]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        run = subprocess.Popen(ranks, env=ENV, stderr=file, start_new_session=True)
-    try:
-        wait_for(lambda: newest_first(exp_dir))
-        workers = {rank_of(pid): pid for pid in children(run.pid)}
-        assert sorted(workers) == [0, 1]
-        os.kill(workers[stuck], signal.SIGSTOP)
-        wait_for(lambda: "--timeout-minutes" in log.read_text(), 40)
-    finally:
-        for pid in (*children(run.pid), run.pid):
-            os.kill(pid, signal.SIGKILL)
-        run.wait()
-    told = log.read_text()
-    assert re.search(
-        rf"train: rank {1 - stuck} has waited \d+ s in epoch \d+, batch \d+ \(\w+\) for rank {stuck}(, or its "
-        rf"torchrun, through which .* does not answer| \(process {workers[stuck]} on \S+\), which stands still or is "
-        r"gone): "
-        "look at that process.*--resume",
-        told,
-    ), told
-    assert "_step" in told, "the stack of the rank that waited"
-
-
-ENDS_AFTER_AN_EXCHANGE = """
-import sys, torch
+import torch
 from torch.nn.parallel import DistributedDataParallel
-from splitformer.training.distributed import process_group
 
-def main():
-    with process_group() as ranks:
+from splitformer.cli import command
+from splitformer.errors import UserError
+from splitformer.report.records import read_training_log
+from splitformer.training.distributed import process_group
+from splitformer.training.loop import Trainer
+from splitformer.training.saving import LockError, locked, newest_first
+from splitformer.training.watch import RankState, Watch
+from tests.training_runs import ALONE, ENV, in_fork, options, small_config, train, wait_for, weights
+from tests.training_runs import command as command_of_training
+
+# ---- one training, whatever the number of ranks
+
+SAME_ARITHMETIC = ["--set", "model.dropout=0.0", "augment.p=0.0", "--precision", "fp32"]
+
+
+def test_two_ranks_train_like_one(corpus, tmp_path):
+    flags = [*SAME_ARITHMETIC, "--set", "training.num_epochs=3"]
+    run = train(corpus, tmp_path, tmp_path / "two", *flags, "--num-processes", "2")
+    assert run.returncode == 0, run.stderr
+    assert "2 rank(s) x 1 micro-batch(es)" in run.stderr
+    config = small_config(num_epochs=3)
+    config = replace(config, model=replace(config.model, dropout=0.0), augment=replace(config.augment, p=0.0))
+    Trainer(config, options(corpus, tmp_path / "one", precision="fp32"), ALONE).train()
+    one, two = (read_training_log(tmp_path / name / "training.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, abs=1e-4)
+        assert a.train_loss_per_exit == pytest.approx(b.train_loss_per_exit, abs=1e-4)
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
+        assert a.dev_wer_per_exit == b.dev_wer_per_exit
+    ours, theirs = weights(tmp_path / "two" / "epoch-3.pt"), weights(tmp_path / "one" / "epoch-3.pt")
+    for name, tensor in theirs.items():
+        if name.endswith(("depthwise.bias", "batch_norm.running_mean")):
+            continue  # batch normalisation cancels this bias: its gradient is rounding, of which AdamW makes steps
+        torch.testing.assert_close(ours[name], tensor, atol=2e-3, rtol=0, msg=name)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
+    config = small_config(num_epochs=1)
+    config = replace(
+        config,
+        model=replace(config.model, dropout=0.0),
+        augment=replace(config.augment, p=0.0),
+        data=replace(config.data, max_duration=1000.0),  # one step
+    )
+    moments = []
+    for accum_grad in (1, 3):
+        opts = options(corpus, tmp_path / str(accum_grad), accum_grad=accum_grad, precision="fp32")
+        trainer = Trainer(config, opts, ALONE)
+        for module in trainer.loss.modules():  # batch statistics are those of a micro-batch
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.eval()
+        trainer.train()
+        assert trainer.progress.step == 1
+        moments.append([trainer.optimizer.state[p]["exp_avg"] for p in trainer.loss.parameters()])
+    for whole, micro in zip(*moments, strict=True):  # a tenth of the gradients
+        torch.testing.assert_close(whole, micro, atol=1e-6, rtol=1e-4)
+
+
+# ---- errors and ends
+
+
+def in_ranks(body):
+    """Run `body(ranks)` as a command in two forked ranks; returns their exit statuses."""
+
+    def run(options: NoOptions) -> int | None:
+        with process_group() as ranks:
+            return body(ranks)
+
+    def rank(number):
+        torch.set_num_threads(1)
+        os.environ.update(place, RANK=str(number))
+        sys.exit(command(run, [], prog="test"))
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A command without options."""
+
+
+def fail():
+    raise UserError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda ranks: ranks.on_main(fail), "no such thing"),
+        (lambda ranks: ranks.main_first(fail), "no such thing"),
+        (lambda ranks: ranks.raise_first(UserError("second") if ranks.rank else None), "second"),
+        (lambda ranks: ranks.raise_first(UserError(f"rank {ranks.rank}")), "rank 0"),
+    ],
+    ids=["on_main", "main_first", "one rank", "all ranks"],
+)
+def test_an_error_ends_all_ranks_and_is_printed_once(capfd, body, message):
+    assert in_ranks(body) == [1, 1]
+    assert capfd.readouterr().err == f"test: {message}\n"
+
+
+def test_ranks_agree(capfd):
+    def body(ranks):
+        assert ranks.on_main(lambda: ranks.rank) == 0
+        assert ranks.main_first(lambda: ranks.rank) == ranks.rank
+        assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+        assert ranks.sum(torch.tensor([1.0 + ranks.rank])).tolist() == [3.0]
+        ranks.raise_first(None)
+
+    assert in_ranks(body) == [0, 0], capfd.readouterr().err
+
+
+def test_ranks_that_end_right_after_an_exchange_do_end():
+    """In torch 1.13 three in four such pairs of processes hung, before `process_group` paused."""
+
+    def body(ranks):
         model = DistributedDataParallel(torch.nn.Linear(4, 4))
         model(torch.ones(2, 4)).sum().backward()
         for _ in range(200):
             ranks.sum(torch.zeros(30)).tolist()
 
-main()
-"""
+    for _ in range(4):
+        assert in_ranks(body) == [0, 0]
 
 
-def test_ranks_that_end_right_after_an_exchange_do_end(tmp_path):
-    """Three in four such pairs of processes waited for ever, before `process_group` waited for half a second."""
-    script = tmp_path / "script.py"
-    script.write_text(ENDS_AFTER_AN_EXCHANGE)
-    runs = [subprocess.Popen([sys.executable, *TORCHRUN, "--nproc_per_node", "2", script], env=ENV) for _ in range(4)]
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(corpus, tmp_path):
+    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0", "--num-processes", "2"]
+    run = subprocess.Popen(
+        command_of_training(corpus, tmp_path, tmp_path / "exp", *flags), stderr=subprocess.PIPE, text=True, env=ENV
+    )
+    wait_for(lambda: newest_first(tmp_path / "exp"))
+    ranks = {rank_of(pid): pid for pid in children(run.pid)}
+    os.kill(ranks[1], signal.SIGKILL)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 137 and "train: rank 1 was killed by SIGKILL; was there too little memory?" in stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+# ---- one run in a folder
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_touches_nothing(corpus, tmp_path):
+    exp_dir = tmp_path / "exp"
+    first = in_fork(small_config(num_epochs=500), options(corpus, exp_dir, save_minutes=0.0, num_workers=1))
     try:
-        assert [run.wait(timeout=60) for run in runs] == [0] * 4
+        wait_for(lambda: newest_first(exp_dir))
+        half_written = exp_dir / ".epoch-1.pt.123.tmp"  # as the first run may have at any moment
+        half_written.write_bytes(b"half")
+        flags = ["--set", "training.num_epochs=500", "--resume", "--num-processes", "2"]
+        second = train(corpus, tmp_path, exp_dir, *flags)
+        assert second.returncode == 1
+        assert re.fullmatch(
+            rf"train: {exp_dir} is in use by another run: process {first.pid} on \S+, started 2\S+\. Wait for it to "
+            r"end, stop it, or choose another --exp-dir\n",
+            second.stderr,
+        ), second.stderr
+        assert half_written.exists() and first.is_alive()
     finally:
-        for run in runs:
-            for pid in (*(children(run.pid) if run.poll() is None else ()), run.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        first.kill()
+        first.join()
+    with locked(exp_dir):  # a killed run leaves no lock, although its loading processes may live for some seconds
+        assert f"process {os.getpid()} " in (exp_dir / ".lock").read_text()
+        with pytest.raises(LockError, match=f"in use by another run: process {os.getpid()} "), locked(exp_dir):
+            raise AssertionError("not to be reached")
+    with locked(exp_dir):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    for exp_dir in (tmp_path / "file" / "below", Path("/proc/splitformer")):  # where not even root can write
+        with pytest.raises(LockError, match=f"--exp-dir {exp_dir} cannot be written to"), locked(exp_dir):
+            raise AssertionError("not to be reached")
+    run = train(corpus, tmp_path, tmp_path / "file" / "below")
+    assert run.returncode == 1 and "cannot be written to" in run.stderr and "training data" not in run.stderr
+
+
+# ---- a rank that hangs
+
+
+@pytest.mark.parametrize("hanging", [1, 0])
+def test_a_rank_that_hangs_is_named_by_the_others(corpus, tmp_path, hanging):
+    exp_dir, log = tmp_path / "exp", tmp_path / "log"
+    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0", "--timeout-minutes", "0.1"]
+    with log.open("w") as file:
+        run = subprocess.Popen(
+            command_of_training(corpus, tmp_path, exp_dir, *flags, "--num-processes", "2"), env=ENV, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+    ranks = {}
+    try:
+        wait_for(lambda: newest_first(exp_dir))
+        ranks = {rank_of(pid): pid for pid in children(run.pid)}
+        assert sorted(ranks) == [0, 1]
+        os.kill(ranks[hanging], signal.SIGSTOP)
+        wait_for(lambda: "--timeout-minutes" in log.read_text(), 40)
+        assert run.wait(timeout=30) == 70, "the rank that hangs is killed"
+    finally:
+        for pid in (*ranks.values(), run.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.wait()
+    text = log.read_text()
+    assert re.search(
+        rf"train: rank {1 - hanging} has waited \d+ s in epoch \d+, batch \d+ \(\w+\) for rank {hanging}(, or the "
+        rf"torchrun through which .* does not answer| \(process {ranks[hanging]} on \S+\), which hangs or is gone): "
+        "look at that process.*--resume",
+        text,
+    ), text
+    assert "_step" in text, "the stack of the rank that waited"
 
 
 def children(pid):
@@ -146,26 +246,25 @@ def rank_of(pid):
     return next((int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")), None)
 
 
-def state(rank, place, doing):
-    return RankState(rank, "node", 100 + rank, place, doing)
-
-
 @pytest.mark.parametrize(
-    ("states", "told"),
+    ("states", "verdict"),
     [
         ("computing 7, loading 7", r"for rank 1 \(process 101 on node\), still loading in epoch 2, batch 7"),
         ("saving 7, computing 8", r"for rank 0 .*, still saving in epoch 2, batch 7"),
         ("waiting 7, validating 7, validating 7", r"for rank 1 .* and rank 2 .*, still validating"),
-        ("computing 7, computing 7", r"same place \(rank 0 computing, rank 1 computing\), which of them is stuck"),
-        ("loading 7, loading 7", r"which of them is stuck cannot be told"),
+        ("computing 7, computing 7", r"same place \(rank 0 computing, rank 1 computing\), so it is unknown which"),
+        ("loading 7, loading 7", r"it is unknown which of them hangs"),
     ],
 )
-def test_who_is_behind(states, told):
+def test_who_is_behind(states, verdict):
     states = [each.split() for each in states.split(", ")]
     watch = Watch(0, len(states), 1.0)
     watch.report(states[0][0], 2, 7)
     now = time.monotonic()
-    heard = {rank: (state(rank, [2, int(batch)], doing), now) for rank, (doing, batch) in enumerate(states)}
-    verdict = watch._verdict(heard, 61.0)
-    assert re.match(rf"rank 0 has waited 61 s in epoch 2, batch 7 .*{told}", verdict), verdict
-    assert "does not answer" in watch._verdict({}, 61.0)
+    known = {
+        rank: (RankState(rank, "node", 100 + rank, [2, int(batch)], doing), now)
+        for rank, (doing, batch) in enumerate(states)
+    }
+    found = watch.verdict(known, 61.0)
+    assert re.match(rf"rank 0 has waited 61 s in epoch 2, batch 7 .*{verdict}", found), found
+    assert "does not answer" in watch.verdict({}, 61.0)

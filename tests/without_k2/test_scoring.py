@@ -1,4 +1,4 @@
-"""Error counts and icefall's two files, against alignments done by hand."""
+"""Error counts and icefall's two files, compared with alignments made by hand."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_errs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ([("a", ["X"], []), ("a", ["X"], [])], "two results for cut 'a'"),
-        ([("a", [], ["X"])], "1 utterances hold no reference word"),
-        ([], "0 utterances hold no reference word"),
+        ([("a", ["X"], []), ("a", ["X"], [])], "there are two results for cut 'a'"),
+        ([("a", [], ["X"])], "the 1 utterances have no reference word"),
+        ([], "the 0 utterances have no reference word"),
         ([("a", ["X", ""], ["X"])], "cut 'a' has an empty word"),
     ],
 )

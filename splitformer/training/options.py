@@ -1,0 +1,47 @@
+"""The options of a training run that do not belong to its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run reads and writes, and how it is carried out; the configuration decides what is trained."""
+
+    exp_dir: Path
+    """folder for epoch-N.pt, training.jsonl and tensorboard/"""
+    train_cuts: tuple[Path, ...]
+    """manifests, or folders in Lhotse's Shar format"""
+    dev_cuts: tuple[Path, ...]
+    """manifests, or folders in Lhotse's Shar format"""
+    lang_dir: Path
+    """folder with bpe.model and tokens.txt"""
+    seed: int = 42
+    """seed of weights, batches, augmentation and dropout"""
+    num_workers: int = 1
+    """data loading processes of each rank"""
+    on_the_fly: bool = False
+    """compute features of the training data from audio"""
+    noise_cuts: tuple[Path, ...] = ()
+    """noise to mix into the training data with probability augment.noise_p"""
+    resume: bool = False
+    """resume from the newest checkpoint, if there is one"""
+    init_from: Path | None = None
+    """checkpoint whose weights to start from, as far as they fit"""
+    freeze_encoder_layers: int = 0
+    """do not train the front end and the first N layers; needs --init-from"""
+    accum_grad: int = 1
+    """micro-batches into which a rank divides its share of a batch; more take less memory"""
+    precision: PrecisionName = "auto"
+    """number format of matrix products; auto chooses by device"""
+    save_minutes: float = 15.0
+    """minutes between checkpoints inside an epoch; 0 saves after every step"""
+    max_skipped: int = 10
+    """largest number of consecutive batches without finite gradients; one more ends the run"""
+    timeout_minutes: float = 30.0
+    """minutes after which ranks stop waiting for one another"""
