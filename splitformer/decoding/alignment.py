@@ -1,4 +1,4 @@
-"""Where known tokens stand: the best CTC alignment. This module needs torch alone."""
+"""The best CTC alignment of known tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from splitformer.decoding.hypothesis import check_log_probs
 
 
 def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The frames at which tokens start in their most probable alignment (Viterbi; Graves et al., ICML 2006).
+    """Return the frames in which tokens start in their most probable alignment (Viterbi; Graves et al., ICML 2006).
 
     Args:
       log_probs: (N, T', V), log-probabilities; symbol 0 is the blank.
-      lengths: (N,), output frames of each utterance; what lies behind them is ignored.
+      lengths: (N,), output frames of each utterance; frames behind them are ignored.
       tokens: the token ids of each utterance.
     Returns:
       for each utterance as many frames as tokens.
     Raises:
-      ValueError: where shapes or lengths do not fit together, a token is outside 1..V-1, or tokens have no alignment
-        of a probability above 0: each takes a frame, and equal neighbours a blank between them.
+      ValueError: shapes or lengths do not fit together, a token is outside 1..V-1, or tokens have no alignment of a
+        probability above 0: each takes a frame, and equal neighbours a blank between them.
     """
     check_log_probs(log_probs, lengths)
     batch, _, vocab_size = log_probs.shape
@@ -30,10 +30,7 @@ def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[
         raise ValueError(f"tokens of {len(tokens)} utterances for log_probs of {batch}: give one sequence for each")
     for utterance, sequence in enumerate(tokens):
         if not all(0 < token < vocab_size for token in sequence):
-            raise ValueError(
-                f"tokens {list(sequence)} of utterance {utterance} leave 1..{vocab_size - 1}: "
-                "give them without blanks, from the model's tokenizer"
-            )
+            raise ValueError(f"tokens {list(sequence)} of utterance {utterance} leave 1..{vocab_size - 1}")
     if batch == 0:
         return []
 
@@ -44,7 +41,7 @@ def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[
     for utterance, sequence in enumerate(tokens):
         labels[utterance, 1 : 2 * len(sequence) : 2] = torch.tensor(sequence, dtype=torch.int64)
     labels = labels.to(device)
-    may_skip = torch.zeros_like(labels, dtype=torch.bool)  # the blank between two tokens that differ
+    may_skip = torch.zeros_like(labels, dtype=torch.bool)  # the blank between two different tokens
     may_skip[:, 2:] = (labels[:, 2:] != 0) & (labels[:, 2:] != labels[:, :-2])
 
     lengths = lengths.to(device)
@@ -73,9 +70,9 @@ def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[
         )
 
     # back from the end; the frame that is written last into a state is the one that entered it
-    state, steps = state.cpu(), torch.stack(steps).cpu() if steps else []
+    state = state.cpu()
     entered = torch.full(labels.shape, frames)
-    for frame in range(frames - 1, -1, -1):
+    for frame, step in reversed(list(enumerate(torch.stack(steps).cpu() if steps else []))):
         entered.scatter_(1, state, frame)
-        state = state - steps[frame].gather(1, state)
+        state = state - step.gather(1, state)
     return [entered[utterance, 1 : 2 * len(sequence) : 2].tolist() for utterance, sequence in enumerate(tokens)]

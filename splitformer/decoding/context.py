@@ -1,9 +1,8 @@
-"""`ContextGraph`: phrases that a search should favour (hot words), as one deterministic automaton over tokens.
+"""Hot words: `ContextGraph`, phrases that a search favours, as one deterministic automaton over tokens.
 
-Shallow-fusion biasing (Zhao et al., Interspeech 2019): while a hypothesis spells a phrase it is given a boost per
-token, and what it was given is taken back where it turns away. The automaton is that of Aho & Corasick (1975) with
-its failure links resolved, so that there is one arc for each state and token, and a search on tensors indexes it.
-This module needs torch alone.
+This is shallow-fusion biasing (Zhao et al., Interspeech 2019). While a hypothesis spells a phrase, each token earns a
+boost. Where it turns away from the phrase, the boost is taken back. The automaton is that of Aho & Corasick (1975) with
+resolved failure links, so that each state has one arc per token and searches can index it as a tensor.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from torch import Tensor
 class ContextGraph:
     """Phrases as an automaton with S states over V tokens; state 0 is the start, token 0 the blank.
 
-    next_state: (S, V) int64, the state after each token. The blank leaves every state as it is.
+    next_state: (S, V) int64, the state after each token. The blank changes no state.
     score: (S, V) float32, nats for each token; 0 for the blank.
-    final_score: (S,) float32, nats for ending there.
+    final_score: (S,) float32, nats for ending in a state.
 
-    What a token sequence gets, `final_score` included, is
+    The score of a token sequence, `final_score` included, is
 
-        sum over phrases and over the places where the phrase stands in the sequence: boost x tokens of the phrase
+        sum over phrases and over their occurrences in the sequence: boost x tokens of the phrase
 
-    Every occurrence counts, whether it overlaps with others or lies inside one. A search that prunes needs to see
-    boosts early, so that an unfinished phrase is credited in advance. That credit is a potential of the state,
+    Every occurrence counts, whether it overlaps with others or lies inside one. A search that prunes needs boosts
+    early, so an unfinished phrase is credited in advance. That credit is a potential of the state,
 
         potential(s) = max over the phrases that s has begun and not ended: boost x tokens matched so far
 
-    (0 where there is none), and an arc from s to r scores potential(r) - potential(s) + what ends at r. Over a
-    sequence potentials cancel out; `final_score` = -potential takes back the last one.
+    (0 without such a phrase). An arc from s to r scores potential(r) - potential(s) + the phrases that end at r. Over a
+    sequence the potentials cancel out; `final_score` = -potential takes back the last one.
     """
 
     next_state: Tensor
@@ -44,20 +43,20 @@ class ContextGraph:
 
     @classmethod
     def build(cls, phrases: Sequence[Sequence[int]], vocab_size: int, boost: float | Sequence[float]) -> ContextGraph:
-        """The graph of `phrases`; it takes 12 bytes for each state and token, and has up to one state a token.
+        """Build the graph of `phrases`. It takes 12 bytes per state and token, and has at most one state per token.
 
         Args:
-          phrases: token ids of each phrase, as the tokenizer spells it. A phrase that is given twice counts once,
-            with the higher boost.
-          vocab_size: V, tokens with the blank.
+          phrases: token ids of each phrase, as the tokenizer spells it. A repeated phrase counts once, with its highest
+            boost.
+          vocab_size: V, tokens including the blank.
           boost: nats per token, above 0; one for all phrases or one for each.
         Raises:
-          ValueError: for no phrase, an empty one, a token outside 1..vocab_size - 1, and boosts that are not finite
-            and above 0 or not as many as phrases.
+          ValueError: there is no phrase or an empty one, a token is outside 1..vocab_size - 1, or boosts are not finite
+            and above 0, or not as many as phrases.
         """
-        boosts = _boost_of_each(phrases, vocab_size, boost)
+        boosts = _checked_boosts(phrases, vocab_size, boost)
 
-        # the trie: a node for each beginning of a phrase
+        # the trie: a node for each prefix of a phrase
         children: list[dict[int, int]] = [{}]
         depth, highest_boost, reward = [0], [0.0], [0.0]
         for phrase, phrase_boost in boosts.items():
@@ -73,8 +72,8 @@ class ContextGraph:
                 node = children[node][token]
             reward[node] = phrase_boost * len(phrase)
 
-        # Breadth first: the failure state of a node (its longest proper suffix in the trie) is less deep, so that its
-        # row is complete. A row is the failure state's, save for the tokens with which a phrase goes on.
+        # Breadth first: the failure state of a node (its longest proper suffix in the trie) is less deep, so its row is
+        # complete. A row is that of the failure state, except for the tokens that continue a phrase.
         next_state = torch.zeros(len(children), vocab_size, dtype=torch.int64)
         failure = [0] * len(children)
         potential = [0.0] * len(children)
@@ -106,24 +105,12 @@ class ContextGraph:
         return self.next_state.shape[1]
 
     def to(self, device: torch.device | str) -> ContextGraph:
-        """The graph on `device`; itself where it is there already."""
-        if self.score.device == torch.device(device):
-            return self
         return ContextGraph(self.next_state.to(device), self.score.to(device), self.final_score.to(device))
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError unless the graph was built for `vocab_size` tokens."""
-        if self.vocab_size != vocab_size:
-            raise ValueError(
-                f"the context graph was built for {self.vocab_size} tokens, the model has {vocab_size}: "
-                f"build it with vocab_size={vocab_size} from phrases that the model's tokenizer spelled"
-            )
-
     def arcs(self) -> Tensor:
-        """(S * V, 4) int32, the arcs as k2.Fsa takes them: from, to, token, and the bits of the float32 score.
+        """Return the arcs for k2.Fsa, sorted by source state: (S * V, 4) int32 of source, target, token and score bits.
 
-        They are sorted by the state that they leave. There is none for the blank, on which nothing changes; each state
-        has one with token -1 and its `final_score` to the final state S.
+        There is none for the blank. Each state has one with token -1 and its `final_score` to the final state S.
         """
         states, tokens = self.next_state.shape
         device = self.next_state.device
@@ -136,26 +123,22 @@ class ContextGraph:
         return torch.cat([arcs, score.view(torch.int32).unsqueeze(1)], dim=1)
 
 
-def _boost_of_each(
+def _checked_boosts(
     phrases: Sequence[Sequence[int]], vocab_size: int, boost: float | Sequence[float]
 ) -> dict[tuple[int, ...], float]:
-    """Each distinct phrase with its boost, or ValueError."""
+    """Return {phrase: its boost}."""
     if len(phrases) == 0:
         raise ValueError("phrases is empty: give one or more, or search without a context graph")
     boosts = [float(boost)] * len(phrases) if isinstance(boost, (int, float)) else [float(b) for b in boost]
     if len(boosts) != len(phrases):
         raise ValueError(f"{len(boosts)} boosts for {len(phrases)} phrases: give one boost for all, or one for each")
-    found: dict[tuple[int, ...], float] = {}
-    for number, (phrase, phrase_boost) in enumerate(zip(phrases, boosts)):
-        spelling = tuple(int(token) for token in phrase)
-        if not spelling:
-            raise ValueError(f"phrase {number} of {len(phrases)} is empty: a phrase has 1 or more tokens; leave it out")
-        if not all(0 < token < vocab_size for token in spelling):
-            raise ValueError(
-                f"phrase {number}, {list(spelling)}, leaves 1..{vocab_size - 1}, the tokens of the vocabulary without "
-                "its blank (0): spell it with the model's tokenizer"
-            )
+    checked: dict[tuple[int, ...], float] = {}
+    for number, (phrase, phrase_boost) in enumerate(zip(map(tuple, phrases), boosts)):
+        if not phrase:
+            raise ValueError(f"phrase {number} of {len(phrases)} is empty: leave it out")
+        if not all(0 < token < vocab_size for token in phrase):
+            raise ValueError(f"phrase {number}, {list(phrase)}, has tokens outside 1..{vocab_size - 1}")
         if not (math.isfinite(phrase_boost) and phrase_boost > 0):
             raise ValueError(f"boost {phrase_boost} of phrase {number} must be finite and above 0, in nats per token")
-        found[spelling] = max(phrase_boost, found.get(spelling, 0.0))
-    return found
+        checked[phrase] = max(phrase_boost, checked.get(phrase, 0.0))
+    return checked

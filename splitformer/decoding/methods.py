@@ -1,4 +1,4 @@
-"""The search methods: the one list that commands, drivers and the report read."""
+"""The list of search methods, which commands, drivers and the report read."""
 
 from __future__ import annotations
 
@@ -13,20 +13,31 @@ Head = Literal["ctc", "transducer"]
 
 @dataclass(frozen=True)
 class SearchMethod:
-    """What is known of a method without running it. Names are icefall's; both heads have a greedy search.
+    """The properties of a method that are known without running it. Names are those of icefall.
 
-    head: the head whose output it searches.
-    graphs: files of the lang_dir that it reads; words: whether it reads words.txt there.
-    lattice: methods that read the same lattice share its options, which are tuned for the first of them.
-    selectable: whether a choice among methods may fall on it: not on an oracle, nor on a correction after the search.
+    head: the head whose output is searched.
+    graphs: graphs of the lang_dir that it reads.
+    words: whether it reads words.txt of the lang_dir.
+    follows: cheaper methods that read the same lattice. The method takes the weights of the first of them that is run:
+      tuning it by itself would cost many times as much, and an oracle would choose by the references.
+    selectable: whether calibration may choose it; not an oracle, nor a correction that follows the search.
     """
 
     name: str
     head: Head
     graphs: tuple[str, ...] = ()
     words: bool = False
-    lattice: str = ""
+    follows: tuple[str, ...] = ()
     selectable: bool = True
+
+
+_HLG = ("1best", "nbest", "whole-lattice-rescoring", "nbest-rescoring", "nbest-oracle")
+"""methods that read the lattice of HLG, the cheapest first"""
+
+
+def _of_hlg(name: str, *graphs: str, selectable: bool = True) -> SearchMethod:
+    graphs = ("HLG.pt", *graphs)
+    return SearchMethod(name, "ctc", graphs, words=True, follows=_HLG[: _HLG.index(name)], selectable=selectable)
 
 
 METHODS: dict[str, SearchMethod] = {
@@ -36,33 +47,33 @@ METHODS: dict[str, SearchMethod] = {
         SearchMethod("greedy_search+lexicon", "ctc", words=True, selectable=False),
         SearchMethod("prefix_beam_search", "ctc"),
         SearchMethod("ctc-decoding", "ctc"),
-        SearchMethod("1best", "ctc", ("HLG.pt",), words=True, lattice="HLG"),
-        SearchMethod("nbest", "ctc", ("HLG.pt",), words=True, lattice="HLG"),
-        SearchMethod("nbest-rescoring", "ctc", ("HLG.pt", "G.pt"), words=True, lattice="HLG"),
-        SearchMethod("whole-lattice-rescoring", "ctc", ("HLG.pt", "G.pt"), words=True, lattice="HLG"),
-        SearchMethod("nbest-oracle", "ctc", ("HLG.pt",), words=True, lattice="HLG", selectable=False),
+        _of_hlg("1best"),
+        _of_hlg("nbest"),
+        _of_hlg("nbest-rescoring", "G.pt"),
+        _of_hlg("whole-lattice-rescoring", "G.pt"),
+        _of_hlg("nbest-oracle", selectable=False),
         SearchMethod("transducer-greedy_search", "transducer"),
         SearchMethod("modified_beam_search", "transducer"),
-        SearchMethod("fast_beam_search", "transducer", lattice="transducer"),
-        SearchMethod("fast_beam_search_nbest", "transducer", lattice="transducer"),
+        SearchMethod("fast_beam_search", "transducer"),
+        SearchMethod("fast_beam_search_nbest", "transducer", follows=("fast_beam_search",)),
         SearchMethod("fast_beam_search_nbest_LG", "transducer", ("LG.pt",), words=True),
     )
 }
-"""Simple methods first, CTC's before the transducer's: the order of tables."""
+"""in the order of tables: simple methods first, CTC's before the transducer's"""
 
 
 def default_methods(heads: Sequence[str]) -> list[str]:
-    """Names for a model with these heads: for CTC alone the greedy path, the same by k2, and HLG; else all."""
+    """Return names for a model with these heads. CTC alone: greedy search, the same with k2, and HLG; otherwise all."""
     if "transducer" not in heads:
         return ["greedy_search", "ctc-decoding", "1best"]
     return [method.name for method in METHODS.values() if method.head in heads]
 
 
 def methods_of(names: Sequence[str] | None, heads: Sequence[str]) -> list[SearchMethod]:
-    """The methods of these names (None: the default ones) for a model with these heads.
+    """Return the methods of these names (None: the default ones) for a model with these heads.
 
     Raises:
-      UserError: a name that is no method, or a method of a head that the model lacks.
+      UserError: a name is no method, or a method of a head that the model lacks.
     """
     names = default_methods(heads) if names is None else names
     known = [method.name for method in METHODS.values() if method.head in heads]

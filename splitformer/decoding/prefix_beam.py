@@ -1,4 +1,4 @@
-"""`prefix_beam_search`: CTC without a graph, summed over alignments. This module needs torch alone."""
+"""`prefix_beam_search`: CTC without a graph, summed over alignments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from splitformer.decoding.alignment import ctc_alignment
 from splitformer.decoding.context import ContextGraph
-from splitformer.decoding.hypothesis import Hypothesis, check_log_probs
-from splitformer.decoding.prefixes import Prefixes, check_no_nan
+from splitformer.decoding.hypothesis import Hypothesis, check_log_probs, check_no_nan
+from splitformer.decoding.prefixes import Prefixes, certain_blank
+from splitformer.model.conformer import valid_frames
 
 
 @torch.no_grad()
@@ -21,25 +22,24 @@ def prefix_beam_search(
     blank_penalty: float = 0.0,
     context: ContextGraph | None = None,
 ) -> list[Hypothesis]:
-    """The most probable token sequence, which greedy search takes for that of the most probable alignment.
+    """Return the most probable token sequences; greedy search returns those of the most probable alignments.
 
-    Prefix search of Graves et al., ICML 2006, section 3.2, with a beam, frame by frame (Hannun et al., "First-pass
-    large vocabulary continuous speech recognition using bi-directional recurrent DNNs", 2014). The B prefixes of all
-    utterances are tensors; the only loop is over frames.
+    This is the prefix search of Graves et al., ICML 2006, section 3.2, with a beam and frame by frame (Hannun et al.,
+    "First-pass large vocabulary continuous speech recognition using bi-directional recurrent DNNs", 2014). The B
+    prefixes of all utterances are tensors; the only loop is over frames.
 
     Args:
       log_probs: (N, T', V), log-probabilities; symbol 0 is the blank.
-      lengths: (N,), output frames of each utterance, in any order; what lies behind them is ignored.
+      lengths: (N,), output frames of each utterance, in any order; frames behind them are ignored.
       beam_size: B, prefixes kept for each utterance.
-      blank_penalty: subtracted from the blank's log-probability in every frame (nats); above 0, fewer deletions.
+      blank_penalty: subtracted from the log-probability of the blank in every frame (nats); above 0, fewer deletions.
       context: phrases to favour, built for V tokens.
     Returns:
       N hypotheses in the order of the batch. `score` is the log of the summed probability of the alignments that
-      survived the beam, less blank_penalty for each blank, plus the score of the context graph. `timestamps` are of
-      the tokens' best alignment (ctc_alignment), which blank_penalty does not change.
+      survived the beam, less blank_penalty for each blank, plus the score of the context graph. `timestamps` are those
+      of the best alignment of the tokens (ctc_alignment), which blank_penalty does not change.
     Raises:
-      ValueError: where shapes, lengths or the context graph's vocabulary do not fit, for NaN, and for beam_size
-        below 1.
+      ValueError: shapes, lengths or the context graph's vocabulary do not fit, there are NaN, or beam_size is below 1.
     """
     prefixes, scores = _search(log_probs, lengths, beam_size, blank_penalty, context)
     if len(scores) == 0:
@@ -52,14 +52,14 @@ def prefix_beam_search(
 
 @torch.no_grad()
 def prefix_beam_uncertainty(log_probs: Tensor, lengths: Tensor, beam_size: int = 8) -> Tensor:
-    """How doubtful the most probable token sequence is beside the others of the beam.
+    """Return how uncertain the most probable token sequences are, given the others of the beam.
 
-    The n-best posterior (arXiv 2309.09546, section 3): the share of the best prefix in the probability of all that
-    the beam holds at the end.
+    The n-best posterior (arXiv 2309.09546, section 3) is the share of the best prefix in the probability of all
+    prefixes that are in the beam after the last frame.
 
-    Args, raises: as prefix_beam_search.
+    Args, Raises: as prefix_beam_search.
     Returns:
-      (N,) minus the log of the posterior: 0 where nothing competes.
+      (N,), minus the log of the n-best posterior: 0 where nothing competes.
     """
     _, scores = _search(log_probs, lengths, beam_size)
     return scores.logsumexp(dim=1) - scores.max(dim=1).values
@@ -72,18 +72,16 @@ def _search(
     blank_penalty: float = 0.0,
     context: ContextGraph | None = None,
 ) -> tuple[Prefixes, Tensor]:
-    """The beam after the last frame, and the score of each of its prefixes, (N, B)."""
+    """Return the beam after the last frame, and the scores (N, B) of its prefixes."""
     check_log_probs(log_probs, lengths)
     batch, _, vocab_size = log_probs.shape
     prefixes = Prefixes(batch, beam_size, vocab_size, context, log_probs.device)
     lengths = lengths.to(log_probs.device)
     frames = int(lengths.max()) if batch else 0
-    inside = torch.arange(frames, device=log_probs.device) < lengths.unsqueeze(1)
+    inside = valid_frames(lengths, frames)
     check_no_nan(log_probs[:, :frames], inside, "log_probs")
-    # behind its end an utterance goes on with a blank of probability 1, which changes nothing
-    certain_blank = torch.full((vocab_size,), -math.inf, dtype=torch.float64, device=log_probs.device)
-    certain_blank[0] = 0.0
-    penalty = torch.zeros_like(certain_blank)
+    outside_log_prob = certain_blank(vocab_size, log_probs.device)
+    penalty = torch.zeros_like(outside_log_prob)
     penalty[0] = blank_penalty
 
     # log-probabilities (N, B) of a prefix by alignments that end in a blank, and in its last token
@@ -91,7 +89,7 @@ def _search(
     ends_in_token = torch.full_like(ends_in_blank, -math.inf)
     for frame in range(frames):
         symbol_log_prob = log_probs[:, frame].double() - penalty  # (N, V)
-        symbol_log_prob = torch.where(inside[:, frame : frame + 1], symbol_log_prob, certain_blank)
+        symbol_log_prob = torch.where(inside[:, frame : frame + 1], symbol_log_prob, outside_log_prob)
         last = prefixes.last
         last_log_prob = symbol_log_prob.gather(1, last)
         total = torch.logaddexp(ends_in_blank, ends_in_token)

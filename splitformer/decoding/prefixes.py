@@ -1,8 +1,8 @@
-"""The beam of prefix_beam_search and modified_beam_search: token sequences ("prefixes") as tensors (N, B).
+"""The beam of `prefix_beam_search` and `modified_beam_search`: token sequences ("prefixes") as tensors (N, B).
 
-In each frame a prefix is kept as it is or extended by one token. Prefixes in a beam differ, so that two candidates
-are equal in one case alone: a prefix was kept, and its parent (the prefix less its last token), in the beam too, was
-extended by that token. Hence merging compares B x B keys and not B x V sequences. This module needs torch alone.
+In each frame a prefix is kept as it is or extended by one token. The prefixes of a beam differ, so two candidates are
+equal in one case only: a prefix was kept, and its parent (the prefix less its last token), also in the beam, was
+extended by that token. Merging therefore compares B x B keys instead of B x V sequences.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SPREAD, _MIX, _POSITIVE = 0x9E3779B97F4A7C1, 0x5851F42D4C957F2D, 0x7FFFFFFFFFFF
 
 @dataclass(frozen=True)
 class Choice:
-    """The B best candidates of a frame, the best first; each is (N, B).
+    """The B best candidates of a frame, the best first; each field is (N, B).
 
-    index: where in the V x B candidates of the utterance they were.
-    source: the slot of the beam that they were made from.
-    symbol: the token that they add; 0 for a prefix that was kept.
+    index: the position among the B x V candidates of the utterance.
+    source: the slot of the beam that the candidate was made from.
+    symbol: the token that it adds; 0 for a prefix that was kept.
 
-    Where there are fewer candidates than slots, the last slots hold some of log-probability -inf, and do so for good.
+    With fewer candidates than slots, the last slots hold candidates of log-probability -inf, and keep it.
     """
 
     index: Tensor
@@ -36,16 +36,13 @@ class Choice:
 
 
 class Prefixes:
-    """What the prefixes of a beam are; how probable they are is the search's. It starts with the empty prefix.
+    """The token sequences of a beam; the search keeps their probabilities. A beam starts with the empty prefix.
+
+    A prefix is identified by a 63-bit hash of its tokens. Two different prefixes collide with a probability of about
+    1e-19 for each pair that is compared.
 
     last: (N, B), the last token; 0 for the empty prefix.
     num_tokens: (N, B).
-
-    A prefix is known by a 63-bit hash of its tokens: that two differ and have one hash has a chance of about 1e-19 for
-    each pair that is compared.
-
-    Raises:
-      ValueError: where beam_size is below 1 or the context graph is of another vocabulary.
     """
 
     def __init__(
@@ -53,8 +50,11 @@ class Prefixes:
     ) -> None:
         if beam_size < 1:
             raise ValueError(f"beam_size {beam_size} must be 1 or more, the hypotheses kept for each utterance")
-        if context is not None:
-            context.check_vocabulary(vocab_size)
+        if context is not None and context.vocab_size != vocab_size:
+            raise ValueError(
+                f"the context graph was built for {context.vocab_size} tokens, the model has {vocab_size}: build it "
+                "from phrases that the model's tokenizer spelled"
+            )
         self._context = None if context is None else context.to(device)
         self._beam_size = beam_size
         self.last = torch.zeros(batch, beam_size, dtype=torch.int64, device=device)
@@ -66,21 +66,22 @@ class Prefixes:
         self._trace: list[tuple[Tensor, Tensor]] = []
 
     def only_first(self) -> Tensor:
-        """(N, B) float64: log-probability 0 in the first slot, -inf in the others. A beam starts so."""
+        """Return the initial log-probabilities (N, B) float64: 0 in the first slot, -inf in the others."""
         log_prob = torch.full_like(self._bonus, -math.inf)
         log_prob[:, 0] = 0.0
         return log_prob
 
     def through_parents(self, candidates: Tensor) -> Tensor:
-        """(N, B, B): at [n, j, i] the candidate that makes prefix i of its parent j, -inf where j is not its parent.
+        """Return (N, B, B): at [n, j, i] the candidate that extends prefix j to prefix i, -inf if j is not its parent.
 
-        candidates: (N, B, V), each prefix extended by each token.
+        Args:
+          candidates: (N, B, V), each prefix extended by each token.
         """
         extended = candidates.gather(2, self.last.unsqueeze(1).expand(-1, self._beam_size, -1))
         return extended.masked_fill(~self._is_parent(), -math.inf)
 
     def drop_merged(self, candidates: Tensor) -> None:
-        """Set to -inf, in place, the candidates that `through_parents` gives: what they say is in the beam already."""
+        """Set the candidates that `through_parents` returns to -inf, in place: their sequences are in the beam."""
         # added and not assigned: other prefixes may end in the same token and are no children of j
         removed = torch.zeros_like(candidates[:, :, :1]).masked_fill(self._is_parent(), -math.inf)
         candidates.scatter_add_(2, self.last.unsqueeze(1).expand(-1, self._beam_size, -1), removed)
@@ -89,9 +90,10 @@ class Prefixes:
         return self._key.unsqueeze(2) == self._parent_key.unsqueeze(1)
 
     def advance(self, candidates: Tensor) -> Choice:
-        """Choose the best B candidates, each with its score in the context graph, and let the beam be them.
+        """Replace the beam by the B best candidates, each ranked with its score in the context graph, and return them.
 
-        candidates: (N, B, V) float64, log-probabilities; column 0 is the prefix kept as it is.
+        Args:
+          candidates: (N, B, V) float64, log-probabilities; column 0 is the prefix kept as it is.
         """
         vocab_size = candidates.shape[2]
         if self._context is None:
@@ -103,8 +105,7 @@ class Prefixes:
         possible, kept = value > -math.inf, symbol == 0
 
         key = self._key.gather(1, source)
-        # A slot of log-probability -inf may hold a copy of a prefix that another slot holds: the parent's mass is
-        # for that one alone.
+        # a slot of log-probability -inf may copy the prefix of another slot, to which alone the parent's mass belongs
         parent_key = torch.where(kept, self._parent_key.gather(1, source), key)
         self._parent_key = parent_key.masked_fill(~possible, _NO_KEY)
         self._key = torch.where(kept, key, _extended_key(key, symbol))
@@ -117,15 +118,15 @@ class Prefixes:
         return Choice(index, source, symbol)
 
     def context_total(self) -> Tensor | float:
-        """(N, B), what the prefixes get from the context graph if they end now; 0 without one."""
+        """Return the scores (N, B) of the prefixes in the context graph if they end now; 0 without a graph."""
         return 0.0 if self._context is None else self._bonus + self._context.final_score[self._state]
 
     def record(self, source: Tensor, symbol: Tensor) -> None:
-        """Remember for a frame, each (N, B), from which slot a hypothesis came, and what was emitted (0: nothing)."""
+        """Remember for a frame the slot that each hypothesis came from and its token (0: none), each (N, B)."""
         self._trace.append((source, symbol))
 
     def trace(self, slot: Tensor) -> list[tuple[list[int], list[int]]]:
-        """For each utterance the tokens that led to slot (N,), and the frames in which they were recorded."""
+        """Return for each utterance the tokens that led to `slot` (N,), and the frames in which they were recorded."""
         slot = slot.cpu().unsqueeze(1)
         symbols = torch.zeros(len(slot), len(self._trace), dtype=torch.int64)
         if self._trace:
@@ -139,12 +140,16 @@ class Prefixes:
 
 
 def _extended_key(key: Tensor, symbol: Tensor) -> Tensor:
-    """The hash of a prefix with one more token. Products wrap around; the result is not negative, as _NO_KEY is."""
+    """Return the hash of a prefix with one more token. Products wrap around; the result is never negative (_NO_KEY)."""
     mixed = (key ^ ((symbol + 1) * _SPREAD)) * _MIX
     return (mixed ^ (mixed >> 29)) & _POSITIVE
 
 
-def check_no_nan(values: Tensor, inside: Tensor, name: str) -> None:
-    """Raises ValueError where values (N, T', ...) hold NaN in a frame that is `inside` (N, T') its utterance."""
-    if (torch.isnan(values).any(dim=2) & inside).any():
-        raise ValueError(f"{name} hold NaN: has the training diverged?")
+def certain_blank(vocab_size: int, device: torch.device) -> Tensor:
+    """Return the log-probabilities (V,) float64 of a frame behind the end of an utterance: the blank has probability 1.
+
+    Such a frame changes neither prefixes nor scores.
+    """
+    log_prob = torch.full((vocab_size,), -math.inf, dtype=torch.float64, device=device)
+    log_prob[0] = 0.0
+    return log_prob

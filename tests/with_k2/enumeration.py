@@ -11,8 +11,9 @@ import torch
 
 from splitformer.corpora.lexicon import prepare_lang
 from splitformer.corpora.ngram import BOS, EOS, NgramModel
-from splitformer.decoding.ctc import Beam
-from splitformer.decoding.hypothesis import Hypothesis
+from splitformer.decoding import nbest
+from splitformer.decoding.ctc import NBEST_BEAM, Beam, hlg_lattice
+from splitformer.decoding.hypothesis import Hypothesis, SearchResult, UncertainResult
 
 WIDE = Beam(search_beam=100.0, output_beam=5.0, min_active_states=1000, max_active_states=100000)
 
@@ -118,3 +119,14 @@ def enumerated(log_probs: torch.Tensor, blank_penalty: float = 0.0) -> dict[tupl
     for entry in found.values():
         entry[0] = math.log(entry[0])
     return found
+
+
+def one_best(log_probs, lengths, hlg, words, **weights) -> SearchResult:
+    return hlg_lattice(log_probs, lengths, hlg, words, **weights).one_best()
+
+
+def one_best_with_uncertainty(
+    log_probs, lengths, hlg, words, num_paths=200, nbest_scale=1.0, beam=NBEST_BEAM, **weights
+) -> UncertainResult:
+    lattice = hlg_lattice(log_probs, lengths, hlg, words, beam=beam, **weights)
+    return nbest.one_best_with_uncertainty(lattice, num_paths, nbest_scale)

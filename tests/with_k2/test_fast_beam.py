@@ -15,17 +15,13 @@ import torch
 from splitformer.corpora.lexicon import prepare_lang
 from splitformer.corpora.ngram import EOS, NgramModel, estimate_arpa
 from splitformer.decoding.context import ContextGraph
-from splitformer.decoding.fast_beam import (
-    FAST_BEAM,
-    fast_beam_search,
-    fast_beam_search_nbest,
-    fast_beam_search_nbest_LG,
-)
-from splitformer.decoding.graphs import compile_lg, context_graph_fsa, trivial_graph
+from splitformer.decoding.fast_beam import FAST_BEAM, FastBeam, transducer_lattice
+from splitformer.decoding.graphs import compile_lg, context_graph_fsa, load_graph, save_graph, trivial_graph
 from splitformer.decoding.greedy import transducer_greedy_search
-from splitformer.decoding.lang import load_graph, read_symbols, save_graph
+from splitformer.decoding.lang import read_symbols
+from splitformer.decoding.lattice import Lattice
 from splitformer.decoding.modified_beam import modified_beam_search
-from splitformer.decoding.transducer_lattice import FastBeam
+from splitformer.decoding.nbest import most_probable
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 
@@ -117,9 +113,9 @@ def test_best_path_equals_enumeration(context_size, frames):
         encoder_out, penalty = frames_of(seed, 1, frames), 0.7 * (seed % 3)
         scores = alignments(decoder, joiner, encoder_out[0], range(1, V), penalty)
         best = winner(scores)
-        found = single(
-            fast_beam_search(decoder, joiner, encoder_out, torch.tensor([frames]), graph, WIDE, blank_penalty=penalty)
-        )
+        lengths = torch.tensor([frames])
+        lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, graph, blank_penalty=penalty, beam=WIDE)
+        found = single(lattice.one_best())
         assert (found.tokens, found.timestamps) == (tokens_of(best), frames_spoken(best))
         assert found.score == pytest.approx(scores[best], abs=1e-4)
         assert found.score >= max(scores.values()) - 1e-4 and found.words is None
@@ -136,21 +132,14 @@ def test_nbest_equals_the_highest_sum_of_alignments():
         totals = summed((tuple(tokens_of(alignment)), score) for alignment, score in scores.items())
         best = winner(totals)
         own = {alignment: score for alignment, score in scores.items() if tuple(tokens_of(alignment)) == best}
-        found = single(
-            fast_beam_search_nbest(
-                decoder, joiner, encoder_out, torch.tensor([4]), graph, WIDE, num_paths=2000, nbest_scale=0.5
-            )
-        )
+        lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([4]), graph, beam=WIDE)
+        found = single(most_probable(lattice, 2000, 0.5))
         assert tuple(found.tokens) == best
         assert found.timestamps == frames_spoken(max(own, key=own.get))
         assert found.score == pytest.approx(totals[best], abs=1e-4)
         best_path = tuple(tokens_of(max(scores, key=scores.get)))
         differs += best_path != best
-        few = single(
-            fast_beam_search_nbest(
-                decoder, joiner, encoder_out, torch.tensor([4]), graph, WIDE, num_paths=1, nbest_scale=0.1
-            )
-        )
+        few = single(most_probable(lattice, 1, 0.1))
         assert few.score >= totals[best_path] - 1e-4
     assert differs > 0  # the best path alone is not the answer
 
@@ -227,9 +216,7 @@ def test_LG_best_path_equals_enumeration(small, scale):
         }
         alignment, sentence = best = winner(totals)
         found = single(
-            fast_beam_search(
-                decoder, joiner, encoder_out, torch.tensor([5]), lg, WIDE, 0.5, words=words, ngram_lm_scale=scale
-            )
+            transducer_lattice(decoder, joiner, encoder_out, torch.tensor([5]), lg, words, 0.5, scale, WIDE).one_best()
         )
         assert tuple(found.words) == sentence
         assert (found.tokens, found.timestamps) == (tokens_of(alignment), frames_spoken(alignment))
@@ -273,11 +260,8 @@ def test_nbest_LG_equals_the_highest_sum_of_paths(small, scale):
         best = winner(totals)
         own = {alignment: score for (sentence, alignment), score in scores if sentence == best}
         alignment = max(own, key=own.get)
-        found = single(
-            fast_beam_search_nbest_LG(
-                decoder, joiner, encoder_out, torch.tensor([4]), lg, words, WIDE, num_paths=3000, ngram_lm_scale=scale
-            )
-        )
+        lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([4]), lg, words, 0.0, scale, WIDE)
+        found = single(most_probable(lattice, 3000))
         assert found.words == [words[i] for i in best]
         assert (found.tokens, found.timestamps) == (tokens_of(alignment), frames_spoken(alignment))
         assert found.score == pytest.approx(totals[best], abs=1e-3)
@@ -310,17 +294,18 @@ def test_context_automaton_equals_enumeration(search):
                 score += context.score[state, token].item()
                 state = int(context.next_state[state, token])
             scores[alignment] = score + context.final_score[state].item()
-        arguments = decoder, joiner, encoder_out, torch.tensor([4]), context_graph_fsa(context), WIDE
+        graph = context_graph_fsa(context)
+        lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([4]), graph, beam=WIDE)
         if search == "best":
             best = winner(scores)
-            found = single(fast_beam_search(*arguments))
+            found = single(lattice.one_best())
             assert (found.tokens, found.timestamps) == (tokens_of(best), frames_spoken(best))
             assert found.score == pytest.approx(scores[best], abs=1e-4)
             changed += best != max(plain, key=plain.get)
         else:
             totals = summed((tuple(tokens_of(alignment)), score) for alignment, score in scores.items())
             best = winner(totals)
-            found = single(fast_beam_search_nbest(*arguments, num_paths=2000))
+            found = single(most_probable(lattice, 2000))
             assert tuple(found.tokens) == best
             assert found.score == pytest.approx(totals[best], abs=1e-4)
             changed += best != tuple(tokens_of(max(plain, key=plain.get)))
@@ -339,12 +324,9 @@ def test_batch_order_and_padding_change_nothing(small, kind):
     graph = {"LG": lg, "nbest_LG": lg, "context": context_graph_fsa(biasing(4))}.get(kind, trivial_graph(V))
 
     def search(encoder_out, lengths):
-        arguments = decoder, joiner, encoder_out, lengths, graph
-        if kind == "nbest":
-            return fast_beam_search_nbest(*arguments, beam, num_paths=50)
-        if kind == "nbest_LG":
-            return fast_beam_search_nbest_LG(*arguments, words, beam, num_paths=50)
-        return fast_beam_search(*arguments, beam, words=words if kind == "LG" else None)
+        symbols = words if "LG" in kind else None
+        lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, graph, symbols, beam=beam)
+        return most_probable(lattice, 50) if "nbest" in kind else lattice.one_best()
 
     encoder_out, lengths = frames_of(7, 6, 12), torch.tensor([7, 12, 0, 1, 12, 3])
     together, fallen_back = search(encoder_out, lengths)
@@ -369,16 +351,19 @@ def test_empty_lattices_are_named_and_fall_back():
     with torch.no_grad():
         joiner.output_linear.bias[0] += 8.0  # greedy search finds blanks, whose score shows the penalty
     encoder_out, lengths = frames_of(5, 4, 6), torch.tensor([2, 6, 0, 3])
-    for search in (fast_beam_search, fast_beam_search_nbest):
-        found, fallen_back = search(decoder, joiner, encoder_out, lengths, graph, WIDE, 0.5)
+    for search in (Lattice.one_best, most_probable):
+        found, fallen_back = search(
+            transducer_lattice(decoder, joiner, encoder_out, lengths, graph, blank_penalty=0.5, beam=WIDE)
+        )
         assert fallen_back == [0]
         greedy = transducer_greedy_search(decoder, joiner, encoder_out[:1], lengths[:1], blank_penalty=0.5)
         assert same(found[0], greedy[0])
         assert found[1].tokens == found[3].tokens == [1, 2, 3] and found[3].timestamps == [0, 1, 2]
         assert found[2].tokens == []
         # all of them empty, and a batch without any frame
-        assert search(decoder, joiner, encoder_out, torch.tensor([1, 2, 2, 1]), graph, WIDE)[1] == [0, 1, 2, 3]
-        found, fallen_back = search(decoder, joiner, encoder_out, torch.tensor([0, 0, 0, 0]), graph, WIDE)
+        lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([1, 2, 2, 1]), graph, beam=WIDE)
+        assert search(lattice).fallbacks == [0, 1, 2, 3]
+        found, fallen_back = search(transducer_lattice(decoder, joiner, encoder_out, torch.zeros(4).int(), graph))
         assert [hypothesis.tokens for hypothesis in found] == [[]] * 4 and fallen_back == []
 
 
@@ -392,14 +377,15 @@ def test_a_narrow_beam_that_ends_inside_a_word_falls_back(tmp_path):
         joiner.output_linear.bias[4] += 6.0  # b is what it hears most
     encoder_out, lengths = frames_of(0, 12, 4), torch.full((12,), 4)
     narrow = FastBeam(beam=20.0, max_contexts=1, max_states=2)
-    for search in (fast_beam_search, fast_beam_search_nbest_LG):
-        found, fallen_back = search(decoder, joiner, encoder_out, lengths, lg, beam=narrow, words=words)
+    for search in (Lattice.one_best, most_probable):
+        found, fallen_back = search(transducer_lattice(decoder, joiner, encoder_out, lengths, lg, words, beam=narrow))
         assert 0 < len(fallen_back) < 12
         greedy = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
         for i, hypothesis in enumerate(found):
             assert (hypothesis.words is None) == (i in fallen_back)
             assert i not in fallen_back or same(hypothesis, greedy[i])
-        assert search(decoder, joiner, encoder_out, lengths, lg, beam=WIDE, words=words)[1] == []
+        lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, lg, words, beam=WIDE)
+        assert search(lattice).fallbacks == []
 
 
 def test_an_end_beyond_the_beam_is_not_lost():
@@ -410,7 +396,8 @@ def test_an_end_beyond_the_beam_is_not_lost():
     narrow = FastBeam(beam=1.0, max_contexts=2, max_states=4)
     ends = (replace(context, final_score=torch.full((3,), score)) for score in (0.0, -50.0))
     (free, _), (dear, fallen_back) = (
-        fast_beam_search(decoder, joiner, encoder_out, lengths, context_graph_fsa(end), narrow) for end in ends
+        transducer_lattice(decoder, joiner, encoder_out, lengths, context_graph_fsa(end), beam=narrow).one_best()
+        for end in ends
     )
     assert fallen_back == []
     assert [a.tokens for a in dear] == [b.tokens for b in free]
@@ -423,7 +410,7 @@ def test_a_wide_beam_is_never_worse_than_modified_beam_search():
     for seed in range(12):
         decoder, joiner = transducer(seed)
         encoder_out, lengths = frames_of(seed, 3, 16), torch.tensor([16, 9, 12])
-        fast, _ = fast_beam_search(decoder, joiner, encoder_out, lengths, trivial_graph(V), WIDE)
+        fast, _ = transducer_lattice(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam=WIDE).one_best()
         for length_norm in (False, True):
             modified = modified_beam_search(decoder, joiner, encoder_out, lengths, length_norm=length_norm)
             for i, hypothesis in enumerate(modified):
@@ -431,7 +418,7 @@ def test_a_wide_beam_is_never_worse_than_modified_beam_search():
                 only = k2.linear_fsa(hypothesis.tokens)
                 only.vocab_size = V
                 own = encoder_out[i : i + 1], lengths[i : i + 1]
-                [best_alignment], _ = fast_beam_search(decoder, joiner, *own, only, WIDE)
+                [best_alignment], _ = transducer_lattice(decoder, joiner, *own, only, beam=WIDE).one_best()
                 assert best_alignment.tokens == hypothesis.tokens
                 assert best_alignment.score <= fast[i].score + 1e-4
                 improved += best_alignment.score < fast[i].score - 1e-4
@@ -441,9 +428,10 @@ def test_a_wide_beam_is_never_worse_than_modified_beam_search():
 def test_narrow_beams_still_find_a_path():
     decoder, joiner = transducer(6)
     encoder_out, lengths = frames_of(6, 3, 30), torch.tensor([30, 20, 11])
-    wide, _ = fast_beam_search(decoder, joiner, encoder_out, lengths, trivial_graph(V), WIDE)
+    wide, _ = transducer_lattice(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam=WIDE).one_best()
     for beam in (FAST_BEAM, FastBeam(1.0, 1, 2), FastBeam(0.01, 1, 2), FastBeam(20.0, 2, 4)):
-        found, fallen_back = fast_beam_search(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam)
+        lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam=beam)
+        found, fallen_back = lattice.one_best()
         assert fallen_back == []
         assert all(a.score <= b.score + 1e-4 for a, b in zip(found, wide))
     greedy = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
@@ -454,9 +442,9 @@ def test_wrong_arguments_are_named(small):
     lg, words, _ = small
     decoder, joiner = transducer(0)
     encoder_out, lengths = frames_of(0, 2, 4), torch.tensor([4, 3])
-    search = fast_beam_search
+    search = transducer_lattice
     for graph in (lg, trivial_graph(5), context_graph_fsa(ContextGraph.build([[1]], 5, 1.0))):
-        with pytest.raises(ValueError, match="made for 5 tokens, the decoder has 4"):
+        with pytest.raises(ValueError, match="made for 5 tokens, the model has 4"):
             search(decoder, joiner, encoder_out, lengths, graph)
     graph = trivial_graph(V)
     with pytest.raises(ValueError, match=r"0\.\.4"):
@@ -474,7 +462,7 @@ def test_wrong_arguments_are_named(small):
     with pytest.raises(ValueError, match="epsilons"):
         search(decoder, joiner, encoder_out, lengths, k2.linear_fsa([1, 0, 3]))
     with pytest.raises(ValueError, match="num_paths 0"):
-        fast_beam_search_nbest(decoder, joiner, encoder_out, lengths, graph, num_paths=0)
+        most_probable(search(decoder, joiner, encoder_out, lengths, graph), num_paths=0)
     for wrong in ((0.0, 8, 64), (20.0, 0, 64), (20.0, 8, 8)):
         with pytest.raises(ValueError, match="FastBeam"):
             FastBeam(*wrong)

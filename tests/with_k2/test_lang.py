@@ -8,7 +8,8 @@ import torch
 
 from splitformer.checkpoint import save_checkpoint
 from splitformer.corpora.lexicon import add_disambiguation_symbols, lexicon_to_fst, prepare_lang
-from splitformer.decoding.lang import GraphError, load_graph, read_symbols, save_graph
+from splitformer.decoding.graphs import GraphError, load_graph, save_graph
+from splitformer.decoding.lang import read_symbols
 
 TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b", "c"]
 # AB begins ABC; BEE and BE are spelled alike and begin BC's neighbour; C is free
@@ -109,7 +110,7 @@ def test_states_and_properties_of_the_fst():
         (["C", "#3"], "#3: reserved"),
     ],
 )
-def test_errors_name_the_word(lang_dir, words, message):
+def test_wrong_words_are_named(lang_dir, words, message):
     with pytest.raises(ValueError, match=message):
         prepare_lang(lang_dir, words, lambda word: SPELLINGS.get(word, [3, 2]))
     assert not (lang_dir / "L.pt").exists()
@@ -133,7 +134,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("damage", ["payload", "whole", "truncated", "other"])
-def test_a_graph_of_doubtful_origin_is_refused_and_runs_nothing(lang_dir, tmp_path, damage):
+def test_a_damaged_or_malicious_graph_is_refused_and_runs_nothing(lang_dir, tmp_path, damage):
     prepare_lang(lang_dir, SPELLINGS, SPELLINGS.__getitem__)
     graph, planted = lang_dir / "L.pt", tmp_path / "planted"
     if damage == "payload":
@@ -144,7 +145,7 @@ def test_a_graph_of_doubtful_origin_is_refused_and_runs_nothing(lang_dir, tmp_pa
         graph.write_bytes(graph.read_bytes()[:-100])
     else:
         save_checkpoint(graph, {"model": {"w": torch.zeros(2)}, "config": {}})
-    with pytest.raises(GraphError, match=r"L\.pt .*: remove it, and \./prepare\.sh makes it again"):
+    with pytest.raises(GraphError, match=r"L\.pt .*: remove it, and the lang stage of \./prepare\.sh makes it again"):
         load_graph(graph)
     assert not planted.exists()
 

@@ -8,21 +8,22 @@ import shutil
 
 import pytest
 import torch
+from kaldialign import edit_distance
 
 from splitformer.corpora.ngram import estimate_arpa
-from splitformer.decoding.ctc import Beam, one_best
-from splitformer.decoding.graphs import compile_g, compile_hlg
+from splitformer.decoding.ctc import NBEST_BEAM, Beam, hlg_lattice
+from splitformer.decoding.graphs import compile_g, compile_hlg, load_lang_graph, save_graph
 from splitformer.decoding.greedy import ctc_greedy_search
-from splitformer.decoding.lang import read_symbols, save_graph
-from splitformer.decoding.nbest import nbest, nbest_oracle, nbest_rescoring, whole_lattice_rescoring
-from splitformer.decoding.searches import load_lang_graph
-from splitformer.scoring import word_errors
+from splitformer.decoding.lang import read_symbols
+from splitformer.decoding.nbest import nbest, nbest_rescoring, whole_lattice_rescoring
+from splitformer.errors import UserError
 from tests.with_k2.enumeration import (
     SPELLINGS,
     TOKENS,
     acoustic_scores,
     graph_score,
     make_small_lang,
+    one_best,
     random_log_probs,
     word_sequences,
 )
@@ -97,7 +98,7 @@ def test_nbest_equals_enumeration(graphs, words, modified, order, hlg_scale):
     for seed in range(4):
         log_probs, lengths = random_log_probs(FRAMES, len(TOKENS), seed), torch.tensor([FRAMES])
         weights = {"hlg_scale": hlg_scale, "blank_penalty": 0.5 * seed, "beam": ALL}
-        [found], fallbacks = nbest(log_probs, lengths, hlg, words, 2000, **weights)
+        [found], fallbacks = nbest(hlg_lattice(log_probs, lengths, hlg, words, **weights), 2000)
         check(found, fallbacks, totals(log_probs, modified, model, hlg_scale, 0.5 * seed))
         [best], _ = one_best(log_probs, lengths, hlg, words, **weights)
         assert (found.words, found.tokens, found.timestamps) == (best.words, best.tokens, best.timestamps)
@@ -114,14 +115,13 @@ def test_rescoring_equals_enumeration(graphs, words, modified, order, g_order, h
     for seed in range(4):
         log_probs, lengths = random_log_probs(FRAMES, len(TOKENS), seed), torch.tensor([FRAMES])
         weights = {"hlg_scale": hlg_scale, "blank_penalty": 0.3 * seed, "beam": ALL}
-        drawn = nbest_rescoring(
-            log_probs, lengths, hlg, words, g, LM_SCALES, num_paths=4000, nbest_scale=0.1, **weights
-        )
-        whole = whole_lattice_rescoring(log_probs, lengths, hlg, words, g, LM_SCALES, **weights)
+        lattice = hlg_lattice(log_probs, lengths, hlg, words, **weights)
         for lm_scale in LM_SCALES:
             expected = totals(log_probs, modified, model, lm_scale, 0.3 * seed)
-            for result in (drawn, whole):
-                [found], fallbacks = result[lm_scale]
+            for [found], fallbacks in (
+                nbest_rescoring(lattice, g, lm_scale, num_paths=4000, nbest_scale=0.1),
+                whole_lattice_rescoring(lattice, g, lm_scale),
+            ):
                 check(found, fallbacks, expected)
 
 
@@ -132,22 +132,23 @@ def test_backing_off_needs_no_frame_of_its_own(graphs, words):
     for alignment in itertools.product((3, 4), repeat=FRAMES):
         log_probs = torch.full((1, FRAMES, len(TOKENS)), -60.0)
         log_probs[0, torch.arange(FRAMES), torch.tensor(alignment)] = 0.0
-        batch = (log_probs, torch.tensor([FRAMES]), hlg, words, g, [0.6])
-        drawn = nbest_rescoring(*batch, num_paths=4000, nbest_scale=0.1, beam=ALL)
-        for result in (drawn, whole_lattice_rescoring(*batch, beam=ALL)):
-            [found], fallbacks = result[0.6]
-            check(found, fallbacks, totals(log_probs, True, model, 0.6))
+        lattice = hlg_lattice(log_probs, torch.tensor([FRAMES]), hlg, words, beam=ALL)
+        expected = totals(log_probs, True, model, 0.6)
+        drawn = nbest_rescoring(lattice, g, 0.6, num_paths=4000, nbest_scale=0.1)
+        for [found], fallbacks in (drawn, whole_lattice_rescoring(lattice, g, 0.6)):
+            check(found, fallbacks, expected)
 
 
 def test_rescoring_with_the_same_model_changes_nothing(graphs, words):
     hlg, g = graphs(2, False)[0], graphs(2)[0]
     batch = torch.cat([random_log_probs(40, len(TOKENS), seed) for seed in range(6)]), torch.full((6,), 40)
     for scale in (0.5, 2.0):
-        best, _ = one_best(*batch, hlg, words, scale)
-        same, _ = whole_lattice_rescoring(*batch, hlg, words, g, [scale], hlg_scale=scale)[scale]
+        lattice = hlg_lattice(*batch, hlg, words, scale, beam=NBEST_BEAM)
+        best, _ = one_best(*batch, hlg, words, hlg_scale=scale)
+        same, _ = whole_lattice_rescoring(lattice, g, scale)
         for found, expected in zip(same, best):
             assert found.words == expected.words and found.score == pytest.approx(expected.score, abs=1e-3)
-        others, _ = whole_lattice_rescoring(*batch, hlg, words, graphs(3)[0], [scale], hlg_scale=scale)[scale]
+        others, _ = whole_lattice_rescoring(lattice, graphs(3)[0], scale)
         assert [h.words for h in others] != [h.words for h in best]
 
 
@@ -156,30 +157,29 @@ def test_oracle_is_a_lower_bound_of_nbest(graphs, words):
     log_probs = torch.cat([random_log_probs(8, len(TOKENS), seed) for seed in range(12)])
     lengths = torch.tensor([8, 7, 6, 5] * 3)
     references = [["A", "B"], ["BA"], ["AB", "AB"], ["B", "A", "A2"]] * 3
-    options = {"num_paths": 50, "beam": ALL}
-    found, _ = nbest(log_probs, lengths, hlg, words, **options)
-    oracle, fallbacks = nbest_oracle(log_probs, lengths, hlg, words, references, **options)
+    lattice = hlg_lattice(log_probs, lengths, hlg, words, beam=ALL)
+    found, _ = nbest(lattice, 50)
+    oracle, fallbacks = nbest(lattice, 50, references=references)
     assert fallbacks == []
-    ours = [word_errors(ref, h.words) for ref, h in zip(references, found)]
-    bound = [word_errors(ref, h.words) for ref, h in zip(references, oracle)]
+    ours = [edit_distance(ref, h.words)["total"] for ref, h in zip(references, found)]
+    bound = [edit_distance(ref, h.words)["total"] for ref, h in zip(references, oracle)]
     assert all(b <= o for b, o in zip(bound, ours)) and sum(bound) < sum(ours)
     assert all(h.score <= best.score + 1e-3 for h, best in zip(oracle, found))
-    # told what nbest finds, it finds the same
-    assert [h.words for h in nbest_oracle(log_probs, lengths, hlg, words, [h.words for h in found], **options)[0]] == [
-        h.words for h in found
-    ]
+    # with the result of nbest as references it returns that result
+    same, _ = nbest(lattice, 50, references=[h.words for h in found])
+    assert [h.words for h in same] == [h.words for h in found]
     with pytest.raises(ValueError, match="2 references for 12"):
-        nbest_oracle(log_probs, lengths, hlg, words, references[:2], **options)
+        nbest(lattice, references=references[:2])
 
 
 def every_search(log_probs, lengths, hlg, words, g, references, **options):
     """{name: (hypotheses, fallbacks)} with few paths, so that drawing others would show."""
-    batch = (log_probs, lengths, hlg, words)
+    lattice = hlg_lattice(log_probs, lengths, hlg, words, **options)
     return {
-        "nbest": nbest(*batch, 20, **options),
-        "oracle": nbest_oracle(*batch, references, 20, **options),
-        "rescored nbest": nbest_rescoring(*batch, g, [0.7], 20, **options)[0.7],
-        "rescored lattice": whole_lattice_rescoring(*batch, g, [0.7], **options)[0.7],
+        "nbest": nbest(lattice, 20),
+        "oracle": nbest(lattice, 20, references=references),
+        "rescored nbest": nbest_rescoring(lattice, g, 0.7, 20),
+        "rescored lattice": whole_lattice_rescoring(lattice, g, 0.7),
     }
 
 
@@ -240,45 +240,39 @@ def test_words_that_g_lacks_are_no_candidates(graphs, lang_dir, words):
     log_probs[1, torch.arange(4), torch.tensor([0, 4, 0, 0])] = 0.0
     batch = (log_probs.log_softmax(2), torch.tensor([4, 4]), hlg, words)
     assert one_best(*batch, beam=ALL)[0][0].words[0].startswith("A")
+    tight = Beam(search_beam=4.0, output_beam=1.0, min_active_states=1, max_active_states=1000)
     for search in (nbest_rescoring, whole_lattice_rescoring):
-        found, fallbacks = search(*batch, g, [0.0, 1.0], beam=ALL)[0.0]
+        found, fallbacks = search(hlg_lattice(*batch, beam=ALL), g, 0.0)
         assert fallbacks == [] and set(found[0].words) <= {"B", "BA", "AB"}
-        tight = Beam(search_beam=4.0, output_beam=1.0, min_active_states=1, max_active_states=1000)
-        for found, fallbacks in search(*batch, g, [0.0, 1.0], hlg_scale=0.1, beam=tight).values():
+        for lm_scale in (0.0, 1.0):
+            found, fallbacks = search(hlg_lattice(*batch, hlg_scale=0.1, beam=tight), g, lm_scale)
             assert fallbacks == [0] and found[1].words == ["B"]
 
 
 def test_graphs_of_another_lang_dir_are_refused(graphs, lang_dir, words, tmp_path):
-    arpa = lang_dir / "2.arpa"
     shutil.copytree(lang_dir, tmp_path / "lang")
     save_graph(graphs(2, False)[0], tmp_path / "lang" / "HLG.pt")
     save_graph(graphs(2)[0], tmp_path / "lang" / "G.pt")
     for name in ("HLG.pt", "G.pt"):
         loaded = load_lang_graph(tmp_path / "lang", name)
         assert loaded.words_txt == graphs(2)[0].words_txt
-    g = load_lang_graph(tmp_path / "lang", "G.pt")
     log_probs, lengths = random_log_probs(FRAMES, len(TOKENS), 0), torch.tensor([FRAMES])
-    same = whole_lattice_rescoring(log_probs, lengths, graphs(2, False)[0], words, g, [1.0])
-    assert same == whole_lattice_rescoring(log_probs, lengths, graphs(2, False)[0], words, graphs(2)[0], [1.0])
+    lattice = hlg_lattice(log_probs, lengths, graphs(2, False)[0], words, beam=NBEST_BEAM)
+    same = whole_lattice_rescoring(lattice, load_lang_graph(tmp_path / "lang", "G.pt"), 1.0)
+    assert same == whole_lattice_rescoring(lattice, graphs(2)[0], 1.0)
 
     other = tmp_path / "lang" / "words.txt"
     other.write_text(other.read_text().replace("BA ", "CA "))
     for name in ("HLG.pt", "G.pt"):
         with pytest.raises(ValueError, match=rf"{name} was made with another words.txt than .*lang/words.txt"):
             load_lang_graph(tmp_path / "lang", name)
-    g = compile_g(tmp_path / "lang", arpa, lambda line: None)
-    for search in (nbest_rescoring, whole_lattice_rescoring):
-        with pytest.raises(ValueError, match=r"different words\.txt"):
-            search(log_probs, lengths, graphs(2, False)[0], words, g, [1.0])
-        with pytest.raises(ValueError, match="no G of compile_g"):
-            search(log_probs, lengths, graphs(2, False)[0], words, graphs(2, False)[0], [1.0])
 
     shutil.copy(lang_dir / "words.txt", other)
     with open(tmp_path / "lang" / "tokens.txt", "a") as file:
         file.write(f"c {len(TOKENS)}\n")
     with pytest.raises(ValueError, match=r"HLG\.pt was made for 5 tokens, .*tokens\.txt has 6"):
         load_lang_graph(tmp_path / "lang", "HLG.pt")
-    with pytest.raises(FileNotFoundError, match="graphs stage"):
+    with pytest.raises(UserError, match="graphs stage"):
         load_lang_graph(tmp_path / "lang", "LG.pt")
 
 
@@ -287,10 +281,10 @@ def test_wrong_arguments_are_named(graphs, words):
     log_probs, lengths = random_log_probs(FRAMES, len(TOKENS), 0), torch.tensor([FRAMES])
     for options in ({"num_paths": 0}, {"nbest_scale": 0.0}):
         with pytest.raises(ValueError, match="above 0"):
-            nbest(log_probs, lengths, hlg, words, **options)
+            nbest(hlg_lattice(log_probs, lengths, hlg, words), **options)
     with pytest.raises(ValueError, match="NaN"):
-        nbest(log_probs * math.nan, lengths, hlg, words)
-    with pytest.raises(ValueError, match="it has 5 tokens, log_probs have 4"):
-        nbest(log_probs[..., :4], lengths, hlg, words)
-    with pytest.raises(ValueError, match="it has 5 tokens, log_probs have 6"):
-        nbest(torch.cat([log_probs, log_probs[..., :1]], 2), lengths, hlg, words)
+        hlg_lattice(log_probs * math.nan, lengths, hlg, words)
+    with pytest.raises(ValueError, match="made for 5 tokens, the model has 4"):
+        hlg_lattice(log_probs[..., :4], lengths, hlg, words)
+    with pytest.raises(ValueError, match="made for 5 tokens, the model has 6"):
+        hlg_lattice(torch.cat([log_probs, log_probs[..., :1]], 2), lengths, hlg, words)

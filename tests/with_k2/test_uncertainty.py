@@ -10,11 +10,11 @@ import torch
 
 from splitformer.corpora.lexicon import prepare_lang
 from splitformer.corpora.ngram import estimate_arpa
-from splitformer.decoding.ctc import Beam, one_best
+from splitformer.decoding.ctc import Beam
 from splitformer.decoding.graphs import compile_hlg
 from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.lang import read_symbols
-from splitformer.decoding.nbest import NO_PATH_UNCERTAINTY, one_best_with_uncertainty
+from splitformer.decoding.nbest import NO_PATH_UNCERTAINTY
 from splitformer.decoding.prefix_beam import prefix_beam_search, prefix_beam_uncertainty
 from tests.with_k2.enumeration import (
     SPELLINGS,
@@ -24,6 +24,8 @@ from tests.with_k2.enumeration import (
     enumerated,
     graph_score,
     make_small_lang,
+    one_best,
+    one_best_with_uncertainty,
     random_log_probs,
     word_sequences,
 )
