@@ -83,37 +83,34 @@ def _summary(results: Results) -> list[str]:
                 for layer in (layers[0], layers[-1]):
                     row.append(spread(results.wers(system, layer, test_set, shown), percent, len(runs)))
             rows.append(row)
-    return [rule, markdown_table(header, rows), *_notes(results)]
+    return [rule, markdown_table(header, rows), _notes(results)]
 
 
-def _notes(results: Results) -> list[str]:
+def _notes(results: Results) -> str:
     """Return what the letters and stars in the summary stand for."""
     notes = [f"[{letter}] `{system}`" for system, letter in results.footnotes().items()]
-    if any(run.committed for run in results.runs) and not all(run.committed for run in results.runs):
-        replaced = [f"{results.label(run.system)} seed {run.seed}" for run in results.runs if run.replaces_committed]
-        text = "\\* Your own run. Runs without a star are those that are committed with the recipe"
-        notes.append(f"{text}; yours take the place of {', '.join(replaced)}." if replaced else f"{text}.")
-    return ["<br>\n".join(notes)]
+    if len({run.committed for run in results.runs}) == 2:
+        notes.append(
+            "\\* Your own run, which takes the place of a committed run of the same system and seed. Seeds without a star "
+            "are committed runs."
+        )
+    return "<br>\n".join(notes)
 
 
 def _configuration_warning(runs: Sequence[Run]) -> str:
     """Return a warning if the seeds of a system were trained with different configurations."""
-    values: dict[str, dict[str, list[int]]] = {}
+    values: dict[str, dict[int, str]] = {}
     for run in runs:
         for section, table in model_config(run.decode[0]).items():
             for key, value in table.items():
-                values.setdefault(f"{section}.{key}", {}).setdefault(json.dumps(value), []).append(run.seed)
+                values.setdefault(f"{section}.{key}", {})[run.seed] = json.dumps(value)
     differences = [
-        f"{name} is " + ", ".join(f"{value} (seed {', '.join(map(str, seeds))})" for value, seeds in by_value.items())
-        for name, by_value in values.items()
-        if len(by_value) > 1
+        f"{name} is {', '.join(f'{value} (seed {seed})' for seed, value in by_seed.items())}"
+        for name, by_seed in values.items()
+        if len(set(by_seed.values())) > 1
     ]
-    if not differences:
-        return ""
-    return (
-        f"**The seeds of {runs[0].system} have different configurations**, so that their mean compares unlike systems: "
-        f"{'; '.join(differences)}."
-    )
+    text = f"**The seeds of {runs[0].system} have different configurations**, and their mean is of unlike systems"
+    return f"{text}: {'; '.join(differences)}." if differences else ""
 
 
 def _side_by_side(results: Results, published: Sequence[Published], method: str) -> str:

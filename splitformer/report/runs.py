@@ -34,8 +34,6 @@ class Run:
     early_exits: tuple[EarlyExitRecord, ...] = ()
     committed: bool = False
     """whether it is shown for comparison, from the results that are committed to the repository"""
-    replaces_committed: bool = False
-    """whether the committed results hold another run of this system and seed"""
 
     @property
     def system(self) -> str:
@@ -121,10 +119,9 @@ def load_runs(results_dir: str | Path, corpus: str) -> list[Run]:
 
 def with_committed(own: Iterable[Run], committed: Iterable[Run]) -> list[Run]:
     """Return the runs of both, sorted by system and seed; an own run takes the place of a committed one."""
-    known = {(run.system, run.seed): replace(run, committed=True) for run in committed}
-    runs = {(run.system, run.seed): run for run in own}
-    runs = {key: replace(run, replaces_committed=key in known) for key, run in runs.items()}
-    return [run for _, run in sorted({**known, **runs}.items())]
+    runs = {(run.system, run.seed): replace(run, committed=True) for run in committed}
+    runs |= {(run.system, run.seed): run for run in own}
+    return [runs[key] for key in sorted(runs)]
 
 
 # ---- results files
