@@ -91,8 +91,8 @@ def _notes(results: Results) -> str:
     notes = [f"[{letter}] `{system}`" for system, letter in results.footnotes().items()]
     if len({run.committed for run in results.runs}) == 2:
         notes.append(
-            "\\* Your own run, which takes the place of a committed run of the same system and seed. Seeds without a star "
-            "are committed runs."
+            "\\* Your own run, which takes the place of a committed run of the same system and seed. Seeds without a "
+            "star are committed runs."
         )
     return "<br>\n".join(notes)
 
