@@ -42,7 +42,7 @@ def _engine() -> Engine:
 
 
 def speak(text: str, voice: str = "en-us+m1", seed: int = 1) -> np.ndarray:
-    """Samples of `text` at SAMPLING_RATE; the seed chooses rate and pitch."""
+    """Return samples of `text` at SAMPLING_RATE; the seed determines rate and pitch."""
     rng = np.random.default_rng(seed)
     speaker = Speaker(1, voice, rng.uniform(170, 200), rng.uniform(30, 70), 50.0, -25.0, 35.0)
     return render(_engine(), Utterance("u", "train", text, speaker, speaker.rate, seed))
@@ -51,7 +51,7 @@ def speak(text: str, voice: str = "en-us+m1", seed: int = 1) -> np.ndarray:
 def session(
     texts: Sequence[str], voice: str, seed: int, pause: float = 0.3
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """A recording of several utterances with pauses between, and their spans in seconds."""
+    """Return a recording of several utterances with pauses between them, and their spans in seconds."""
     pieces, spans, place = [], [], 0
     for number, text in enumerate(texts):
         samples, silence = speak(text, voice, seed + number), np.zeros(int(pause * SAMPLING_RATE))
@@ -62,7 +62,7 @@ def session(
 
 
 def write_librispeech(root: Path, splits: dict[str, int]) -> None:
-    """`LibriSpeech/<split>/<speaker>/<chapter>/` of FLAC and trans.txt; {split: utterances of two speakers}."""
+    """Write `LibriSpeech/<split>/<speaker>/<chapter>/` with FLAC and trans.txt; {split: utterances of two speakers}."""
     speaker = 100
     for split, count in splits.items():
         for part in range(2):
@@ -79,10 +79,10 @@ def write_librispeech(root: Path, splits: dict[str, int]) -> None:
 
 
 def write_tedlium(root: Path, splits: dict[str, int]) -> None:
-    """`TEDLIUM_release-3/legacy/<split>/{sph,stm}/`: SPHERE talks and their STM; {split: talks} of eight segments.
+    """Write `TEDLIUM_release-3/legacy/<split>/{sph,stm}/`: SPHERE talks and STM; {split: talks} of eight segments.
 
-    Training data lie in `data/` and are links, as in the release; segments that are not scored, noise, unknown words
-    and suffixes that stand alone are there too.
+    Training data are in `data/` and linked, as in the release. There are segments that are not scored, noise, unknown
+    words and separate suffixes.
     """
     release = root / "TEDLIUM_release-3"
     talk = 0
@@ -108,7 +108,7 @@ def write_tedlium(root: Path, splits: dict[str, int]) -> None:
 
 
 def write_voxpopuli(root: Path, sessions: dict[str, int]) -> None:
-    """`voxpopuli/raw_audios/en/<year>/<session>_original.ogg` and `asr_en.tsv.gz`, its columns divided by |;
+    """Write `voxpopuli/raw_audios/en/<year>/<session>_original.ogg` and `asr_en.tsv.gz`, its columns divided by |;
     {split: sessions} of eight segments."""
     header = ["session_id", "id_", "original_text", "normed_text", "speaker_id", "gender", "split"]
     header += ["start_time", "end_time"]
@@ -135,7 +135,7 @@ def write_voxpopuli(root: Path, sessions: dict[str, int]) -> None:
 
 
 def write_folder(root: Path, speakers: int, each: int, texts: Sequence[str] = GREEK, voice: str = "el") -> None:
-    """`<speaker>/<utterance>.wav` with .txt beside: names with spaces and letters that are not ASCII, several sampling
+    """Write `<speaker>/<utterance>.wav` with .txt beside: names with spaces and non-ASCII letters, several sampling
     rates, some files with two channels."""
     for speaker in range(speakers):
         folder = root / f"ομιλητής {speaker + 1}"

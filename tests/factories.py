@@ -1,4 +1,4 @@
-"""Speech-like data made on the spot: every letter is a tone of its own, so that a small model can learn to spell."""
+"""Speech-like data: every letter is a tone of its own, so that a small model can learn to spell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LETTERS = "ABCDEFGH"
 
 
 def tone_speech(text: str, rng: np.random.Generator, letter_seconds: float = 0.12) -> np.ndarray:
-    """Samples of `text`: tones of 300 Hz to 3 kHz, silence for a space, a little noise."""
+    """Return samples of `text`: tones of 300 Hz to 3 kHz, silence for a space, a little noise."""
     pieces = []
     for letter in text:
         t = np.arange(int(letter_seconds * rng.uniform(0.9, 1.1) * RATE)) / RATE
@@ -29,7 +29,7 @@ def tone_speech(text: str, rng: np.random.Generator, letter_seconds: float = 0.1
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:
-    """Transcripts of one to three words of two to four letters."""
+    """Return transcripts of one to three words of two to four letters."""
     rng = random.Random(seed)
     return [
         " ".join("".join(rng.choices(LETTERS, k=rng.randint(2, 4))) for _ in range(rng.randint(1, 3)))
@@ -38,7 +38,7 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def make_cuts(folder: Path, name: str, texts: list[str], seed: int = 0) -> Path:
-    """Record `texts`, compute Lhotse's fbank and write `folder/<name>_cuts.jsonl.gz`, whose path is returned."""
+    """Record `texts`, store Lhotse's fbank, write the cuts to `folder/<name>_cuts.jsonl.gz` and return that path."""
     rng = np.random.default_rng(seed)
     cuts = []
     for i, text in enumerate(texts):
@@ -61,7 +61,7 @@ def make_cuts(folder: Path, name: str, texts: list[str], seed: int = 0) -> Path:
 
 
 def make_split(folder: Path, texts: list[str], rate: int = RATE) -> tuple[Path, Path]:
-    """Manifests of spoken texts, two of them in each recording but for the last."""
+    """Record `texts`, two in each recording, and return the paths of recordings and supervisions."""
     rng = np.random.default_rng(0)
     pairs = []
     for number in range(0, len(texts), 2):
@@ -81,7 +81,7 @@ def make_split(folder: Path, texts: list[str], rate: int = RATE) -> tuple[Path, 
 
 
 def make_lang_dir(folder: Path, texts: list[str]) -> Path:
-    """A lang_dir with a character tokenizer for `texts`."""
+    """Make a lang_dir with a character tokenizer for `texts`."""
     text = folder / "train.txt"
     text.write_text("\n".join(texts) + "\n")
     train_tokenizer(text, folder / "lang_char", "char")

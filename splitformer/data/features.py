@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,8 @@ from splitformer.errors import UserError
 from splitformer.model.subsampling import SAMPLING_RATE
 
 Extractor = Literal["lhotse", "kaldifeat", "linear-mel"]
-EXTRACTORS: tuple[Extractor, ...] = typing.get_args(Extractor)
-FEATURES_OF: dict[Extractor, str] = {"lhotse": "fbank", "kaldifeat": "fbank", "linear-mel": "linear-mel"}
-"""Extractor -> the value of `data.features` in the configuration. lhotse (CPU) and kaldifeat (GPU) compute the same."""
+EXTRACTOR_FOR: dict[str, Extractor] = {"fbank": "lhotse", "linear-mel": "linear-mel"}
+"""Value of `data.features` in the configuration -> the extractor that computes these features on any machine."""
 MIN_SAMPLES: dict[Extractor, int] = {"lhotse": 400, "kaldifeat": 400, "linear-mel": 513}
 """Fewest samples that give a frame: one analysis window of 25 ms. linear-mel mirrors half of its 1024 points at both
 ends, which takes one sample more than that half."""
@@ -34,8 +32,8 @@ ends, which takes one sample more than that half."""
 class FbankOptions:
     """What determines the features.
 
-    extractor: "lhotse" (lhotse.Fbank), "kaldifeat" (lhotse.KaldifeatFbank, on the GPU if there is one), or "linear-mel"
-      (LinearMel), the front end of the published code.
+    extractor: "lhotse" (lhotse.Fbank), "kaldifeat" (lhotse.KaldifeatFbank, the same features, on the GPU if there is
+      one), or "linear-mel" (LinearMel), the front end of the published code.
     num_mel_bins: features per frame. Frames are 25 ms wide (20 ms for linear-mel), 10 ms apart.
     """
 
@@ -43,8 +41,8 @@ class FbankOptions:
     num_mel_bins: int = 80
 
     def __post_init__(self) -> None:
-        if self.extractor not in EXTRACTORS:
-            raise UserError(f"fbank {self.extractor!r}: choose one of {', '.join(EXTRACTORS)}")
+        if self.extractor not in MIN_SAMPLES:
+            raise UserError(f"fbank {self.extractor!r}: choose one of {', '.join(MIN_SAMPLES)}")
         if self.extractor == "kaldifeat" and not is_module_available("kaldifeat"):
             raise UserError("kaldifeat is not installed (setup.sh builds it if there is a C++ compiler); "
                             "use --fbank lhotse")  # fmt: skip
@@ -53,14 +51,9 @@ class FbankOptions:
                             "./setup.sh makes without --torch2")  # fmt: skip
 
 
-def extractor_for(features: str) -> Extractor:
-    """Return the extractor that computes `features`, a value of `data.features`, on any machine."""
-    return next(extractor for extractor, kind in FEATURES_OF.items() if kind == features)
-
-
 def fbank_options(config: Config) -> FbankOptions:
     """Return the options that compute a model's features."""
-    return FbankOptions(extractor_for(config.data.features), config.model.num_mel_bins)
+    return FbankOptions(EXTRACTOR_FOR[config.data.features], config.model.num_mel_bins)
 
 
 def features_of(cut: Cut) -> str | None:
