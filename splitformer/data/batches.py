@@ -88,30 +88,28 @@ class SpeechDataset(Dataset[Batch]):
           noise: mixed into the utterances.
         """
         self.tokenizer, self.noise = tokenizer, noise
-        self.clean = FeaturesInMemory(on_the_fly) if on_the_fly else None
-        self.input_strategy = AllFrames()
+        self.features = FeaturesInMemory(on_the_fly, noise)
         self.dataset = K2SpeechRecognitionDataset(
             return_cuts=True,
-            cut_transforms=[FeaturesInMemory(on_the_fly, noise)] if on_the_fly or noise else [],
+            cut_transforms=[self.features] if on_the_fly or noise else [],
             input_transforms=list(transforms),
-            input_strategy=self.input_strategy,
+            input_strategy=AllFrames(),
         )
 
     @property
     def remedy(self) -> str:
         """What to do if nothing can be read."""
-        if self.clean:
+        if self.features.options:
             return "Was the audio moved or removed? ./prepare.sh --stage manifests looks for it again"
         return "Were the features moved or removed? ./prepare.sh --stage fbank makes them"
 
     def load(self, cut: Cut) -> tuple[Tensor, str]:
         """Return the features (T, C) of `cut` without noise, and why they cannot be used ("" if they can)."""
-        cuts = CutSet.from_cuts([cut])
         try:
-            features, _ = self.input_strategy(self.clean(cuts) if self.clean else cuts)
+            features = torch.from_numpy(self.features.load(cut))
         except Exception as error:  # readers of damaged files raise anything
             return torch.empty(0, 0), f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        return features[0], "" if torch.isfinite(features).all() else "its features are not finite"
+        return features, "" if torch.isfinite(features).all() else "its features are not finite"
 
     def __getitem__(self, cuts: Iterable[Cut]) -> Batch:
         if self.noise:

@@ -105,20 +105,21 @@ class FeaturesInMemory:
     def __call__(self, cuts: CutSet) -> CutSet:
         return CutSet.from_cuts([self._with_features(cut) for cut in cuts])
 
-    def _with_features(self, cut: Cut) -> Cut:
+    def load(self, cut: Cut, noise: NoiseMixer | None = None) -> np.ndarray:
+        """Return the features (T, C) of `cut`, computed or stored."""
         if self.options and self.extractor:
             use_soundfile()  # here: every loading process has a backend of its own
-            cut = cut.resample(SAMPLING_RATE)
-            samples = load_samples(cut, self.options)
-            if self.noise:
-                samples = self.noise.into_audio(samples)
-            feats = extract(self.extractor, [samples])[0]
-            kind, frame_shift = self.extractor.name, self.extractor.frame_shift
-        else:
-            feats, kind, frame_shift = load_all_frames(cut), cut.features.type, cut.frame_shift
-            if self.noise:
-                feats = self.noise.into_features(feats, kind, frame_shift)
+            samples = load_samples(cut.resample(SAMPLING_RATE), self.options)
+            return extract(self.extractor, [noise.into_audio(samples) if noise else samples])[0]
+        feats = load_all_frames(cut)
+        return noise.into_features(feats, cut.features.type, cut.frame_shift) if noise else feats
+
+    def _with_features(self, cut: Cut) -> Cut:
+        feats = self.load(cut, self.noise)
         stream = io.BytesIO()
         np.save(stream, feats, allow_pickle=False)
         storage = {"storage_type": "memory_npy", "storage_path": "", "storage_key": stream.getvalue()}
-        return with_features(cut, feats, kind, frame_shift, storage)
+        if self.extractor:
+            cut = cut.resample(SAMPLING_RATE)
+            return with_features(cut, feats, self.extractor.name, self.extractor.frame_shift, storage)
+        return with_features(cut, feats, cut.features.type, cut.frame_shift, storage)
