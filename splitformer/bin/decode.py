@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,9 +27,7 @@ from splitformer.errors import UserError
 class Options:
     """Decode test sets, and write the words, the errors and a JSON record for each exit and method.
 
-    The model is rebuilt from the checkpoint alone. The weights of a method (of the language model, a penalty on blanks)
-    are chosen for each exit on the --tune-set, and on no other set.
-
+    The weights of a method (of the language model, a blank penalty) are chosen for each exit on the --tune-set alone.
     With --exit-policy, the policy chooses the exit of each utterance, and there is one record for each set.
     """
 
@@ -81,10 +80,10 @@ def run(options: Options) -> None:
     if options.checkpoint and (options.epoch is not None or options.avg is not None):
         raise UserError("--epoch and --avg choose checkpoints of --exp-dir; leave them out, or give --exp-dir")
     weights = {name: getattr(options, name) for name in Weights._fields if getattr(options, name)}
-    if options.exit_policy:
-        run_with_policy(options, options.exit_policy, weights)
-        return
     sets = named_sets("--cuts", options.cuts)
+    if options.exit_policy:
+        run_with_policy(options, options.exit_policy, sets, weights)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = options.checkpoint or averaged(source, options.epoch, options.avg)
     loaded = load_for_decoding(checkpoint, options.lang_dir, device, options.exit)
@@ -114,7 +113,7 @@ def run(options: Options) -> None:
     )
 
 
-def run_with_policy(options: Options, policy: Path, weights: dict[str, tuple[float, ...]]) -> None:
+def run_with_policy(options: Options, policy: Path, sets: dict[str, Path], weights: dict[str, Any]) -> None:
     if options.checkpoint is None:
         raise UserError("--exit-policy needs --checkpoint FILE: a policy belongs to the file that it was fitted for")
     given = {"tune_set": options.tune_set, "hot_words": options.hot_words, **weights}
@@ -122,7 +121,7 @@ def run_with_policy(options: Options, policy: Path, weights: dict[str, tuple[flo
     decode_early(
         policy,
         options.checkpoint,
-        named_sets("--cuts", options.cuts),
+        sets,
         options.lang_dir,
         options.output_dir,
         options.corpus,

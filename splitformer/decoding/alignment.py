@@ -15,11 +15,8 @@ def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[
     """Return the frames in which tokens start in their most probable alignment (Viterbi; Graves et al., ICML 2006).
 
     Args:
-      log_probs: (N, T', V), log-probabilities; symbol 0 is the blank.
-      lengths: (N,), output frames of each utterance; frames behind them are ignored.
+      log_probs, lengths: as for ctc_greedy_search; symbol 0 is the blank.
       tokens: the token ids of each utterance.
-    Returns:
-      for each utterance as many frames as tokens.
     Raises:
       ValueError: shapes or lengths do not fit together, a token is outside 1..V-1, or tokens have no alignment of a
         probability above 0: each takes a frame, and equal neighbours a blank between them.

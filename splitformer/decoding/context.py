@@ -97,10 +97,6 @@ class ContextGraph:
         return cls(next_state, score.float(), -leaving.float())
 
     @property
-    def num_states(self) -> int:
-        return self.next_state.shape[0]
-
-    @property
     def vocab_size(self) -> int:
         return self.next_state.shape[1]
 

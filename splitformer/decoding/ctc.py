@@ -12,6 +12,7 @@ from torch import Tensor
 from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.hypothesis import Hypothesis, check_log_probs, check_no_nan
 from splitformer.decoding.lattice import Lattice, check_graph, number_arcs
+from splitformer.errors import UserError
 from splitformer.model.conformer import valid_frames
 
 
@@ -29,12 +30,6 @@ class Beam:
     output_beam: float
     min_active_states: int
     max_active_states: int
-
-    def __post_init__(self) -> None:
-        if not (self.search_beam > 0 and self.output_beam > 0):
-            raise ValueError(f"{self}: both beams must be above 0")
-        if not 0 <= self.min_active_states < self.max_active_states:
-            raise ValueError(f"{self}: min_active_states must be at least 0 and below max_active_states")
 
 
 # Each state of the standard topology leads to all others. Few of them are kept, so that an untrained model, for which
@@ -56,8 +51,7 @@ def ctc_lattice(log_probs: Tensor, lengths: Tensor, graph: k2.Fsa, beam: Beam = 
     beam. A graph that constrains the path may need a wider beam.
 
     Args:
-      log_probs: (N, T', V), log-probabilities, on the graph's device; symbol 0 is the blank.
-      lengths: (N,), output frames of each utterance, in any order; frames behind them are ignored.
+      log_probs, lengths: as for ctc_greedy_search, on the graph's device; symbol 0 is the blank.
       graph: its labels are symbols of V, one per frame; aux_labels (a tensor) the token or 0.
     Raises:
       ValueError: shapes, lengths, device or the vocabulary of the graph do not fit, or there are NaN.
@@ -91,7 +85,7 @@ def hlg_lattice(
     if not isinstance(getattr(hlg, "aux_labels", None), k2.RaggedTensor):
         raise ValueError("the graph has no words, as an HLG has; for a CTC topology use ctc_lattice")
     if not hlg_scale > 0:
-        raise ValueError(f"hlg_scale {hlg_scale}: the weight of the graph's scores must be above 0")
+        raise UserError(f"hlg_scale {hlg_scale}: the weight of the language model must be above 0")
     # shares the memory of HLG, which must not be modified
     graph = k2.Fsa(hlg.arcs, aux_labels=hlg.aux_labels, properties=hlg.properties)
     for name in ("vocab_size", "tokens"):
@@ -135,4 +129,3 @@ def _greedy(log_probs: Tensor, lengths: Tensor) -> Callable[[Tensor], list[Hypot
     return lambda utterances: ctc_greedy_search(
         log_probs[utterances.to(log_probs.device)], lengths[utterances.to(lengths.device)]
     )
-

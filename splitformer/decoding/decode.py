@@ -104,7 +104,6 @@ def _model_fields(loaded: Loaded, layer: int, cost: ExitCost) -> dict[str, Any]:
     """Return the fields of a DecodeRecord that describe the model and its training."""
     contents = loaded.contents
     return {
-        "seed": contents["seed"],
         "exit_layer": layer,
         "num_layers": loaded.config.model.num_layers,
         "parameters": cost.parameters,
@@ -112,8 +111,7 @@ def _model_fields(loaded: Loaded, layer: int, cost: ExitCost) -> dict[str, Any]:
         "epoch": contents.get("epoch", contents["progress"]["epoch"]),
         "avg": contents.get("avg", 0),
         "training_seconds": contents["progress"]["seconds"],
-        "world_size": contents["world_size"],
-        "device": contents["device"],
+        **{name: contents[name] for name in ("seed", "world_size", "device")},
     }
 
 
@@ -125,7 +123,7 @@ def _result_fields(result: Decoded, scored: Score) -> dict[str, Any]:
         "num_utterances": len(result.results),
         "fallback_utterances": result.fallbacks,
         "audio_seconds": result.audio_seconds,
-        "rtf": result.rtf,
+        "rtf": (result.encoder_seconds + result.search_seconds) / result.audio_seconds,
         "commit": git_commit(ROOT),
         "command": command_line(ROOT),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -138,11 +136,9 @@ def _write(record: DecodeRecord, scored: Score, output_dir: Path) -> None:
     write_errs(output_dir / f"errs-{stem}.txt", scored)
     record.save(output_dir / f"{stem}.json")
     fallbacks = record.fallback_utterances
-    log.info(
-        "%s exit %d %s: WER %.2f %% of %d words%s",
-        *(record.test_set, record.exit_layer, record.method, record.wer, record.ref_words),
-        f", {fallbacks} empty lattices decoded greedily" if fallbacks else "",
-    )
+    lost = f", {fallbacks} empty lattices decoded greedily" if fallbacks else ""
+    where = f"{record.test_set} exit {record.exit_layer} {record.method}"
+    log.info("%s: WER %.2f %% of %d words%s", where, record.wer, record.ref_words, lost)
 
 
 @dataclass
@@ -157,10 +153,6 @@ class Decoded:
     search_seconds: float = 0.0
     """of a transducer, decoder and joiner included"""
     audio_seconds: float = 0.0
-
-    @property
-    def rtf(self) -> float:
-        return (self.encoder_seconds + self.search_seconds) / self.audio_seconds
 
 
 @torch.no_grad()  # not inference_mode: k2 reads the version of tensors
@@ -178,8 +170,7 @@ def decode_cuts(
       options_of: {(exit layer, method): options to run it with}.
       spell: makes text of token ids.
     Returns:
-      {(exit layer, method, options): its result}. The times of an exit do not include heads of other exits and other
-      searches.
+      {(exit layer, method, options): its result}. Its times do not include heads of other exits and other searches.
     """
     decoded: dict[Key, Decoded] = {}
     for batch in (b.to(device) for b in batches):
@@ -283,13 +274,11 @@ def system_name(path: Path) -> str:
 def chosen_search(
     decode_dir: Path, tuned_on: str, method: str | None, layers: Sequence[int], heads: Sequence[str]
 ) -> tuple[str, dict[int, Options]]:
-    """Return a search and its options at each exit, as they were chosen on the set `tuned_on`.
+    """Return a method's name and its options at each exit, as they were chosen on the set `tuned_on`.
 
     Args:
       decode_dir: with the records of that set.
       method: None for the one with the lowest WER of that set at the last exit.
-    Returns:
-      the method's name; {layer: options}.
     Raises:
       UserError: records are missing, or the method is not selectable.
     """

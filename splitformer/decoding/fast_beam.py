@@ -23,6 +23,7 @@ from torch import Tensor
 from splitformer.decoding.greedy import transducer_greedy_search
 from splitformer.decoding.hypothesis import Hypothesis, check_encoder_out
 from splitformer.decoding.lattice import Lattice, check_graph, number_arcs
+from splitformer.errors import UserError
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 
@@ -40,12 +41,6 @@ class FastBeam:
     beam: float
     max_contexts: int
     max_states: int
-
-    def __post_init__(self) -> None:
-        if not self.beam > 0:
-            raise ValueError(f"{self}: beam must be above 0")
-        if not 0 < self.max_contexts < self.max_states:
-            raise ValueError(f"{self}: max_contexts must be at least 1 and below max_states")
 
 
 NO_BEAM = 1e9  # nats
@@ -74,12 +69,10 @@ def transducer_lattice(
     """Return the lattices of a batch, of the utterances whose lattice is not empty.
 
     Args:
-      encoder_out: (N, T', D) of one exit, and `joiner` that exit's; on the graph's device.
-      lengths: (N,), output frames of each utterance, in any order; frames behind them are ignored.
+      decoder, joiner, encoder_out, lengths, blank_penalty: as for transducer_greedy_search.
       graph: over tokens, without blanks or epsilons: trivial_graph, context_graph_fsa, compile_lg (with LG_BEAM). It is
         not modified.
       words: the symbols of words.txt (read_symbols), for a graph that writes words.
-      blank_penalty: subtracted from the log-probability of the blank in every frame (nats); above 0, fewer deletions.
       ngram_lm_scale: weight of the graph's scores relative to the joiner's log-probabilities.
     Raises:
       ValueError: shapes, lengths, device or the vocabulary of the graph do not fit, or there are NaN.
@@ -87,16 +80,11 @@ def transducer_lattice(
     check_encoder_out(encoder_out, lengths, decoder, joiner)
     check_graph(graph, encoder_out, decoder.vocab_size)
     if not ngram_lm_scale > 0:
-        raise ValueError(f"ngram_lm_scale {ngram_lm_scale}: the weight of the graph's scores must be above 0")
+        raise UserError(f"ngram_lm_scale {ngram_lm_scale}: the weight of the language model must be above 0")
     if words is not None and not isinstance(getattr(graph, "aux_labels", None), k2.RaggedTensor):
         raise ValueError("words are given, but the graph writes none: use an LG (compile_lg), or leave words out")
     if (graph.labels == 0).any():
         raise ValueError("the graph has epsilons, which the search would take for blanks: use k2.remove_epsilon")
-    if decoder.vocab_size**decoder.context_size * graph.shape[0] >= 2**63:
-        raise ValueError(
-            f"{decoder.vocab_size} tokens, contexts of {decoder.context_size} and a graph of {graph.shape[0]} states: "
-            "k2 numbers their combinations in 63 bits; use a smaller graph"
-        )
 
     def greedy(utterances: Tensor) -> list[Hypothesis]:
         frames, ends = encoder_out[utterances.to(encoder_out.device)], lengths[utterances.to(lengths.device)]
@@ -142,9 +130,7 @@ class _Search:
             streams, start = streams[count:], end
         return k2.cat(finished)
 
-    def _advance(
-        self, streams: list[k2.RnntDecodingStream], start: int, end: int, project: _ProjectedContexts
-    ) -> None:
+    def _advance(self, streams: list[k2.RnntDecodingStream], start: int, end: int, project: _ProjectedContexts) -> None:
         """Search the frames start..end - 1 of the last utterances, which have these streams."""
         # Dividing everything else by the scale has the same paths, and does not copy a graph of millions of arcs.
         running = k2.RnntDecodingStreams(streams, self._config(self.beam.beam / self.graph_scale, self.beam.max_states))
@@ -176,7 +162,7 @@ def _with_final_scores(fsas: k2.Fsa, graph_scale: float) -> k2.Fsa:
     """Return the lattices with the scores of their final arcs, in nats."""
     fsas.scores = torch.where(fsas.labels == -1, fsas.graph_scores, fsas.scores) * graph_scale
     if torch.isnan(fsas.scores).any():
-        raise ValueError("the joiner's log-probabilities hold NaN: has the training diverged?")
+        raise UserError("the joiner's log-probabilities hold NaN: has the training diverged?")
     return k2.connect(fsas)
 
 

@@ -59,11 +59,7 @@ def context_graph_fsa(context: ContextGraph) -> k2.Fsa:
 
 
 def save_graph(graph: k2.Fsa, path: str | Path) -> None:
-    """Write an FSA with its attributes, as icefall's `graph.as_dict()`, as plain values and tensors only.
-
-    Raises:
-      OSError: the file cannot be written; an earlier file remains.
-    """
+    """Write an FSA with its attributes: icefall's `graph.as_dict()`, as plain values and tensors only."""
     attributes = graph.as_dict()
     arcs = {name: value for name, value in attributes.items() if isinstance(value, torch.Tensor)}
     ragged = {
@@ -76,11 +72,7 @@ def save_graph(graph: k2.Fsa, path: str | Path) -> None:
 
 
 def load_graph(path: str | Path, device: torch.device | str = "cpu") -> k2.Fsa:
-    """Return what `save_graph` wrote. Nothing in the file is executed.
-
-    Raises:
-      GraphError: the file is missing, damaged, or no graph.
-    """
+    """Return what `save_graph` wrote; nothing in the file is executed. Raises GraphError if it is no graph."""
     stage = STAGES.get(Path(path).name, "graphs")
     remedy = f"remove it, and the {stage} stage of ./prepare.sh makes it again"
     try:
@@ -127,9 +119,9 @@ def compile_hlg(
       modified: which ctc_topology.
       report: called with a line for each step: its size and time.
     Returns:
-      HLG. Its labels are tokens with blanks as in the topology, aux_labels words (ragged), scores natural logarithms.
-      The attributes `vocab_size`, `modified_topology` and `words_txt` (words_checksum) record what it was made for. HLG
-      of the modified topology has `tokens`, the token that the topology writes on each arc, 0 for none.
+      HLG. Labels are tokens with blanks as in the topology, aux_labels words (ragged), scores natural logarithms. The
+      attributes `vocab_size`, `modified_topology` and `words_txt` (words_checksum) record what it was made for. HLG of
+      the modified topology has `tokens`, the token that the topology writes on each arc, 0 for none.
     Raises:
       UserError: a file is missing or damaged, or ARPA file and words.txt have no word in common.
     """
@@ -150,9 +142,7 @@ def compile_hlg(
 def compile_lg(lang_dir: str | Path, arpa: str | Path, report: Callable[[str], None] = print) -> k2.Fsa:
     """Compile L o G, for transducers, whose search brings the blanks. Arguments and errors are those of compile_hlg.
 
-    Returns:
-      LG. Its labels are tokens, without blanks or epsilons, aux_labels words (ragged), scores natural logarithms. The
-      attributes `vocab_size` and `words_txt` record what it was made for.
+    LG is like HLG, but its labels are tokens without blanks or epsilons.
     """
     lg = _compose_lg(Path(lang_dir), arpa, _Steps(report))
     lg.words_txt = words_checksum(Path(lang_dir) / "words.txt")
@@ -162,13 +152,10 @@ def compile_lg(lang_dir: str | Path, arpa: str | Path, report: Callable[[str], N
 def compile_g(lang_dir: str | Path, arpa: str | Path, report: Callable[[str], None] = print) -> k2.Fsa:
     """Compile G, the n-gram model of an ARPA file as an acceptor of words, for rescoring lattices.
 
-    Returns:
-      an FsaVec of one FSA with arcs sorted by label. Labels are those of words.txt, with #0, whose id is the attribute
-      `backoff`, on the arcs that back off. Every state except the final one has a loop with label 0, for what a lattice
-      reads between two words; k2's intersection, which treats 0 like other symbols, is then exact. `lm_scores` are the
-      scores, which an intersection adds to those of the lattice; `words_txt` is words_checksum.
-    Raises:
-      UserError: as compile_hlg.
+    G is an FsaVec of one FSA with arcs sorted by label. Labels are those of words.txt, with #0, whose id is the
+    attribute `backoff`, on the arcs that back off. Every state except the final one has a loop with label 0, for what a
+    lattice reads between two words; k2's intersection, which treats 0 like other symbols, is then exact. `lm_scores`
+    are the scores, which an intersection adds to those of the lattice; `words_txt` is words_checksum.
     """
     step = _Steps(report)
     words_path = lang_file(lang_dir, "words.txt")
@@ -220,9 +207,6 @@ def grammar(arpa: str | Path, words_path: Path) -> k2.Fsa:
 
     N-grams with other words are left out. kaldilm runs in a process of its own, because it aborts on a damaged file and
     logs every section that it reads.
-
-    Raises:
-      GraphError: the file cannot be read, or has no word of words.txt.
     """
     if not Path(arpa).is_file():
         raise GraphError(f"{arpa} does not exist: run ./prepare.sh, whose lm stage makes language models")

@@ -39,9 +39,7 @@ def ctc_greedy_search(log_probs: Tensor, lengths: Tensor, blank_id: int = 0) -> 
 def transducer_greedy_search(
     decoder: Decoder, joiner: Joiner, encoder_out: Tensor, lengths: Tensor, blank_penalty: float = 0.0
 ) -> list[Hypothesis]:
-    """Take the best symbol of every frame, given the tokens before it: at most one token per frame.
-
-    Graves, "Sequence transduction with recurrent neural networks", 2012, with one symbol per frame, as in icefall.
+    """Take the best symbol of every frame, given the tokens before it: at most one token per frame, as in icefall.
 
     Args:
       decoder, joiner: of one model and one of its exits.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from splitformer.errors import UserError
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
 
@@ -51,12 +52,11 @@ class SearchResult(NamedTuple):
 
 
 class UncertainResult(NamedTuple):
-    """A SearchResult with the uncertainty of each hypothesis."""
+    """A SearchResult with uncertainty (N,): minus the log of the n-best posterior (arXiv 2309.09546, section 3)."""
 
     hypotheses: list[Hypothesis]
     fallbacks: list[int]
     uncertainty: Tensor
-    """(N,), minus the log of the n-best posterior (arXiv 2309.09546, section 3): 0 where nothing competes"""
 
 
 def check_log_probs(log_probs: Tensor, lengths: Tensor) -> None:
@@ -94,6 +94,6 @@ def _check_lengths(lengths: Tensor, frames_of: Tensor, name: str) -> None:
 
 
 def check_no_nan(values: Tensor, inside: Tensor, name: str) -> None:
-    """Raise ValueError where `values` (N, T', ...) hold NaN in a frame that `inside` (N, T') marks as valid."""
+    """Raise UserError if `values` (N, T', ...) hold NaN in a frame that `inside` (N, T') marks as valid."""
     if (torch.isnan(values).any(dim=2) & inside).any():
-        raise ValueError(f"{name} hold NaN: has the training diverged?")
+        raise UserError(f"{name} hold NaN: has the training diverged?")

@@ -21,27 +21,21 @@ log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A checkpoint, and the tokenizer of its training."""
+    """A model with its configuration, the contents of its checkpoint, and its tokenizer."""
 
     model: AsrModel
     config: Config
     contents: dict[str, Any]
-    """of the checkpoint"""
     tokenizer: Tokenizer
 
 
 def load_for_decoding(
     checkpoint: Path | Mapping[str, Any], lang_dir: Path, device: torch.device, exit_layer: int | None = None
 ) -> Loaded:
-    """Load a checkpoint and its tokenizer.
+    """Load a checkpoint (a file, or its contents), truncated at `exit_layer`, and the tokenizer of its training.
 
-    Args:
-      checkpoint: a file, or the contents of one.
-      lang_dir: of the training.
-      exit_layer: truncate the model at this exit.
     Raises:
-      CheckpointError: see load_model.
-      UserError: the tokens of lang_dir are not those of the training.
+      UserError: see load_model; or the tokens of lang_dir are not those of the training.
     """
     model, config, contents = load_model(checkpoint, device, exit_layer)
     lang_file(lang_dir, "bpe.model")
@@ -61,11 +55,7 @@ def load_for_decoding(
 
 
 def named_sets(option: str, items: Iterable[str]) -> dict[str, Path]:
-    """Return {NAME: PATH} for the items NAME=PATH of an option.
-
-    Raises:
-      UserError: an item has another form, or there are no cuts at its path.
-    """
+    """Return {NAME: PATH} for the items NAME=PATH of an option. Raises UserError if there are no cuts at a path."""
     sets = {}
     for item in items:
         name, equals, path = item.partition("=")

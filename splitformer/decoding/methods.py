@@ -31,14 +31,8 @@ class SearchMethod:
     selectable: bool = True
 
 
-_HLG = ("1best", "nbest", "whole-lattice-rescoring", "nbest-rescoring", "nbest-oracle")
+_HLG = ("1best", "nbest", "whole-lattice-rescoring", "nbest-rescoring")
 """methods that read the lattice of HLG, the cheapest first"""
-
-
-def _of_hlg(name: str, *graphs: str, selectable: bool = True) -> SearchMethod:
-    graphs = ("HLG.pt", *graphs)
-    return SearchMethod(name, "ctc", graphs, words=True, follows=_HLG[: _HLG.index(name)], selectable=selectable)
-
 
 METHODS: dict[str, SearchMethod] = {
     method.name: method
@@ -47,11 +41,11 @@ METHODS: dict[str, SearchMethod] = {
         SearchMethod("greedy_search+lexicon", "ctc", words=True, selectable=False),
         SearchMethod("prefix_beam_search", "ctc"),
         SearchMethod("ctc-decoding", "ctc"),
-        _of_hlg("1best"),
-        _of_hlg("nbest"),
-        _of_hlg("nbest-rescoring", "G.pt"),
-        _of_hlg("whole-lattice-rescoring", "G.pt"),
-        _of_hlg("nbest-oracle", selectable=False),
+        SearchMethod("1best", "ctc", ("HLG.pt",), words=True),
+        SearchMethod("nbest", "ctc", ("HLG.pt",), words=True, follows=_HLG[:1]),
+        SearchMethod("nbest-rescoring", "ctc", ("HLG.pt", "G.pt"), words=True, follows=_HLG[:3]),
+        SearchMethod("whole-lattice-rescoring", "ctc", ("HLG.pt", "G.pt"), words=True, follows=_HLG[:2]),
+        SearchMethod("nbest-oracle", "ctc", ("HLG.pt",), words=True, follows=_HLG, selectable=False),
         SearchMethod("transducer-greedy_search", "transducer"),
         SearchMethod("modified_beam_search", "transducer"),
         SearchMethod("fast_beam_search", "transducer"),

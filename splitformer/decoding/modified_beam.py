@@ -33,11 +33,8 @@ def modified_beam_search(
     utterances are tensors; the only loop is over frames.
 
     Args:
-      decoder, joiner: of one model and one of its exits.
-      encoder_out: (N, T', D), the output of that exit, on their device.
-      lengths: (N,), output frames of each utterance, in any order; frames behind them are ignored.
+      decoder, joiner, encoder_out, lengths, blank_penalty: as for transducer_greedy_search.
       beam_size: B, token sequences kept for each utterance.
-      blank_penalty: subtracted from the log-probability of the blank in every frame (nats); above 0, fewer deletions.
       context: phrases to favour, built for the vocabulary of the joiner.
       length_norm: choose the highest score / (tokens + decoder.context_size) in the end, as icefall does, so that long
         sequences are at no disadvantage; otherwise the highest score.
@@ -46,8 +43,7 @@ def modified_beam_search(
       the alignments that survived the beam, less blank_penalty for each blank, plus the score of the context graph.
       `timestamps` are those of the best of these alignments.
     Raises:
-      ValueError: shapes, lengths, decoder, joiner or the vocabulary of the context graph do not fit, there are NaN, or
-        beam_size is below 1.
+      ValueError: arguments do not fit together, there are NaN, or beam_size is below 1.
     """
     check_encoder_out(encoder_out, lengths, decoder, joiner)
     batch, device, vocab_size = encoder_out.shape[0], encoder_out.device, decoder.vocab_size

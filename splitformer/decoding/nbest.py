@@ -95,10 +95,7 @@ def nbest_rescoring(
 
 
 def whole_lattice_rescoring(lattice: Lattice, g: k2.Fsa, lm_scale: float) -> SearchResult:
-    """Return the word sequence of the lattice with the highest acoustic score plus lm_scale times G's score.
-
-    Args: as for nbest_rescoring.
-    """
+    """As nbest_rescoring, but all word sequences of the lattice are candidates."""
     if not lattice.utterances:
         return lattice.one_best()
     acoustic = _let_back_off(k2.invert(_acoustic(lattice).fsas), g.backoff)
@@ -138,37 +135,29 @@ def one_best_with_uncertainty(lattice: Lattice, num_paths: int = 200, nbest_scal
     paths, and the best of them is a good one.
 
     Args: as for nbest.
-    Returns:
-      the uncertainty is `NO_PATH_UNCERTAINTY` for an empty lattice.
     """
     best = lattice.best_paths()
     hypotheses, fallbacks = lattice.hypotheses(best)
     uncertainty = torch.zeros(len(lattice.lengths), dtype=torch.float64)
-    drawn = _drawn_scores(lattice, num_paths, nbest_scale) if lattice.utterances else []
-    for utterance, path, score_of in zip(lattice.utterances, best, drawn, strict=True):
+    if not lattice.utterances:
+        return UncertainResult(hypotheses, fallbacks, uncertainty)
+    paths = _draw(lattice, num_paths, nbest_scale * lattice.scale)
+    sums = lattice.scale * lattice.fsas.scores[paths.values.long()].double().cumsum(0).cpu()
+    ends = paths.shape.row_splits(2).long().cpu()
+    scores = iter(torch.nn.functional.pad(sums, (1, 0))[ends].diff().tolist())
+    drawn = _words(lattice, lattice.fsas.aux_labels.index(paths).remove_axis(2).remove_values_leq(0))
+    for utterance, path, sequences in zip(lattice.utterances, best, drawn, strict=True):
+        score_of: dict[tuple[str, ...], float] = {}
+        for words, score in zip(map(tuple, sequences), scores):
+            score_of[words] = max(score, score_of.get(words, -math.inf))
         if path is None:
             uncertainty[utterance] = NO_PATH_UNCERTAINTY
             continue
         # the words of the best path may not be among those that were drawn
         score_of[tuple(hypotheses[utterance].words or ())] = path.score
-        scores = torch.tensor(list(score_of.values()), dtype=torch.float64)
-        uncertainty[utterance] = scores.logsumexp(dim=0) - path.score
+        of_sequences = torch.tensor(list(score_of.values()), dtype=torch.float64)
+        uncertainty[utterance] = of_sequences.logsumexp(dim=0) - path.score
     return UncertainResult(hypotheses, fallbacks, uncertainty)
-
-
-def _drawn_scores(lattice: Lattice, num_paths: int, nbest_scale: float) -> list[dict[tuple[str, ...], float]]:
-    """Return for each lattice the drawn word sequences, each with the score (nats) of its best drawn path."""
-    paths = _draw(lattice, num_paths, nbest_scale * lattice.scale)
-    sums = lattice.scale * lattice.fsas.scores[paths.values.long()].double().cumsum(0).cpu()
-    ends = paths.shape.row_splits(2).long().cpu()
-    scores = iter(torch.nn.functional.pad(sums, (1, 0))[ends].diff().tolist())
-    result = []
-    for sequences in _words(lattice, lattice.fsas.aux_labels.index(paths).remove_axis(2).remove_values_leq(0)):
-        score_of: dict[tuple[str, ...], float] = {}
-        for words, score in zip(map(tuple, sequences), scores):
-            score_of[words] = max(score, score_of.get(words, -math.inf))
-        result.append(score_of)
-    return result
 
 
 def _words(lattice: Lattice, sequences: k2.RaggedTensor) -> list[list[list[str]]]:
@@ -201,9 +190,9 @@ def _draw(lattice: Lattice, num_paths: int, scale: float) -> k2.RaggedTensor:
 
 @dataclass(frozen=True)
 class _Nbest:
-    """Different sequences of words, or of tokens if the lattices have no words.
+    """Different sequences of words, or of tokens if the lattices have no words: ragged, [lattice][sequence][id].
 
-    sequences: ragged, [lattice][sequence][id]. Scores of sequences are tensors with an entry for each, in this order.
+    Scores of sequences are tensors with an entry for each, in this order.
     """
 
     sequences: k2.RaggedTensor

@@ -39,7 +39,7 @@ def prefix_beam_search(
       survived the beam, less blank_penalty for each blank, plus the score of the context graph. `timestamps` are those
       of the best alignment of the tokens (ctc_alignment), which blank_penalty does not change.
     Raises:
-      ValueError: shapes, lengths or the context graph's vocabulary do not fit, there are NaN, or beam_size is below 1.
+      ValueError: arguments do not fit together, there are NaN, or beam_size is below 1.
     """
     prefixes, scores = _search(log_probs, lengths, beam_size, blank_penalty, context)
     if len(scores) == 0:

@@ -21,13 +21,11 @@ _SPREAD, _MIX, _POSITIVE = 0x9E3779B97F4A7C1, 0x5851F42D4C957F2D, 0x7FFFFFFFFFFF
 
 @dataclass(frozen=True)
 class Choice:
-    """The B best candidates of a frame, the best first; each field is (N, B).
+    """The B best candidates of a frame, the best first; the last slots may hold some of log-probability -inf.
 
-    index: the position among the B x V candidates of the utterance.
-    source: the slot of the beam that the candidate was made from.
-    symbol: the token that it adds; 0 for a prefix that was kept.
-
-    With fewer candidates than slots, the last slots hold candidates of log-probability -inf, and keep it.
+    index: (N, B), the position among the B x V candidates of the utterance.
+    source: (N, B), the slot of the beam that the candidate was made from.
+    symbol: (N, B), the token that it adds; 0 for a prefix that was kept.
     """
 
     index: Tensor
@@ -146,10 +144,7 @@ def _extended_key(key: Tensor, symbol: Tensor) -> Tensor:
 
 
 def certain_blank(vocab_size: int, device: torch.device) -> Tensor:
-    """Return the log-probabilities (V,) float64 of a frame behind the end of an utterance: the blank has probability 1.
-
-    Such a frame changes neither prefixes nor scores.
-    """
+    """Return log-probabilities (V,) float64 for frames behind the end, which change nothing: the blank is certain."""
     log_prob = torch.full((vocab_size,), -math.inf, dtype=torch.float64, device=device)
     log_prob[0] = 0.0
     return log_prob

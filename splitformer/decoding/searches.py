@@ -137,7 +137,7 @@ class HotWords:
 
 @dataclass(frozen=True)
 class Resources:
-    """What methods are made from; see make_methods."""
+    """The arguments of make_methods."""
 
     lang_dir: Path
     vocab_size: int
@@ -154,9 +154,8 @@ class Resources:
 
     @property
     def context_record(self) -> dict[str, Any]:
-        if self.hot_words is None:
-            return {}
-        return {"context_boost": self.hot_words.boost, "context_phrases": len(self.hot_words.phrases)}
+        hot = self.hot_words
+        return {"context_boost": hot.boost, "context_phrases": len(hot.phrases)} if hot else {}
 
     @property
     def penalties(self) -> tuple[Options, ...]:

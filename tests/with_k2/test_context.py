@@ -62,7 +62,7 @@ def test_total_equals_counted_occurrences(seed):
 
 def test_credit_comes_early_is_refunded_and_stays_once_the_phrase_is_whole():
     graph = ContextGraph.build([[1, 2, 3]], VOCAB_SIZE, 1.5)
-    assert graph.num_states == 4 and graph.vocab_size == VOCAB_SIZE
+    assert graph.next_state.shape == (4, VOCAB_SIZE)
     assert walk(graph, [1, 2, 3, 4]) == (0, [1.5, 1.5, 1.5, 0.0])
     assert walk(graph, [1, 2, 4]) == (0, [1.5, 1.5, -3.0])
     state, scores = walk(graph, [1, 2, 1])  # one token of a new match replaces two of the old one
@@ -80,7 +80,7 @@ def test_arcs_are_what_k2_takes():
     phrases = PHRASE_SETS[3]
     graph = ContextGraph.build(phrases, VOCAB_SIZE, 0.75)
     fsa = k2.Fsa(graph.arcs())
-    assert fsa.shape[0] == graph.num_states + 1
+    assert fsa.shape[0] == len(graph.next_state) + 1
     for _ in range(10):
         tokens = [rng.randint(1, 4) for _ in range(rng.randint(1, 8))]
         paths = k2.intersect(k2.arc_sort(fsa), k2.linear_fsa(tokens), treat_epsilons_specially=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,11 @@ from splitformer.bin.decode import run
 from splitformer.checkpoint import averaged, save_checkpoint
 from splitformer.cli import command
 from splitformer.config import Config, tomllib
+from splitformer.corpora.lexicon import prepare_lang
+from splitformer.corpora.ngram import estimate_arpa
+from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.decode import Decoded, best_options
+from splitformer.decoding.graphs import compile_g, compile_hlg, compile_lg, save_graph
 from splitformer.decoding.methods import METHODS
 from splitformer.report.records import DecodeRecord
 from splitformer.training.distributed import Ranks
@@ -29,18 +31,13 @@ def trained(tmp_path_factory):
     """A folder with cuts, a lang_dir with HLG.pt, and the exp_dirs system-seed7 and transducer-seed7."""
     folder = tmp_path_factory.mktemp("trained")
     texts = make_texts(60)
-    train, dev = make_cuts(folder, "train", texts), make_cuts(folder, "dev", texts[:15], seed=1)
-    make_cuts(folder, "test", texts[15:25], seed=2)
+    train, dev = make_cuts(folder, "train", texts), make_cuts(folder, "dev", texts[:8], seed=1)
+    make_cuts(folder, "test", texts[8:16], seed=2)
     lang_dir = make_lang_dir(folder, texts)
-    for script, *flags in (
-        ("estimate_lm", "--text", folder / "train.txt", "--order", "2", "--arpa", folder / "2gram.arpa"),
-        ("prepare_lang", "--lang-dir", lang_dir, "--text", folder / "train.txt"),
-        *(
-            ("compile_graphs", "--lang-dir", lang_dir, "--arpa", folder / "2gram.arpa", "--graph", graph)
-            for graph in ("HLG", "LG", "G")
-        ),
-    ):
-        subprocess.run([sys.executable, "-m", f"local.{script}", *map(str, flags)], check=True, capture_output=True)
+    estimate_arpa(folder / "train.txt", folder / "2gram.arpa", order=2)
+    prepare_lang(lang_dir, (folder / "train.txt").read_text().split(), Tokenizer(lang_dir).encode)
+    for name, compile_graph in {"HLG": compile_hlg, "LG": compile_lg, "G": compile_g}.items():
+        save_graph(compile_graph(lang_dir, folder / "2gram.arpa", report=lambda line: None), lang_dir / f"{name}.pt")
     for system in ("system", "transducer"):
         tables = tomllib.loads(SYSTEM)
         tables["training"]["num_epochs"] = 8

@@ -59,9 +59,10 @@ def graphs(lang_dir):
         if (order, modified) not in made:
             arpa = lang_dir / f"{order}.arpa"
             model = estimate_arpa(lang_dir / "text", lang_dir / "again.arpa", order)
-            graph = compile_g(lang_dir, arpa, silent) if modified is None else compile_hlg(
-                lang_dir, arpa, modified, silent
-            )
+            if modified is None:
+                graph = compile_g(lang_dir, arpa, silent)
+            else:
+                graph = compile_hlg(lang_dir, arpa, modified, silent)
             made[order, modified] = graph, model
         return made[order, modified]
 
