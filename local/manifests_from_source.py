@@ -1,54 +1,60 @@
 #!/usr/bin/env python3
-"""Make the manifests of a split from own data: a table, a Kaldi data directory, audio and text, manifests of Lhotse."""
+"""Write the manifests of a split of own data."""
 
-import argparse
+from __future__ import annotations
+
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from splitformer.cli import command, conf
 from splitformer.corpora.manifests import Skipped, write_split
-from splitformer.corpora.rules import CASES, DIGITS, PUNCTUATIONS, SPLIT_KEYS, SplitRule, TextRules, source_pairs
-from splitformer.corpora.sources import SPLITS
+from splitformer.corpora.rules import SplitRule, TextRules, check_shares, source_pairs
+from splitformer.corpora.sources import ReadOptions
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--from", dest="source", type=Path, required=True, help="as of new_corpus.sh, see there")
-    parser.add_argument("--split", choices=list(SPLITS), required=True)
-    parser.add_argument("--split-by", choices=SPLIT_KEYS, default="utterance", help="what stays together")
-    parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--dev-share", type=float, default=0.1)
-    parser.add_argument("--test-share", type=float, default=0.1)
-    parser.add_argument("--case", choices=CASES, default="keep")
-    parser.add_argument("--punctuation", choices=PUNCTUATIONS, default="keep")
-    parser.add_argument("--digits", choices=DIGITS, default="keep", help="reject: leave out utterances with digits")
-    parser.add_argument("--channel", type=int, default=0, help="of recordings with several, counted from 0")
-    parser.add_argument("--audio-dir", type=Path, help="what relative paths of the source start from")
-    parser.add_argument("--speakers", choices=("folders", "none"), help="of a folder: whether its folders are speakers")
-    parser.add_argument("--limit-utterances", type=int, help="at most so many, evenly over the split")
-    parser.add_argument("--recordings", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--supervisions", type=Path, required=True, help="manifest to write")
-    parser.add_argument("--strict", action="store_true", help="whatever would be left out is fatal")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    skipped = Skipped(args.strict)
+@conf.configure(conf.DisallowNone)
+@dataclass(frozen=True)
+class Options:
+    """Write the manifests of a split of own data."""
+
+    source: Annotated[Path, conf.arg(name="from", metavar="SOURCE")]
+    """own data, see new_corpus.sh --help"""
+    split: Literal["train", "dev", "test"]
+    recordings: Path
+    """manifest to write"""
+    supervisions: Path
+    """manifest to write"""
+    reading: conf.OmitArgPrefixes[ReadOptions]
+    text: conf.OmitArgPrefixes[TextRules]
+    division: conf.OmitArgPrefixes[SplitRule]
+    limit_utterances: int | None = None
+    """take at most so many utterances, evenly over the split"""
+    strict: bool = False
+    """utterances that would be left out are errors"""
+    check_audio: Literal["all", "headers"] = "headers"
+    """decode all audio, or only headers and ends of files"""
+
+
+def run(options: Options) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    check_shares(options.division.dev_share, options.division.test_share)
+    skipped = Skipped(options.strict)
     pairs = source_pairs(
-        args.source,
-        args.split,
-        SplitRule(args.split_by, args.split_seed, args.dev_share, args.test_share),
-        TextRules(args.case, args.punctuation, args.digits),
+        options.source,
+        options.split,
+        options.division,
+        options.text,
         skipped,
-        channel=args.channel,
-        audio_dir=args.audio_dir,
-        speakers_from_folders=None if args.speakers is None else args.speakers == "folders",
-        limit=args.limit_utterances,
+        options.reading,
+        limit=options.limit_utterances,
+        decode=options.check_audio == "all",
     )
-    try:
-        count = write_split(pairs, args.recordings, args.supervisions)
-    except (ValueError, OSError) as error:
-        sys.exit(f"manifests_from_source: {error}")
-    print(f"{args.supervisions}: {count} utterances, {len(skipped)} skipped")
+    count = write_split(pairs, options.recordings, options.supervisions)
+    print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(run))

@@ -4,4 +4,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -n ${SPLITFORMER_PYTHON:-} ]] || "$root/setup.sh"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "${SPLITFORMER_PYTHON:-$root/.venv/bin/python}" "$root/local/new_corpus.py" --egs "$root/egs" "$@"
+exec "${SPLITFORMER_PYTHON:-$root/.venv/bin/python}" "$root/local/new_corpus.py" "$@"

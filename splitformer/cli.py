@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
+from tyro import conf as conf
 from tyro.conf import Positional as Positional
 
 from splitformer.errors import UserError

@@ -1,6 +1,6 @@
-"""How own data become splits of a recipe: what is kept of the text, what is left out, who is in which split.
+"""Turn own data into splits: which text is kept, what is left out, and who is in which split.
 
-All of it is a function of the source and of a few options, which a corpus's description holds: nothing is drawn.
+The result depends on the source and on options, which the corpus's description holds; nothing is random.
 """
 
 from __future__ import annotations
@@ -8,122 +8,138 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 from lhotse import Recording, SupervisionSegment
 
 from splitformer.corpora.manifests import Skipped, spread
-from splitformer.corpora.sources import SourceError, Spoken, Utterance, read_source
+from splitformer.corpora.sources import ReadOptions, SourceError, SourceRecording, read_source
+from splitformer.corpora.sources.audio import check_audio
+from splitformer.corpora.sources.base import LeftOut, Utterance
 from splitformer.data.manifests import Pair
 
-CASES = ("keep", "lower", "upper")
-PUNCTUATIONS = ("keep", "drop")
-DIGITS = ("keep", "reject")
-SPLIT_KEYS = ("speaker", "recording", "utterance")
 LONGEST = 60.0
-"""Seconds above which an utterance is left out: training would drop it, and attention grows with the square."""
+"""Seconds. Longer utterances are left out: training would drop them, and attention is quadratic in the length."""
 TRIMMED = 0.5
-"""Seconds by which a span may reach beyond its recording; it is cut there."""
+"""Seconds by which an utterance may end after its recording; it is trimmed."""
 JOINERS = "\u200c\u200d"
-"""Not seen, and yet part of the spelling in Persian and Indic scripts."""
+"""Invisible characters that belong to the spelling of Persian and Indic scripts."""
 APOSTROPHES = "'’ʼ"
 TAG = re.compile(r"^(<.*>|\[.*\]|\{.*\})$")
-
-
-class Fault(NamedTuple):
-    """Why an utterance is left out. kind: for counting; reason: with its figures."""
-
-    kind: str
-    reason: str
+MISREAD = re.compile("[\x80-\x9f\ufffd]")
+"""Control characters that text does not contain, unless it was read in a wrong encoding."""
 
 
 @dataclass(frozen=True)
 class TextRules:
-    """What is done to a transcript. It is composed (NFC) and without invisible characters in any case.
+    """What is done to transcripts. All are normalized (NFC), and lose invisible characters and repeated spaces."""
 
-    case: "keep", "lower" or "upper".
-    punctuation: "drop" takes out punctuation, symbols and words that are a tag, such as [noise] or <unk>; apostrophes
-      in a word stay, a dash or stroke in one makes two.
-    digits: "reject" leaves out utterances with digits: how they are spoken is not written.
-    """
-
-    case: str = "keep"
-    punctuation: str = "keep"
-    digits: str = "keep"
+    case: Literal["keep", "lower", "upper"] = "keep"
+    """convert letters to this case"""
+    punctuation: Literal["keep", "drop"] = "keep"
+    """drop: remove punctuation, symbols and tags such as [noise]; dashes separate words, apostrophes in words stay"""
+    digits: Literal["keep", "reject"] = "keep"
+    """reject: leave out utterances with digits, which do not tell how numbers are spoken"""
 
     def apply(self, text: str) -> str:
+        """Return the normalized text."""
         text = unicodedata.normalize("NFC", text)
         text = "".join(c for c in text if c.isspace() or c in JOINERS or unicodedata.category(c) not in ("Cf", "Cc"))
         if self.punctuation == "drop":
-            words = (_without_punctuation(word) for word in text.split() if not TAG.match(word))
-            text = " ".join(words)
-        text = {"keep": str, "lower": str.lower, "upper": str.upper}[self.case](text)
+            text = " ".join(_without_punctuation(word) for word in text.split() if not TAG.match(word))
+        if self.case != "keep":
+            text = text.lower() if self.case == "lower" else text.upper()
         return " ".join(unicodedata.normalize("NFC", text).split())
+
+    def reject(self, text: str) -> LeftOut | None:
+        """Return why an utterance with this text is left out, or None."""
+        if found := MISREAD.search(text):
+            return LeftOut(
+                "encoding",
+                f"{found.group()!r} in {text.strip()[:60]!r}: the text was read in a wrong encoding. Convert the "
+                "original by iconv -f CP1252 -t UTF-8 if it is from Windows, or read it by --encoding cp1252",
+            )
+        kept, written = self.apply(text), text.strip()[:60]
+        if not kept:
+            reason = f"nothing is left of {written!r} by these rules" if written else "the transcript is empty"
+            return LeftOut("no transcript", reason)
+        if self.digits == "reject" and has_digits(kept):
+            return LeftOut("digits", f"{written!r}: write numbers as they are spoken, or use --digits keep")
+        return None
 
 
 def _without_punctuation(word: str) -> str:
     kept = []
     for place, char in enumerate(word):
-        kind = unicodedata.category(char)
+        category = unicodedata.category(char)
         if char in APOSTROPHES:
             inside = 0 < place < len(word) - 1 and word[place - 1].isalpha() and word[place + 1].isalpha()
             kept.append("'" if inside else " ")
-        elif kind == "Pd" or char in "/_":
+        elif category == "Pd" or char in "/_":
             kept.append(" ")
-        elif kind[0] not in "PS":
+        elif category[0] not in "PS":
             kept.append(char)
     return "".join(kept)
 
 
 def has_digits(text: str) -> bool:
+    """Whether the text has numbers that are not written as words."""
     return any(char.isnumeric() and unicodedata.category(char)[0] == "N" for char in text)
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Who is in which split. What a source says is kept for dev and test; the rest is drawn by a hash.
+    """Who is in which split. The source's dev and test sets are kept; the rest is divided by a hash.
 
-    key: what stays together: all utterances of a "speaker" or "recording", or "utterance": each for itself. Where the
-      speaker is not known, the recording counts.
-    seed: another one gives another division.
-    dev, test: shares of the keys that are drawn, 0 to 1.
-
-    The hash depends on the key's name and the seed alone: utterances that come later move none that are there.
+    The hash depends on the seed and on one name alone: utterances that are added later move none.
     """
 
-    key: str = "utterance"
-    seed: int = 0
-    dev: float = 0.1
-    test: float = 0.1
+    split_by: Literal["speaker", "recording", "utterance"] = "utterance"
+    """what stays together; recordings, where the speaker is unknown"""
+    split_seed: int = 0
+    """another seed gives another division"""
+    dev_share: float = 0.1
+    """expected share of what is divided, 0 to 0.5"""
+    test_share: float = 0.1
+    """expected share of what is divided, 0 to 0.5"""
 
     def split_of(self, utterance: Utterance, recording: str) -> str:
+        """Return "train", "dev" or "test"."""
         if utterance.split in ("dev", "test"):
             return str(utterance.split)
-        return self.drawn(key_of(utterance, recording, self.key))
+        return self.drawn(self.key(utterance, recording))
+
+    def key(self, utterance: Utterance, recording: str) -> str:
+        """Return the name that is hashed."""
+        if self.split_by == "utterance":
+            return utterance.id
+        return (utterance.speaker if self.split_by == "speaker" else None) or recording
 
     def drawn(self, name: str) -> str:
-        place = int(hashlib.sha256(f"{self.seed} {name}".encode()).hexdigest()[:12], 16) / 16**12
-        if place < self.test:
+        """Return the split of a name by its hash."""
+        place = int(hashlib.sha256(f"{self.split_seed} {name}".encode()).hexdigest()[:12], 16) / 16**12
+        if place < self.test_share:
             return "test"
-        return "dev" if place < self.test + self.dev else "train"
+        return "dev" if place < self.test_share + self.dev_share else "train"
 
 
-def key_of(utterance: Utterance, recording: str, key: str) -> str:
-    if key == "utterance":
-        return utterance.id
-    return (utterance.speaker if key == "speaker" else None) or recording
+def check_shares(*shares: float | None) -> None:
+    """Raise SourceError for a share that is not from 0 to 0.5."""
+    for share in shares:
+        if share is not None and not 0 <= share <= 0.5:
+            raise SourceError(f"--dev-share and --test-share are from 0 to 0.5, not {share:g}")
 
 
 def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
-    """The seed with which shares of the hours come nearest to `dev` and `test`, every split having something.
+    """Return the seed whose shares of the hours are nearest to `dev` and `test`, with something in every split.
 
     Args:
-      seconds: of each key.
+      seconds: {key: seconds of its utterances}.
     Raises:
-      SourceError: there are fewer keys than splits.
+      SourceError: there are too few keys.
     """
     wanted = {"train": 1 - dev - test, "dev": dev, "test": test}
     wanted = {name: share for name, share in wanted.items() if share > 0}
@@ -132,7 +148,7 @@ def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
     total = sum(seconds.values())
     best, best_distance = 0, float("inf")
     for seed in range(max(20, min(2000, 100_000 // len(seconds)))):
-        rule = SplitRule(seed=seed, dev=dev, test=test)
+        rule = SplitRule(split_seed=seed, dev_share=dev, test_share=test)
         shares = dict.fromkeys(wanted, 0.0)
         for name, length in seconds.items():
             shares[rule.drawn(name)] += length / total
@@ -141,7 +157,7 @@ def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
             best, best_distance = seed, distance
     if best_distance == float("inf"):
         raise SourceError(
-            f"no division of {len(seconds)} groups of utterances into {', '.join(wanted)} was found; give larger "
+            f"{len(seconds)} groups of utterances could not be divided into {', '.join(wanted)}; give larger "
             "--dev-share and --test-share"
         )
     return best
@@ -149,34 +165,29 @@ def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
 
 def supervision_of(
     utterance: Utterance, recording: Recording, rules: TextRules, channel: int = 0
-) -> SupervisionSegment | Fault:
-    """The utterance as Lhotse has it, or why it is left out. `channel`: where the source names none."""
-    text = rules.apply(utterance.text)
-    if not text:
-        written = utterance.text.strip()
-        reason = f"nothing is left of {written[:80]!r} by the rules" if written else "the transcript is empty"
-        return Fault("no transcript", reason)
-    if rules.digits == "reject" and has_digits(text):
-        return Fault("digits", f"digits in {text[:80]!r}: write numbers as they are spoken, or --digits keep")
+) -> SupervisionSegment | LeftOut:
+    """Return Lhotse's supervision for an utterance, or why it is left out. channel: if the source names none."""
+    if rejected := rules.reject(utterance.text):
+        return rejected
     channel = channel if utterance.channel is None else utterance.channel
     if channel not in recording.channel_ids:
         ids = ", ".join(map(str, recording.channel_ids))
-        return Fault("channel", f"{recording.id} has no channel {channel}; it has {ids}")
+        return LeftOut("channel", f"{recording.id} has no channel {channel}; it has {ids}")
     start = utterance.start or 0.0
     end = recording.duration if utterance.end is None else utterance.end
     if start >= recording.duration or end > recording.duration + TRIMMED:
-        return Fault("times", f"it spans {start:g} to {end:g} s, and its recording has {recording.duration:.2f} s")
+        return LeftOut("times", f"it spans {start:g} to {end:g} s, and its recording has {recording.duration:.2f} s")
     end = min(end, recording.duration)
     if end - start > LONGEST:
         remedy = "give times: columns start and end, segments, or supervisions" if utterance.end is None else "cut it"
-        return Fault("too long", f"{end - start:.0f} s are more than {LONGEST:.0f} in one utterance; {remedy}")
+        return LeftOut("too long", f"{end - start:.0f} s are more than {LONGEST:.0f} in one utterance; {remedy}")
     return SupervisionSegment(
         id=utterance.id,
         recording_id=recording.id,
         start=start,
         duration=round(end - start, ndigits=8),
         channel=channel,
-        text=text,
+        text=rules.apply(utterance.text),
         speaker=utterance.speaker,
     )
 
@@ -187,39 +198,38 @@ def source_pairs(
     split_rule: SplitRule,
     text_rules: TextRules,
     skipped: Skipped,
+    options: ReadOptions | None = None,
     *,
-    channel: int = 0,
-    audio_dir: str | Path | None = None,
-    speakers_from_folders: bool | None = None,
     limit: int | None = None,
+    decode: bool = False,
 ) -> Iterator[Pair]:
-    """The recordings of one split of a source with their supervisions.
+    """Yield the recordings of one split of a source with their supervisions.
 
     Args:
-      skipped: where utterances that are left out are noted, by file and line.
-      limit: at most so many utterances, taken evenly over the split.
+      skipped: records utterances that are left out, by file and line.
+      limit: at most so many utterances, evenly over the split.
+      decode: see check_audio.
     Raises:
-      SourceError: see read_source; an empty split.  ManifestError: anything that is left out, if `skipped` is strict.
+      SourceError: see read_source; an empty split.  ManifestError: an utterance is left out, if `skipped` is strict.
     """
-    spoken = _of_split(
-        read_source(source, audio_dir=audio_dir, speakers_from_folders=speakers_from_folders), split, split_rule
+    options = options or ReadOptions()
+    recordings = _those(
+        read_source(source, options).recordings, lambda u, recording: split_rule.split_of(u, recording.id) == split
     )
     if limit is not None:
-        spoken = _limited(list(spoken), limit)
+        chosen = {u.id for u in spread([u for each in recordings for u in each.utterances], limit)}
+        recordings = _those(recordings, lambda u, _: u.id in chosen)
     empty = True
-    for each in spoken:
-        recording = each.recording()
-        if isinstance(recording, str):
-            for where in [utterance.where for utterance in each.utterances] or [each.where]:
-                skipped.add(where, recording)
-            continue
+    for source_recording, recording in zip(recordings, check_audio(recordings, decode)):
         group = []
-        for utterance in each.utterances:
-            made = supervision_of(utterance, recording, text_rules, channel)
-            if isinstance(made, Fault):
-                skipped.add(utterance.where, made.reason)
+        for utterance in source_recording.utterances:
+            result = recording
+            if isinstance(recording, Recording):
+                result = supervision_of(utterance, recording, text_rules, options.channel)
+            if isinstance(result, LeftOut):
+                skipped.add(utterance.where, result.reason)
             else:
-                group.append(made)
+                group.append(result)
         if group:
             empty = False
             yield recording, group
@@ -227,16 +237,7 @@ def source_pairs(
         raise SourceError(f"{source}: no usable utterance in the split {split}; see what was skipped")
 
 
-def _of_split(source: Iterator[Spoken], split: str, rule: SplitRule) -> Iterator[Spoken]:
-    for each in source:
-        mine = [u for u in each.utterances if rule.split_of(u, each.id) == split]
-        if mine:
-            yield Spoken(each.where, each.id, each.path, mine, each.fault, each.ready)
-
-
-def _limited(spoken: Sequence[Spoken], limit: int) -> Iterator[Spoken]:
-    chosen = {u.id for u in spread([u for each in spoken for u in each.utterances], limit)}
-    for each in spoken:
-        mine = [u for u in each.utterances if u.id in chosen]
-        if mine:
-            yield Spoken(each.where, each.id, each.path, mine, each.fault, each.ready)
+def _those(recordings: list[SourceRecording], wanted) -> list[SourceRecording]:
+    """Return the recordings that have wanted utterances, with these."""
+    kept = (replace(each, utterances=[u for u in each.utterances if wanted(u, each)]) for each in recordings)
+    return [each for each in kept if each.utterances]
