@@ -1,4 +1,4 @@
-"""A small language whose alignments and word sequences can all be enumerated, and what searches are held against."""
+"""A small language whose alignments and word sequences can all be enumerated, and scores to compare searches with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = "A B\nA AB BA\nB A2 A2\nAA B\nA B AB\nBA A2 B\nB B\nAB\nA AA\nB A2\n"
 
 
 def make_small_lang(lang_dir: Path) -> Path:
-    """`lang_dir` with the graphs' files for SPELLINGS, and `text`."""
+    """Write the files of a lang_dir for SPELLINGS, and `text`; return the lang_dir."""
     (lang_dir / "tokens.txt").write_text("".join(f"{token} {i}\n" for i, token in enumerate(TOKENS)))
     (lang_dir / "text").write_text(TEXT)
     prepare_lang(lang_dir, SPELLINGS, SPELLINGS.__getitem__)
@@ -37,14 +37,14 @@ def random_log_probs(frames: int, vocab_size: int, seed: int, scale: float = 2.0
 
 
 def readings(alignment: tuple[int, ...], modified: bool) -> set[tuple[int, ...]]:
-    """The token sequences of an alignment: one, or, in the modified topology, one per way to cut its runs."""
+    """Return the token sequences of an alignment: one, or, in the modified topology, one per way to cut its runs."""
     runs = [(symbol, len(list(run))) for symbol, run in itertools.groupby(alignment)]
     choices = [[(s,) * k for k in range(1, n + 1 if modified else 2)] for s, n in runs if s != 0]
     return {tuple(itertools.chain(*choice)) for choice in itertools.product(*choices)}
 
 
 def acoustic_scores(log_probs: torch.Tensor, modified: bool = False) -> dict[tuple[int, ...], float]:
-    """The best alignment's log-probability of every token sequence; `<sos/eos>` and `<unk>` left out."""
+    """Return {tokens: log-probability of their best alignment}, without `<sos/eos>` and `<unk>`."""
     frames = log_probs.double().tolist()
     scores: dict[tuple[int, ...], float] = {}
     for alignment in itertools.product((0, 3, 4), repeat=len(frames)):
@@ -55,7 +55,7 @@ def acoustic_scores(log_probs: torch.Tensor, modified: bool = False) -> dict[tup
 
 
 def alignment_score(log_probs: torch.Tensor, hypothesis: Hypothesis, modified: bool = False) -> float:
-    """The best log-probability of the hypothesis's tokens where each of them starts at its timestamp."""
+    """Return the log-probability of the best alignment in which the tokens start at their timestamps."""
     frames = log_probs.double().tolist()
     tokens, starts = hypothesis.tokens, hypothesis.timestamps
     total = sum(frame[0] for frame in frames[: starts[0] if starts else None])
@@ -71,7 +71,7 @@ def alignment_score(log_probs: torch.Tensor, hypothesis: Hypothesis, modified: b
 
 
 def word_sequences(tokens: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
-    """Every word sequence that is spelled so."""
+    """Yield every word sequence with this spelling."""
     if not tokens:
         yield ()
     for word, spelling in SPELLINGS.items():
@@ -81,10 +81,10 @@ def word_sequences(tokens: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def graph_score(model: NgramModel, words: tuple[str, ...]) -> float:
-    """The best path of `words` through the model's graph, in nats.
+    """Return the score (nats) of the best path of `words` through the model's graph.
 
-    A path may back off where the n-gram is there. Of an interpolated model no n-gram is worse than that, but from
-    order 3 on the shorter history may be the better one for the next word.
+    A path may back off although the n-gram exists. In an interpolated model no n-gram is worse than that, but from
+    order 3 on the shorter history may be better for the next word.
     """
     reached = {(BOS,)[: model.order - 1]: 0.0}
     for word in (*words, EOS):
@@ -100,12 +100,26 @@ def graph_score(model: NgramModel, words: tuple[str, ...]) -> float:
     return max(reached.values()) * math.log(10)
 
 
+PHRASES = [[1, 2], [2, 1, 3], [3, 3]]
+"""hot words"""
+
+
+def phrase_score(tokens: tuple[int, ...], boost: float) -> float:
+    """Return boost x tokens of the phrase, summed over the occurrences of PHRASES."""
+    return boost * sum(
+        len(phrase)
+        for phrase in PHRASES
+        for start in range(len(tokens))
+        if list(tokens[start : start + len(phrase)]) == phrase
+    )
+
+
 def collapsed(alignment: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(symbol for symbol, _ in itertools.groupby(alignment) if symbol)
 
 
 def enumerated(log_probs: torch.Tensor, blank_penalty: float = 0.0) -> dict[tuple[int, ...], list]:
-    """For all token sequences: [summed log-probability, best alignment's, that alignment]; log_probs (T', V)."""
+    """Return {tokens: [summed log-probability, that of the best alignment, best alignment]} for log_probs (T', V)."""
     log_probs = log_probs.double().clone()
     log_probs[:, 0] -= blank_penalty
     rows = log_probs.tolist()

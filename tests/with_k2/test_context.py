@@ -1,4 +1,4 @@
-"""The context graph against counting the phrases in token sequences."""
+"""The context graph against a count of the phrases in token sequences."""
 
 import random
 
@@ -13,7 +13,7 @@ PHRASE_SETS = [
     [[1]],
     [[1, 2, 3]],
     [[1, 1], [1, 1, 1]],  # overlaps with itself
-    [[1, 2, 3, 4], [2, 3], [3], [2, 3, 1]],  # inside one another, and left half-way
+    [[1, 2, 3, 4], [2, 3], [3], [2, 3, 1]],  # inside one another, and abandoned half-way
     [[1, 2], [1, 2, 1, 2, 3], [2, 1]],
 ]
 
@@ -23,7 +23,7 @@ def random_phrases(rng: random.Random) -> list[list[int]]:
 
 
 def counted(tokens: list[int], phrases: list[list[int]], boosts: list[float]) -> float:
-    """The definition: each place where a phrase stands gives its boost per token; a repeated phrase counts once."""
+    """Return the score by definition: each occurrence of a phrase gives its boost per token."""
     boost_of = {}
     for phrase, boost in zip(map(tuple, phrases), boosts):
         boost_of[phrase] = max(boost, boost_of.get(phrase, 0.0))
@@ -60,7 +60,7 @@ def test_total_equals_counted_occurrences(seed):
         assert sum(walk(graph, with_blanks)[1]) == pytest.approx(sum(scores), abs=1e-4)
 
 
-def test_credit_comes_early_is_refunded_and_stays_once_the_phrase_is_whole():
+def test_credit_is_given_early_and_taken_back_unless_the_phrase_is_complete():
     graph = ContextGraph.build([[1, 2, 3]], VOCAB_SIZE, 1.5)
     assert graph.next_state.shape == (4, VOCAB_SIZE)
     assert walk(graph, [1, 2, 3, 4]) == (0, [1.5, 1.5, 1.5, 0.0])
@@ -75,7 +75,7 @@ def test_one_boost_for_all_is_that_boost_for_each():
     assert torch.equal(one.score, each.score) and torch.equal(one.next_state, each.next_state)
 
 
-def test_arcs_are_what_k2_takes():
+def test_k2_scores_the_arcs_alike():
     rng = random.Random(0)
     phrases = PHRASE_SETS[3]
     graph = ContextGraph.build(phrases, VOCAB_SIZE, 0.75)

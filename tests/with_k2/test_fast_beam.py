@@ -1,4 +1,4 @@
-"""The transducer's k2 searches against enumeration of every alignment, path of the graph and word sequence."""
+"""The transducer's k2 searches against an enumeration of all alignments, paths of the graph and word sequences."""
 
 import itertools
 import math
@@ -24,13 +24,10 @@ from splitformer.decoding.modified_beam import modified_beam_search
 from splitformer.decoding.nbest import most_probable
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
+from tests.with_k2.enumeration import SPELLINGS, TEXT, TOKENS, word_sequences
 
 WIDE = FastBeam(beam=1000.0, max_contexts=1000, max_states=100000)
 V, D = 4, 6
-
-TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b"]
-SPELLINGS = {"A": [3], "A2": [3], "AA": [3, 3], "AB": [3, 4], "B": [4], "BA": [4, 3]}
-TEXT = "A B\nA AB BA\nB A2 A2\nAA B\nA B AB\nBA A2 B\nB B\nAB\nA AA\nB A2\n"
 
 
 def transducer(seed: int, vocab_size: int = V, context_size: int = 2, peaky: float = 3.0) -> tuple[Decoder, Joiner]:
@@ -49,7 +46,7 @@ def frames_of(seed: int, batch: int, frames: int) -> torch.Tensor:
 
 @torch.no_grad()
 def alignments(decoder, joiner, encoded, symbols, blank_penalty=0.0) -> dict[tuple[int, ...], float]:
-    """Every alignment of the frames (T', D), one symbol of `symbols` or a blank each, with its log-probability."""
+    """Return {alignment: its log-probability} for frames (T', D); each frame has a blank or one of `symbols`."""
     table = {}
 
     def log_probs(frame: int, context: tuple[int, ...]) -> list[float]:
@@ -74,7 +71,7 @@ def tokens_of(alignment: tuple[int, ...]) -> list[int]:
     return [symbol for symbol in alignment if symbol]
 
 
-def frames_spoken(alignment: tuple[int, ...]) -> list[int]:
+def token_frames(alignment: tuple[int, ...]) -> list[int]:
     return [frame for frame, symbol in enumerate(alignment) if symbol]
 
 
@@ -83,7 +80,7 @@ def log_sum(scores) -> float:
 
 
 def summed(scores) -> dict[tuple, float]:
-    """(key, score) pairs to the log-sum of each key's scores."""
+    """Return {key: log-sum of its scores} for (key, score) pairs."""
     groups = defaultdict(list)
     for key, score in scores:
         groups[key].append(score)
@@ -98,8 +95,8 @@ def winner(totals: dict) -> tuple:
 
 
 def single(found):
-    [hypothesis], fallen_back = found
-    assert fallen_back == []
+    [hypothesis], fallbacks = found
+    assert fallbacks == []
     return hypothesis
 
 
@@ -107,7 +104,7 @@ def single(found):
 @pytest.mark.parametrize("frames", [1, 4, 5])
 def test_best_path_equals_enumeration(context_size, frames):
     graph = trivial_graph(V)
-    last_frame_spoken = 0
+    tokens_in_last_frame = 0
     for seed in range(6):
         decoder, joiner = transducer(seed, context_size=context_size)
         encoder_out, penalty = frames_of(seed, 1, frames), 0.7 * (seed % 3)
@@ -116,11 +113,11 @@ def test_best_path_equals_enumeration(context_size, frames):
         lengths = torch.tensor([frames])
         lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, graph, blank_penalty=penalty, beam=WIDE)
         found = single(lattice.one_best())
-        assert (found.tokens, found.timestamps) == (tokens_of(best), frames_spoken(best))
+        assert (found.tokens, found.timestamps) == (tokens_of(best), token_frames(best))
         assert found.score == pytest.approx(scores[best], abs=1e-4)
         assert found.score >= max(scores.values()) - 1e-4 and found.words is None
-        last_frame_spoken += best[-1] != 0
-    assert last_frame_spoken > 0
+        tokens_in_last_frame += best[-1] != 0
+    assert tokens_in_last_frame > 0
 
 
 def test_nbest_equals_the_highest_sum_of_alignments():
@@ -135,13 +132,13 @@ def test_nbest_equals_the_highest_sum_of_alignments():
         lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([4]), graph, beam=WIDE)
         found = single(most_probable(lattice, 2000, 0.5))
         assert tuple(found.tokens) == best
-        assert found.timestamps == frames_spoken(max(own, key=own.get))
+        assert found.timestamps == token_frames(max(own, key=own.get))
         assert found.score == pytest.approx(totals[best], abs=1e-4)
         best_path = tuple(tokens_of(max(scores, key=scores.get)))
         differs += best_path != best
         few = single(most_probable(lattice, 1, 0.1))
         assert few.score >= totals[best_path] - 1e-4
-    assert differs > 0  # the best path alone is not the answer
+    assert differs > 0  # the best path has another sequence
 
 
 def write_lang(lang_dir: Path, spellings: dict[str, list[int]] = SPELLINGS, text: str = TEXT) -> NgramModel:
@@ -153,7 +150,7 @@ def write_lang(lang_dir: Path, spellings: dict[str, list[int]] = SPELLINGS, text
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(LG, words, bigram): in an interpolated bigram no back-off path beats the n-gram itself."""
+    """LG, words and a bigram model. In an interpolated bigram no back-off path beats the n-gram itself."""
     lang_dir = tmp_path_factory.mktemp("lang")
     model = write_lang(lang_dir)
     save_graph(compile_lg(lang_dir, lang_dir / "2.arpa", report=lambda line: None), lang_dir / "LG.pt")
@@ -181,16 +178,6 @@ def test_command_makes_LG(small, tmp_path, repo_root):
     assert failed.returncode != 0 and "no CTC topology" in failed.stderr
 
 
-def word_sequences(tokens: tuple[int, ...]):
-    """Every word sequence that is spelled so."""
-    if not tokens:
-        yield ()
-    for word, spelling in SPELLINGS.items():
-        if tokens[: len(spelling)] == tuple(spelling):
-            for rest in word_sequences(tokens[len(spelling) :]):
-                yield (word, *rest)
-
-
 def lm_score(model: NgramModel, words: tuple[str, ...]) -> float:
     history = ["<s>"]
     total = 0.0
@@ -205,7 +192,7 @@ def test_LG_best_path_equals_enumeration(small, scale):
     lg, words, model = small
     assert lg.vocab_size == len(TOKENS)
     before = lg.arcs.values().clone(), lg.aux_labels.clone(), lg.labels
-    last_frame_spoken = 0
+    tokens_in_last_frame = 0
     for seed in range(8):
         decoder, joiner = transducer(seed, len(TOKENS))
         encoder_out = frames_of(seed, 1, 5)
@@ -219,16 +206,16 @@ def test_LG_best_path_equals_enumeration(small, scale):
             transducer_lattice(decoder, joiner, encoder_out, torch.tensor([5]), lg, words, 0.5, scale, WIDE).one_best()
         )
         assert tuple(found.words) == sentence
-        assert (found.tokens, found.timestamps) == (tokens_of(alignment), frames_spoken(alignment))
+        assert (found.tokens, found.timestamps) == (tokens_of(alignment), token_frames(alignment))
         assert found.score == pytest.approx(totals[best], abs=1e-3)
-        last_frame_spoken += alignment[-1] != 0
-    assert last_frame_spoken > 0
+        tokens_in_last_frame += alignment[-1] != 0
+    assert tokens_in_last_frame > 0
     assert torch.equal(lg.arcs.values(), before[0]) and lg.aux_labels == before[1]
     assert not hasattr(lg, "graph_scores")
 
 
 def graph_paths(graph: k2.Fsa, tokens: list[int]) -> list[tuple[tuple[int, ...], float]]:
-    """(words, score) of each path of LG that reads the tokens and ends."""
+    """Return (words, score) of each path of LG that reads the tokens and ends."""
     leaving = defaultdict(list)
     for (source, target, label, _), score, written in zip(
         graph.arcs.values().tolist(), graph.scores.tolist(), graph.aux_labels.tolist()
@@ -263,14 +250,14 @@ def test_nbest_LG_equals_the_highest_sum_of_paths(small, scale):
         lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([4]), lg, words, 0.0, scale, WIDE)
         found = single(most_probable(lattice, 3000))
         assert found.words == [words[i] for i in best]
-        assert (found.tokens, found.timestamps) == (tokens_of(alignment), frames_spoken(alignment))
+        assert (found.tokens, found.timestamps) == (tokens_of(alignment), token_frames(alignment))
         assert found.score == pytest.approx(totals[best], abs=1e-3)
         differs += max(scores, key=lambda entry: entry[1])[0][0] != best
     assert differs > 0
 
 
 def biasing(seed: int, states: int = 3) -> ContextGraph:
-    """An automaton at random."""
+    """Return a random automaton."""
     generator = torch.Generator().manual_seed(seed)
     return ContextGraph(
         torch.randint(states, (states, V), generator=generator),
@@ -299,7 +286,7 @@ def test_context_automaton_equals_enumeration(search):
         if search == "best":
             best = winner(scores)
             found = single(lattice.one_best())
-            assert (found.tokens, found.timestamps) == (tokens_of(best), frames_spoken(best))
+            assert (found.tokens, found.timestamps) == (tokens_of(best), token_frames(best))
             assert found.score == pytest.approx(scores[best], abs=1e-4)
             changed += best != max(plain, key=plain.get)
         else:
@@ -329,19 +316,19 @@ def test_batch_order_and_padding_change_nothing(small, kind):
         return most_probable(lattice, 50) if "nbest" in kind else lattice.one_best()
 
     encoder_out, lengths = frames_of(7, 6, 12), torch.tensor([7, 12, 0, 1, 12, 3])
-    together, fallen_back = search(encoder_out, lengths)
-    assert together[2].tokens == [] and together[2].score == 0.0 and 2 not in fallen_back
+    together, fallbacks = search(encoder_out, lengths)
+    assert together[2].tokens == [] and together[2].score == 0.0 and 2 not in fallbacks
     assert any(hypothesis.tokens for hypothesis in together)
     for i, length in enumerate(lengths.tolist()):
         [alone], fell = search(encoder_out[i : i + 1, :length], lengths[i : i + 1])
-        assert same(alone, together[i]) and (fell == [0]) == (i in fallen_back)
+        assert same(alone, together[i]) and (fell == [0]) == (i in fallbacks)
     noisy = encoder_out.clone()
     for i, length in enumerate(lengths.tolist()):
         noisy[i, length:] = math.nan
     order = [5, 2, 1, 4, 0, 3]
     shuffled, fell = search(noisy[order], lengths[order])
     assert all(same(found, together[i]) for found, i in zip(shuffled, order))
-    assert sorted(order[i] for i in fell) == fallen_back
+    assert sorted(order[i] for i in fell) == fallbacks
 
 
 def test_empty_lattices_are_named_and_fall_back():
@@ -352,10 +339,10 @@ def test_empty_lattices_are_named_and_fall_back():
         joiner.output_linear.bias[0] += 8.0  # greedy search finds blanks, whose score shows the penalty
     encoder_out, lengths = frames_of(5, 4, 6), torch.tensor([2, 6, 0, 3])
     for search in (Lattice.one_best, most_probable):
-        found, fallen_back = search(
+        found, fallbacks = search(
             transducer_lattice(decoder, joiner, encoder_out, lengths, graph, blank_penalty=0.5, beam=WIDE)
         )
-        assert fallen_back == [0]
+        assert fallbacks == [0]
         greedy = transducer_greedy_search(decoder, joiner, encoder_out[:1], lengths[:1], blank_penalty=0.5)
         assert same(found[0], greedy[0])
         assert found[1].tokens == found[3].tokens == [1, 2, 3] and found[3].timestamps == [0, 1, 2]
@@ -363,49 +350,49 @@ def test_empty_lattices_are_named_and_fall_back():
         # all of them empty, and a batch without any frame
         lattice = transducer_lattice(decoder, joiner, encoder_out, torch.tensor([1, 2, 2, 1]), graph, beam=WIDE)
         assert search(lattice).fallbacks == [0, 1, 2, 3]
-        found, fallen_back = search(transducer_lattice(decoder, joiner, encoder_out, torch.zeros(4).int(), graph))
-        assert [hypothesis.tokens for hypothesis in found] == [[]] * 4 and fallen_back == []
+        found, fallbacks = search(transducer_lattice(decoder, joiner, encoder_out, torch.zeros(4).int(), graph))
+        assert [hypothesis.tokens for hypothesis in found] == [[]] * 4 and fallbacks == []
 
 
 def test_a_narrow_beam_that_ends_inside_a_word_falls_back(tmp_path):
-    """b is no word here, it only begins "b a"."""
+    """b is no word here; it begins "b a"."""
     write_lang(tmp_path, {"BA": [4, 3], "A": [3]}, "BA A BA\nA\n")
     lg = compile_lg(tmp_path, tmp_path / "2.arpa", report=lambda line: None)
     words = read_symbols(tmp_path / "words.txt")
     decoder, joiner = transducer(0, len(TOKENS))
     with torch.no_grad():
-        joiner.output_linear.bias[4] += 6.0  # b is what it hears most
+        joiner.output_linear.bias[4] += 6.0  # b is the most probable token
     encoder_out, lengths = frames_of(0, 12, 4), torch.full((12,), 4)
     narrow = FastBeam(beam=20.0, max_contexts=1, max_states=2)
     for search in (Lattice.one_best, most_probable):
-        found, fallen_back = search(transducer_lattice(decoder, joiner, encoder_out, lengths, lg, words, beam=narrow))
-        assert 0 < len(fallen_back) < 12
+        found, fallbacks = search(transducer_lattice(decoder, joiner, encoder_out, lengths, lg, words, beam=narrow))
+        assert 0 < len(fallbacks) < 12
         greedy = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
         for i, hypothesis in enumerate(found):
-            assert (hypothesis.words is None) == (i in fallen_back)
-            assert i not in fallen_back or same(hypothesis, greedy[i])
+            assert (hypothesis.words is None) == (i in fallbacks)
+            assert i not in fallbacks or same(hypothesis, greedy[i])
         lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, lg, words, beam=WIDE)
         assert search(lattice).fallbacks == []
 
 
 def test_an_end_beyond_the_beam_is_not_lost():
-    """Each path must pay 50 nats where it ends, more than going on costs; the score of the end counts."""
+    """Each path pays 50 nats where it ends, more than continuing costs; the score of the end counts."""
     context = biasing(0)
     decoder, joiner = transducer(6)
     encoder_out, lengths = frames_of(6, 3, 8), torch.tensor([8, 5, 8])
     narrow = FastBeam(beam=1.0, max_contexts=2, max_states=4)
     ends = (replace(context, final_score=torch.full((3,), score)) for score in (0.0, -50.0))
-    (free, _), (dear, fallen_back) = (
+    (free, _), (dear, fallbacks) = (
         transducer_lattice(decoder, joiner, encoder_out, lengths, context_graph_fsa(end), beam=narrow).one_best()
         for end in ends
     )
-    assert fallen_back == []
+    assert fallbacks == []
     assert [a.tokens for a in dear] == [b.tokens for b in free]
     assert [a.score + 50 for a in dear] == pytest.approx([b.score for b in free], abs=1e-3)
 
 
 def test_a_wide_beam_is_never_worse_than_modified_beam_search():
-    """Compared by the best alignment, which fast_beam_search looks for; the other sums over alignments."""
+    """Sequences are compared by their best alignments; modified beam search sums over alignments."""
     improved = 0
     for seed in range(12):
         decoder, joiner = transducer(seed)
@@ -414,7 +401,7 @@ def test_a_wide_beam_is_never_worse_than_modified_beam_search():
         for length_norm in (False, True):
             modified = modified_beam_search(decoder, joiner, encoder_out, lengths, length_norm=length_norm)
             for i, hypothesis in enumerate(modified):
-                # what may be said, and nothing else, is a graph too
+                # a graph that accepts this sequence alone
                 only = k2.linear_fsa(hypothesis.tokens)
                 only.vocab_size = V
                 own = encoder_out[i : i + 1], lengths[i : i + 1]
@@ -431,8 +418,8 @@ def test_narrow_beams_still_find_a_path():
     wide, _ = transducer_lattice(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam=WIDE).one_best()
     for beam in (FAST_BEAM, FastBeam(1.0, 1, 2), FastBeam(0.01, 1, 2), FastBeam(20.0, 2, 4)):
         lattice = transducer_lattice(decoder, joiner, encoder_out, lengths, trivial_graph(V), beam=beam)
-        found, fallen_back = lattice.one_best()
-        assert fallen_back == []
+        found, fallbacks = lattice.one_best()
+        assert fallbacks == []
         assert all(a.score <= b.score + 1e-4 for a, b in zip(found, wide))
     greedy = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
     assert all(a.score <= b.score + 1e-4 for a, b in zip(greedy, wide))

@@ -1,4 +1,4 @@
-"""Words, lexicon and its FSTs: contents by hand, and what the FSTs accept."""
+"""Words, lexicon and its FSTs: their contents, and what the FSTs accept."""
 
 from pathlib import Path
 
@@ -10,9 +10,10 @@ from splitformer.checkpoint import save_checkpoint
 from splitformer.corpora.lexicon import add_disambiguation_symbols, lexicon_to_fst, prepare_lang
 from splitformer.decoding.graphs import GraphError, load_graph, save_graph
 from splitformer.decoding.lang import read_symbols
+from splitformer.errors import UserError
 
 TOKENS = ["<blk>", "<sos/eos>", "<unk>", "a", "b", "c"]
-# AB begins ABC; BEE and BE are spelled alike and begin BC's neighbour; C is free
+# AB begins ABC; BEE and BE are spelled alike and begin BC; C begins nothing
 SPELLINGS = {"AB": [3, 4], "ABC": [3, 4, 5], "BE": [4], "BEE": [4], "BC": [4, 5], "C": [5]}
 
 
@@ -23,7 +24,7 @@ def lang_dir(tmp_path):
 
 
 def paths(fst: k2.Fsa, labels: list[int]) -> set[tuple[int, ...]]:
-    """Every sequence of outputs (0 left out) that `fst` gives for `labels`."""
+    """Return every sequence of outputs, without 0, that `fst` writes for `labels`."""
     lattice = k2.connect(k2.intersect(k2.linear_fsa(labels), fst, treat_epsilons_specially=False))
     arcs, outputs = lattice.arcs.values().tolist(), lattice.aux_labels.tolist()
     final = lattice.shape[0] - 1
@@ -111,7 +112,7 @@ def test_states_and_properties_of_the_fst():
     ],
 )
 def test_wrong_words_are_named(lang_dir, words, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare_lang(lang_dir, words, lambda word: SPELLINGS.get(word, [3, 2]))
     assert not (lang_dir / "L.pt").exists()
 
@@ -119,12 +120,12 @@ def test_wrong_words_are_named(lang_dir, words, message):
 @pytest.mark.parametrize("text", ["", "a 0\nb 2\n", "a 0\nb 0\n", "a 0\nb\n", "a zero\n"])
 def test_damaged_tables_are_refused(tmp_path, text):
     (tmp_path / "tokens.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"tokens\.txt"):
+    with pytest.raises(UserError, match=r"tokens\.txt"):
         read_symbols(tmp_path / "tokens.txt")
 
 
 class Payload:
-    """What a pickle can hide: a call at the moment it is read."""
+    """A pickle that calls a function when it is read."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""Modified beam search against enumeration of every alignment; small beams against a plain search."""
+"""Modified beam search against an enumeration of all alignments; small beams against a plain search."""
 
 import itertools
 import math
@@ -12,12 +12,11 @@ from splitformer.decoding.greedy import transducer_greedy_search
 from splitformer.decoding.modified_beam import modified_beam_search
 from splitformer.model.decoder import Decoder
 from splitformer.model.joiner import Joiner
-
-PHRASES = [[1, 2], [2, 1, 3], [3, 3]]
+from tests.with_k2.enumeration import PHRASES, phrase_score
 
 
 def tiny_transducer(seed: int, vocab_size: int = 4, context_size: int = 2) -> tuple[Decoder, Joiner]:
-    """Weights larger than at the start of training, so that what was said matters."""
+    """Weights are larger than at the start of training, so that the context matters."""
     torch.manual_seed(seed)
     decoder, joiner = Decoder(vocab_size, 8, context_size), Joiner(5, 8, 7, vocab_size)
     for parameter in (*decoder.parameters(), *joiner.parameters()):
@@ -28,7 +27,7 @@ def tiny_transducer(seed: int, vocab_size: int = 4, context_size: int = 2) -> tu
 
 @torch.no_grad()
 def scorer(decoder: Decoder, joiner: Joiner, encoder_out: torch.Tensor, blank_penalty: float) -> Callable:
-    """Log-probabilities of a frame's symbols after some tokens, one utterance (T', D), one call at a time."""
+    """Return a function of frame and tokens: the log-probabilities of the frame's symbols in one utterance (T', D)."""
     known: dict[tuple, list[float]] = {}
     frames = joiner.encoder_proj(encoder_out)
 
@@ -45,7 +44,7 @@ def scorer(decoder: Decoder, joiner: Joiner, encoder_out: torch.Tensor, blank_pe
 
 
 def enumerated(log_probs: Callable, frames: int, vocab_size: int) -> dict[tuple[int, ...], list]:
-    """For all token sequences: [summed log-probability, best alignment's, frames of its tokens]."""
+    """Return {tokens: [summed log-probability, that of the best alignment, frames of its tokens]}."""
     found: dict[tuple[int, ...], list] = {}
     for alignment in itertools.product(range(vocab_size), repeat=frames):
         tokens, score = (), 0.0
@@ -59,15 +58,6 @@ def enumerated(log_probs: Callable, frames: int, vocab_size: int) -> dict[tuple[
     for entry in found.values():
         entry[0] = math.log(entry[0])
     return found
-
-
-def phrase_score(tokens: tuple[int, ...], boost: float) -> float:
-    return boost * sum(
-        len(phrase)
-        for phrase in PHRASES
-        for start in range(len(tokens))
-        if list(tokens[start : start + len(phrase)]) == phrase
-    )
 
 
 @pytest.mark.parametrize("blank_penalty", [0.0, 0.8])
@@ -97,7 +87,7 @@ def test_a_wide_beam_equals_enumeration(blank_penalty, boost, length_norm):
 
 
 def plain_search(log_probs: Callable, frames: int, vocab_size: int, beam_size: int, boost: float):
-    """The same search with a dictionary of token sequences, one utterance."""
+    """Search one utterance with a dictionary of token sequences."""
 
     def credit(tokens):  # of the context graph, walked from its start
         state, total = 0, 0.0
@@ -153,7 +143,7 @@ def test_batch_equals_single(context):
     decoder, joiner = tiny_transducer(2, 6)
     encoder_out, lengths = torch.randn(6, 17, 5), torch.tensor([16, 1, 0, 9, 16, 5])
     for utterance, length in enumerate(lengths.tolist()):
-        encoder_out[utterance, length:] = math.nan  # ignored, whatever stands there
+        encoder_out[utterance, length:] = math.nan  # ignored, whatever it is
     batch = modified_beam_search(decoder, joiner, encoder_out, lengths, 4, 0.3, context)
     for utterance, length in enumerate(lengths.tolist()):
         alone_out, alone_length = encoder_out[utterance, :length].unsqueeze(0), torch.tensor([length])

@@ -1,4 +1,4 @@
-"""The lattice searches against enumeration of every alignment and every word sequence."""
+"""The lattice searches against an enumeration of all alignments and word sequences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.with_k2.enumeration import (
     word_sequences,
 )
 
-# All alignments of a few frames. The output beam is the whole search's, so that nothing is lost.
+# All alignments of a few frames. The output beam is as wide as the search beam, so that nothing is lost.
 ALL = Beam(search_beam=200.0, output_beam=200.0, min_active_states=1000, max_active_states=100000)
 LM_SCALES = (0.3, 1.0, 2.0)
 FRAMES = 5
@@ -49,7 +49,7 @@ def words(lang_dir):
 
 @pytest.fixture(scope="module")
 def graphs(lang_dir):
-    """(order, modified) -> (HLG, model); order -> (G, model). Each is made once."""
+    """A function: (order, modified) -> (HLG, model), order -> (G, model). Each is made once."""
     made = {}
 
     def silent(line):
@@ -70,7 +70,7 @@ def graphs(lang_dir):
 
 
 def totals(log_probs, modified, model, weight, penalty=0.0):
-    """{words: acoustic + weight * graph} of everything that can be said in log_probs (1, T', V)."""
+    """Return {words: acoustic + weight * graph} of all word sequences in log_probs (1, T', V)."""
     penalised = log_probs[0].clone()
     penalised[:, 0] -= penalty
     return {
@@ -81,7 +81,7 @@ def totals(log_probs, modified, model, weight, penalty=0.0):
 
 
 def check(found, fallbacks, expected):
-    """`found` is the best of `expected`, and consistent in itself."""
+    """Check that `found` is the best of `expected`, and consistent."""
     best = max(expected, key=expected.get)
     # a tie would make the test depend on rounding
     assert sum(total > expected[best] - 1e-3 for total in expected.values()) == 1
@@ -127,7 +127,7 @@ def test_rescoring_equals_enumeration(graphs, words, modified, order, g_order, h
 
 
 def test_backing_off_needs_no_frame_of_its_own(graphs, words):
-    """Words frame after frame: G backs off several times between two of them, before the first, after the last."""
+    """Words start in every frame; G backs off several times between two of them, before the first, after the last."""
     g, model = graphs(4)
     hlg, _ = graphs(2, True)
     for alignment in itertools.product((3, 4), repeat=FRAMES):
@@ -174,7 +174,7 @@ def test_oracle_is_a_lower_bound_of_nbest(graphs, words):
 
 
 def every_search(log_probs, lengths, hlg, words, g, references, **options):
-    """{name: (hypotheses, fallbacks)} with few paths, so that drawing others would show."""
+    """Return {name: result} with few paths, so that drawing other ones would show."""
     lattice = hlg_lattice(log_probs, lengths, hlg, words, **options)
     return {
         "nbest": nbest(lattice, 20),
@@ -204,14 +204,14 @@ def test_batch_equals_single(graphs, words):
 
 
 def test_empty_lattices_fall_back_and_are_counted(graphs, lang_dir, words, tmp_path):
-    """Only AA is a word of this HLG, and a A needs a blank in between: three frames at least."""
+    """AA is the only word of this HLG and needs three frames, with a blank in the middle."""
     shutil.copytree(lang_dir, tmp_path, dirs_exist_ok=True)
     (tmp_path / "text").write_text("AA\nAA AA\n")
     estimate_arpa(tmp_path / "text", tmp_path / "aa.arpa", 2)
     hlg = compile_hlg(tmp_path, tmp_path / "aa.arpa", report=lambda line: None)
     g, _ = graphs(3)
     log_probs = torch.cat([random_log_probs(6, len(TOKENS), seed) for seed in range(4)])
-    log_probs[:, :, 0] -= 30  # rather no blank: the empty sentence, which G has too, does not come into it
+    log_probs[:, :, 0] -= 30  # blanks are unlikely, so that the empty sentence, which G has too, does not win
     options = {"beam": Beam(search_beam=1.0, output_beam=1.0, min_active_states=0, max_active_states=2)}
     options |= {"hlg_scale": 0.8, "blank_penalty": 0.1}  # greedy search has neither
     greedy = ctc_greedy_search(log_probs, torch.tensor([2, 6, 0, 1]))

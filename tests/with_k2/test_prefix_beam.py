@@ -1,4 +1,4 @@
-"""CTC prefix beam search and alignment against enumeration of every alignment; small beams against a plain search."""
+"""CTC prefix beam search and alignment against an enumeration of all alignments; small beams against a plain search."""
 
 from __future__ import annotations
 
@@ -11,23 +11,12 @@ from splitformer.decoding.alignment import ctc_alignment
 from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.greedy import ctc_greedy_search
 from splitformer.decoding.prefix_beam import prefix_beam_search
-from tests.with_k2.enumeration import enumerated
-
-PHRASES = [[1, 2], [2, 1, 3], [3, 3]]
+from tests.with_k2.enumeration import PHRASES, enumerated, phrase_score
 
 
 def random_log_probs(batch: int, frames: int, vocab_size: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (1.5 * torch.randn(batch, frames, vocab_size, generator=generator)).log_softmax(dim=2)
-
-
-def phrase_score(tokens: tuple[int, ...], boost: float) -> float:
-    return boost * sum(
-        len(phrase)
-        for phrase in PHRASES
-        for start in range(len(tokens))
-        if list(tokens[start : start + len(phrase)]) == phrase
-    )
 
 
 def starts(alignment: tuple[int, ...]) -> list[int]:
@@ -54,7 +43,7 @@ def test_a_wide_beam_equals_enumeration(blank_penalty, boost):
 
 
 def plain_search(rows: list[list[float]], beam_size: int, boost: float) -> tuple[tuple[int, ...], float]:
-    """The same search with a dictionary of prefixes, one utterance."""
+    """Search one utterance with a dictionary of prefixes."""
 
     def credit(prefix):  # of the context graph, walked from its start
         state, total = 0, 0.0
@@ -100,7 +89,7 @@ def test_a_small_beam_equals_a_plain_search(beam_size, boost):
 def test_batch_equals_single(context):
     log_probs, lengths = random_log_probs(6, 17, 6, seed=3), torch.tensor([16, 1, 0, 9, 16, 5])
     for utterance, length in enumerate(lengths.tolist()):
-        log_probs[utterance, length:] = math.nan  # ignored, whatever stands there
+        log_probs[utterance, length:] = math.nan  # ignored, whatever it is
     batch = prefix_beam_search(log_probs, lengths, 4, 0.3, context)
     for utterance, length in enumerate(lengths.tolist()):
         alone_log_probs, alone_length = log_probs[utterance, :length].unsqueeze(0), torch.tensor([length])
@@ -111,7 +100,7 @@ def test_batch_equals_single(context):
     assert prefix_beam_search(log_probs[:0], lengths[:0]) == []
 
 
-def test_it_finds_what_greedy_search_misses():
+def test_it_finds_a_sequence_that_greedy_search_misses():
     # the best alignment is blank, blank; the token has more alignments (Graves et al., figure 2)
     log_probs = torch.tensor([[[0.55, 0.45], [0.55, 0.45]]]).log()
     [greedy], [found] = (search(log_probs, torch.tensor([2])) for search in (ctc_greedy_search, prefix_beam_search))
@@ -119,7 +108,7 @@ def test_it_finds_what_greedy_search_misses():
     assert found.score == pytest.approx(math.log(1 - 0.55**2), abs=1e-5)
 
 
-def test_log_probs_are_left_as_they_are():
+def test_log_probs_are_not_modified():
     log_probs = random_log_probs(2, 6, 5, seed=1).double()
     before = log_probs.clone()
     prefix_beam_search(log_probs, torch.tensor([6, 4]), blank_penalty=1.0)

@@ -1,4 +1,4 @@
-"""HLG and the best paths of CTC lattices against enumeration of every alignment and every word sequence."""
+"""HLG and the best paths of CTC lattices against an enumeration of all alignments and word sequences."""
 
 import gzip
 import itertools
@@ -40,7 +40,7 @@ from tests.with_k2.enumeration import (
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(lang_dir, words, bigram): in an interpolated bigram no back-off path beats the n-gram itself."""
+    """lang_dir, words and a bigram model. In an interpolated bigram no back-off path beats the n-gram itself."""
     lang_dir = make_small_lang(tmp_path_factory.mktemp("lang"))
     model = estimate_arpa(lang_dir / "text", lang_dir / "2.arpa", order=2)
     return lang_dir, read_symbols(lang_dir / "words.txt"), model
@@ -93,7 +93,7 @@ def test_ctc_decoding_equals_enumeration_and_greedy():
 
 
 def only(vocab_size: int, *token_sequences: list[int]) -> k2.Fsa:
-    """A CTC topology that accepts these token sequences only."""
+    """Return a CTC topology that accepts only these token sequences."""
     accepted = k2.union(k2.create_fsa_vec([k2.linear_fsa(tokens) for tokens in token_sequences]))
     accepted = k2.arc_sort(k2.determinize(k2.remove_epsilon(accepted)))
     return k2.connect(k2.compose(ctc_topology(vocab_size), accepted))
@@ -115,7 +115,7 @@ def test_constrained_ctc_decoding_equals_enumeration():
 
 
 def test_empty_lattices_are_named_and_fall_back():
-    """Three equal tokens need five frames: with four, no path exists; the others are searched as ever."""
+    """Three equal tokens need five frames: with four, no path exists. The other utterances are searched."""
     graph = only(5, [3, 3, 3])
     log_probs = torch.cat([random_log_probs(6, 5, seed) for seed in range(4)])
     lengths = torch.tensor([4, 6, 0, 5])
@@ -123,7 +123,7 @@ def test_empty_lattices_are_named_and_fall_back():
     assert empty == [0]
     assert hypotheses[0] == ctc_greedy_search(log_probs[:1], lengths[:1])[0]
     assert hypotheses[1].tokens == hypotheses[3].tokens == [3, 3, 3]
-    assert hypotheses[2].tokens == []  # nothing to decode, nothing lost
+    assert hypotheses[2].tokens == []  # without frames there is no fallback
     # all of them empty, and a batch without any frame
     assert ctc_lattice(log_probs, torch.tensor([1, 2, 3, 4]), graph, WIDE).one_best()[1] == [0, 1, 2, 3]
     hypotheses, empty = ctc_lattice(log_probs, torch.tensor([0, 0, 0, 0]), graph, WIDE).one_best()
@@ -131,7 +131,7 @@ def test_empty_lattices_are_named_and_fall_back():
 
 
 def test_a_narrow_beam_that_ends_inside_a_word_falls_back(small, tmp_path):
-    """B is no word here: the lone state that survives a narrow beam waits for the rest of "b a"."""
+    """B is no word here: the only state that survives a narrow beam waits for the rest of "b a"."""
     lang_dir, _, _ = small
     spellings = {"BA": [4, 3], "A": [3]}
     (tmp_path / "tokens.txt").write_text((lang_dir / "tokens.txt").read_text())
@@ -167,7 +167,7 @@ NINE NINE FOUR ONE
 
 @pytest.fixture(scope="module", params=["bpe", "char"])
 def recipe(request, tmp_path_factory):
-    """(tokenizer, words, hlg) as the stage scripts make them, for both kinds of tokens, from SENTENCES."""
+    """Tokenizer, words and HLG as the stage scripts make them from SENTENCES, for both kinds of tokens."""
     lang_dir = tmp_path_factory.mktemp(request.param)
     (lang_dir / "text").write_text(SENTENCES)
     train_tokenizer(lang_dir / "text", lang_dir, request.param, 36 if request.param == "bpe" else None)
@@ -181,7 +181,7 @@ def recipe(request, tmp_path_factory):
 
 
 def spoken(tokenizer: Tokenizer, lines: list[str], noise: float = 0.0, seed: int = 0):
-    """(log_probs, lengths) of someone who says the lines: every token some frames long, blanks between."""
+    """Return log_probs and lengths for the lines: every token lasts some frames, with blanks between."""
     rng = random.Random(seed)
     paths = []
     for line in lines:
@@ -197,7 +197,7 @@ def spoken(tokenizer: Tokenizer, lines: list[str], noise: float = 0.0, seed: int
     return logits.log_softmax(dim=2), lengths
 
 
-def test_hlg_finds_what_was_said(recipe):
+def test_hlg_recognises_the_lines(recipe):
     tokenizer, words, hlg = recipe
     lines = [*SENTENCES.splitlines(), "LAST NINETEEN", "A B A"]  # the last two by backing off
     found, empty = hlg_lattice(*spoken(tokenizer, lines), hlg, words).one_best()
@@ -205,8 +205,8 @@ def test_hlg_finds_what_was_said(recipe):
     assert empty == []
 
 
-def test_hlg_mends_what_greedy_search_gets_wrong(recipe):
-    """Noise breaks the spelling; the lexicon and the language model put it right more often than not."""
+def test_hlg_corrects_most_errors_of_greedy_search(recipe):
+    """Noise breaks the spelling; lexicon and language model correct it more often than not."""
     tokenizer, words, hlg = recipe
     lines = SENTENCES.splitlines() * 4
     log_probs, lengths = spoken(tokenizer, lines, noise=3.0)
@@ -217,14 +217,14 @@ def test_hlg_mends_what_greedy_search_gets_wrong(recipe):
 
 
 def same(some: list[Hypothesis], others: list[Hypothesis]) -> bool:
-    """Equal but for rounding of the scores, which depends on how k2 numbers the arcs."""
+    """Return whether they are equal except for rounding of scores, which depends on how k2 numbers the arcs."""
     return all(
         math.isclose(a.score, b.score, abs_tol=1e-3) and replace(a, score=0.0) == replace(b, score=0.0)
         for a, b in zip(some, others, strict=True)
     )
 
 
-def test_batch_order_and_company_change_nothing(recipe):
+def test_the_order_and_the_rest_of_a_batch_change_nothing(recipe):
     tokenizer, words, hlg = recipe
     log_probs, lengths = spoken(tokenizer, SENTENCES.splitlines(), noise=2.5, seed=1)
     lengths[2] = 1
@@ -263,7 +263,7 @@ def test_wrong_arguments_are_named(recipe):
 
 @pytest.mark.parametrize("modified", [False, True])
 def test_topology_reads_alignments_and_writes_tokens(modified):
-    """For every alignment of five frames, the topology gives the readings of the definition."""
+    """Check the topology against the definition, for every alignment of five frames."""
     topology = k2.arc_sort(ctc_topology(3, modified))
     arcs = list(zip(topology.arcs.values().tolist(), topology.aux_labels.tolist()))
     final = topology.shape[0] - 1
@@ -291,7 +291,7 @@ def test_gzipped_arpa_gives_the_same_graph(small, tmp_path):
     assert any(re.match(rf"HLG: {graphs[0].num_arcs} arcs, .* MB, .* s", line) for line in lines)
 
 
-def test_words_that_only_one_side_knows(small, tmp_path):
+def test_words_of_the_grammar_or_the_lexicon_alone(small, tmp_path):
     """Words of the grammar alone are left out of HLG, words of the lexicon alone are counted."""
     lang_dir, words, _ = small
     (tmp_path / "text").write_text(TEXT.replace("AA", "OTHER"))
@@ -350,6 +350,7 @@ def test_commands(tmp_path, repo_root):
     ):
         done = run(script, *arguments)
         assert done.returncode == 0, done.stderr
+        assert "[I]" not in done.stderr  # kaldilm's log
     assert "0 are not and cannot be recognised" in done.stdout
     assert "peak memory" in done.stdout
 

@@ -1,4 +1,4 @@
-"""Greedy searches against their definitions, batch against single."""
+"""Greedy searches against their definitions, and batches against single utterances."""
 
 import math
 
@@ -68,12 +68,12 @@ def test_wrong_shapes_are_named(shape, lengths, message):
 
 
 def tiny_transducer(seed: int, vocab_size: int = 6, context_size: int = 2) -> tuple[Decoder, Joiner]:
-    """Weights larger than at the start of training, so that what was said matters."""
+    """Weights are larger than at the start of training, so that the context matters."""
     torch.manual_seed(seed)
     decoder, joiner = Decoder(vocab_size, 8, context_size), Joiner(5, 8, 7, vocab_size)
     for parameter in (*decoder.parameters(), *joiner.parameters()):
         parameter.data.mul_(3.0)
-    joiner.output_linear.bias.data[0] += 2.0  # as after training, most frames say nothing
+    joiner.output_linear.bias.data[0] += 2.0  # as after training, most frames are blanks
     return decoder, joiner
 
 
@@ -99,13 +99,13 @@ def test_transducer_takes_the_best_symbol_of_each_frame(context_size, blank_pena
         assert (found.tokens, found.timestamps) == (tokens, timestamps)
         assert found.score == pytest.approx(score, abs=1e-4)
         emitted += len(tokens)
-    assert 0 < emitted < 60  # both kinds of frames were met
+    assert 0 < emitted < 60  # frames of both kinds
 
 
 def test_transducer_batch_equals_single():
     decoder, joiner = tiny_transducer(0)
     encoder_out, lengths = torch.randn(6, 17, 5), torch.tensor([16, 1, 0, 9, 16, 5])
-    encoder_out[3, 9:] = math.nan  # ignored, whatever stands there
+    encoder_out[3, 9:] = math.nan  # ignored, whatever it is
     batch = transducer_greedy_search(decoder, joiner, encoder_out, lengths)
     for utterance, length in enumerate(lengths.tolist()):
         alone_out = encoder_out[utterance, :length].unsqueeze(0)
