@@ -1,23 +1,21 @@
-"""Speed and memory of a training step: frames per second, milliseconds, peak memory, share of waiting for data.
+"""Measure a training step: frames per second, milliseconds, peak memory, share of waiting for data.
 
     python -m benchmarks.train --compare --output benchmarks/train.md                    # on this machine's CPU or GPU
     python -m benchmarks.train --precision fp32 bf16 --compile --output benchmarks/train.md       # with torch 2
     python -m benchmarks.train --train-cuts egs/CORPUS/data/fbank/train_cuts.jsonl.gz --lang-dir egs/CORPUS/data/LANG
 
-The system is the published one, with random weights, and batches are random too unless cuts are given. Every variant
-has a process of its own, so that its peak memory is its own, and the processes take their steps in turns, one at a time
-on the same batch: what else the machine does changes from turn to turn, and the ratio of two times of one turn little.
-Look at the ratios, which are medians over the turns; milliseconds are medians too.
+The system is the published one with random weights. Batches are random, too, unless cuts are given. Each variant runs
+in a process of its own, so that its peak memory is its own. The processes take turns, one step at a time on the same
+batch, because the load of the machine changes from turn to turn, but hardly changes the ratio of two times of one turn.
+Compare the ratios, which are medians over the turns.
 
-`--compare` measures a network of the same shape besides, made in this file from the Conformer that torchaudio ships:
-torch's attention with dropout on its weights, torch's dropout, a log_softmax and a CTC loss for each exit. It is ours,
-of stock parts, and stands in for the released implementation; it is not that. `--against TREE` measures another
-checkout of this repository.
+`--compare` also measures a network of the same shape, built in this file from torchaudio's Conformer: attention with
+dropout on its weights, torch's dropout, and a log_softmax and a CTC loss for each exit. It stands in for the released
+implementation, but it is not that. `--against TREE` measures another checkout of this repository.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -28,104 +26,113 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+# another checkout (--against) has these, too; everything else is imported where it is used
 from splitformer.config import Config, ModelConfig, OptimConfig, load_config
-from splitformer.files import atomic_write
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import sinusoidal_positions
 from splitformer.model.subsampling import Conv1dSubsampling, subsampled_lengths
-from splitformer.provenance import command_line
 from splitformer.training.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES_PER_SECOND = 100
 LABELS_PER_SECOND = 5
 TITLE = "# The training step"
-WITHOUT_OPTIMISER = float("nan")
+WITHOUT_OPTIMIZER = float("nan")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "egs/librispeech/conf/splitformer.toml")
-    parser.add_argument("--batch", type=int, default=8, help="utterances")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of audio in each")
-    parser.add_argument("--steps", type=int, default=9, help="measured, of every variant; 2 more warm up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=("fp32", "bf16", "medium"),
-        default=["fp32", "bf16"],
-        help="medium: fp32 under torch.set_float32_matmul_precision('medium')",
-    )
-    parser.add_argument("--compile", action="store_true", help="each with torch.compile as well; torch 2 only")
-    parser.add_argument("--compare", action="store_true", help="the network of torchaudio's parts as well")
-    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout as well, in float32")
-    parser.add_argument("--train-cuts", type=Path, nargs="+", help="train on these instead of random features")
-    parser.add_argument("--lang-dir", type=Path, help="the tokens for --train-cuts")
-    parser.add_argument("--num-workers", type=int, default=1, help="processes that load data")
-    parser.add_argument("--output", type=Path, help="write the table there, in the place of the one of this title")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(Variant(**json.loads(args.worker)), args)
-        return
-    check(args, parser.error)
-    variants = chosen(args)
+@dataclass(frozen=True)
+class Options:
+    """Measure speed and memory of a training step."""
+
+    config: Path = ROOT / "egs/librispeech/conf/splitformer.toml"
+    """conf file (TOML)"""
+    batch: int = 8
+    """utterances in a batch"""
+    seconds: float = 10.0
+    """seconds of audio in each utterance"""
+    steps: int = 9
+    """measured steps of each variant; 2 more warm up"""
+    threads: int = os.cpu_count() or 1
+    """threads on a CPU"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: tuple[Literal["fp32", "bf16", "medium"], ...] = ("fp32", "bf16")
+    """medium is fp32 under torch.set_float32_matmul_precision('medium')"""
+    compile: bool = False
+    """also measure each precision with torch.compile (torch 2)"""
+    compare: bool = False
+    """also measure the network of torchaudio's parts"""
+    against: Path | None = None
+    """also measure this other checkout, in float32"""
+    train_cuts: tuple[Path, ...] = ()
+    """train on these cuts instead of random features"""
+    lang_dir: Path | None = None
+    """tokens for --train-cuts"""
+    num_workers: int = 1
+    """data loading processes"""
+    output: Path | None = None
+    """file to write the table to; it replaces the table with the same title"""
+
+
+def run(options: Options) -> None:
+    check(options)
+    variants = chosen(options)
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(each, args.against)) for each in variants]
+        workers = [stack.enter_context(Worker(each, options)) for each in variants]
         for worker in tqdm(workers, desc="warm up"):
             worker.run(2)
         turns = []
-        for turn in tqdm(range(args.steps), desc="turns"):
+        for turn in tqdm(range(options.steps), desc="turns"):
             order = workers[::-1] if turn % 2 else workers  # so that none always comes first
             done = {worker.variant: worker.run(1) for worker in order}
             turns.append([done[variant] for variant in variants])
-        # what was loaded ahead while the others had their turn would hide the waiting
-        workers[0].run(2 * args.num_workers)
-        alone = workers[0].run(args.steps)
+        # batches that were loaded ahead during other workers' turns would hide the waiting
+        workers[0].run(2 * options.num_workers)
+        alone = workers[0].run(options.steps)
         facts = [worker.facts() for worker in workers]
-    section = report(args, variants, turns, alone, facts)
+    section = report(options, variants, turns, alone, facts)
     print("\n".join(section))
-    if args.output:
-        write_section(args.output, section)
+    if options.output:
+        write_section(options.output, section)
 
 
-def check(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
-    if args.compile and not hasattr(nn.Module, "compile"):
-        error(f"--compile needs torch 2 and this is {torch.__version__}: leave it out, or use .venv-torch2")
-    if "medium" in args.precision and torch.__version__.startswith("1."):
-        error(f"--precision medium has no effect on torch {torch.__version__}: choose among fp32 and bf16")
-    if args.compare:
+def check(options: Options) -> None:
+    from splitformer.errors import UserError
+
+    version = torch.__version__
+    if options.compile and not hasattr(nn.Module, "compile"):
+        raise UserError(f"--compile needs torch 2, and this is {version}: leave it out, or use .venv-torch2")
+    if "medium" in options.precision and version.startswith("1."):
+        raise UserError(f"--precision medium has no effect on torch {version}: choose fp32 or bf16")
+    if options.compare:
         try:
             import torchaudio.models  # noqa: F401
         except ImportError as problem:
-            error(f"--compare needs torchaudio ({problem}): leave it out, or use the environment of ./setup.sh")
-    if bool(args.train_cuts) != bool(args.lang_dir):
-        error("--train-cuts and --lang-dir belong together: give both or neither")
-    if args.steps < 1 or args.batch < 1 or args.seconds < 1:
-        error(f"--steps {args.steps}, --batch {args.batch} and --seconds {args.seconds:g} must be 1 at least")
-    if args.against and not (args.against / "splitformer" / "model").is_dir():
-        error(f"--against {args.against}: no checkout of this repository")
+            raise UserError(f"--compare needs torchaudio ({problem}): leave it out, or use .venv") from problem
+    if bool(options.train_cuts) != bool(options.lang_dir):
+        raise UserError("--train-cuts and --lang-dir belong together: give both or neither")
+    if min(options.steps, options.batch, options.seconds) < 1:
+        given = f"--steps {options.steps}, --batch {options.batch} and --seconds {options.seconds:g}"
+        raise UserError(f"{given} must be at least 1")
+    if options.against and not (options.against / "splitformer" / "model").is_dir():
+        raise UserError(f"--against {options.against}: this is not a checkout of this repository")
 
 
 @dataclass(frozen=True)
 class Variant:
-    network: str
-    """ours, comparison, or against"""
+    network: Literal["ours", "comparison", "against"]
     precision: str
     compiled: bool = False
 
@@ -134,44 +141,40 @@ class Variant:
         return f"{network}, {self.precision}{', compiled' if self.compiled else ''}"
 
 
-def chosen(args: argparse.Namespace) -> list[Variant]:
-    """The first is what the others are compared with, where there is no comparison network."""
-    variants = [Variant("ours", each) for each in args.precision]
-    if args.compile:
-        variants += [Variant("ours", each, compiled=True) for each in args.precision]
-    if args.compare:
-        variants += [Variant("comparison", each) for each in args.precision]
-    return variants + ([Variant("against", "fp32")] if args.against else [])
+def chosen(options: Options) -> list[Variant]:
+    """Return the variants; without a comparison network, the first is the reference."""
+    variants = [Variant("ours", each) for each in options.precision]
+    if options.compile:
+        variants += [Variant("ours", each, compiled=True) for each in options.precision]
+    if options.compare:
+        variants += [Variant("comparison", each) for each in options.precision]
+    return variants + ([Variant("against", "fp32")] if options.against else [])
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Of one or more steps, in seconds."""
+    """Times of one or more steps, in seconds."""
 
-    loss: float
-    """forward pass, losses and backward pass"""
-    step: float
-    """the same, the gradients' norm and the optimiser's step"""
-    processor: float
-    """that the processors spent on the former, on all threads"""
-    waited: float
+    loss: float  # forward pass, losses and backward pass
+    step: float  # the same, gradient norm and optimizer step
+    processor: float  # processor time of `loss`, over all threads
+    waited: float  # for data
     frames: int
 
 
 class Worker:
-    """A variant in its process, which does as many steps as it is told to and says how long they took."""
+    """A process that measures one variant, as many steps at a time as it is asked for."""
 
-    def __init__(self, variant: Variant, against: Path | None) -> None:
+    def __init__(self, variant: Variant, options: Options) -> None:
         self.variant = variant
-        environment = dict(os.environ)
-        if variant.network == "against":
-            environment["PYTHONPATH"] = str(against.resolve())
-        else:
-            environment["PYTHONPATH"] = str(ROOT)
-        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-        command += ["--worker", json.dumps(asdict(variant))]
+        tree = options.against if variant.network == "against" and options.against else ROOT
+        request = json.dumps({"variant": asdict(variant), "options": asdict(options)}, default=str)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, str(Path(__file__).resolve()), "--worker", request],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(tree.resolve())},
         )
 
     def __enter__(self) -> Worker:
@@ -195,49 +198,58 @@ class Worker:
             sys.exit(f"benchmarks.train: the process of '{self.variant}' ended; see above")
 
 
-def work(variant: Variant, args: argparse.Namespace) -> None:
-    """A worker's side: answer each line of standard input by a line of JSON."""
-    torch.set_num_threads(args.threads)
+def work(request: dict[str, Any]) -> None:
+    """Answer each line of standard input with a line of JSON, as a worker."""
+    variant, options = Variant(**request["variant"]), Options(**request["options"])
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    config = load_config(args.config)
-    batches = cut_batches(args, config) if args.train_cuts else random_batches(args, config.model)
-    if args.train_cuts:
+    device = torch.device(options.device)
+    config = load_config(options.config)
+    batches = cut_batches(options, config) if options.train_cuts else random_batches(options, config.model)
+    if options.train_cuts:
         config = next(batches)
     if variant.precision == "medium":
         torch.set_float32_matmul_precision("medium")
     precision = Precision("bf16" if variant.precision == "bf16" else "fp32", device)
-    loss = (Comparison(config.model) if variant.network == "comparison" else ours(config)).to(device).train()
+    loss = (Comparison(config.model) if variant.network == "comparison" else ours(config, device)).to(device).train()
     if variant.compiled:
         for module in loss.modules():
             if type(module).__name__ == "ConformerLayer":
                 module.compile()
-    optimiser = make_optimiser(variant, loss, config.optim)
+    optimizer = make_optimizer(variant, loss, config.optim)
     for line in sys.stdin:
         if line.strip() == "facts":
             parameters = sum(p.numel() for p in loss.parameters())
             print(json.dumps({"peak": peak_megabytes(device), "parameters": parameters}), flush=True)
             continue
-        each = [one_step(loss, next(batches), precision, optimiser) for _ in range(int(line))]
+        each = [one_step(loss, next(batches), precision, optimizer) for _ in range(int(line))]
         sums = {name: sum(getattr(steps, name) for steps in each) for name in Steps.__dataclass_fields__}
         print(json.dumps(sums), flush=True)
 
 
-def ours(config: Config) -> nn.Module:
-    return MultiExitLoss(AsrModel(config.model), config.loss)
+def ours(config: Config, device: torch.device) -> nn.Module:
+    """Return the model with its loss as training uses it."""
+    loss = MultiExitLoss(AsrModel(config.model), config.loss)
+    if device.type == "cpu":
+        try:
+            from splitformer.training.fast_cpu import speed_up
+        except ModuleNotFoundError:  # an older checkout, whose model has the fast layers itself
+            return loss
+        speed_up(loss)
+    return loss
 
 
-def make_optimiser(variant: Variant, loss: nn.Module, config: OptimConfig) -> torch.optim.Optimizer | None:
-    if variant.network == "against":  # it may have none to share
+def make_optimizer(variant: Variant, loss: nn.Module, config: OptimConfig) -> torch.optim.Optimizer | None:
+    if variant.network == "against":  # an older checkout may have none to share
         return None
     if variant.network == "comparison":
         return torch.optim.AdamW(loss.parameters(), betas=(config.beta1, config.beta2))
-    from splitformer.training.optimizer import adamw
+    from splitformer.training.optim import adamw
 
     return adamw(loss.parameters(), config)
 
 
-def one_step(loss: nn.Module, batch: Batch, precision: Precision, optimiser: torch.optim.Optimizer | None) -> Steps:
+def one_step(loss: nn.Module, batch: Batch, precision: Precision, optimizer: torch.optim.Optimizer | None) -> Steps:
     waited, tensors = batch
     device = precision.device
     started, processor = clock(device), time.process_time()
@@ -246,15 +258,15 @@ def one_step(loss: nn.Module, batch: Batch, precision: Precision, optimiser: tor
         total = loss(x, x_lens, y, y_lens).total
     total.backward()
     after_loss, processor = clock(device), time.process_time() - processor
-    if optimiser is not None:
+    if optimizer is not None:
         nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     for parameter in loss.parameters():
         parameter.grad = None
     ended = clock(device)
     return Steps(
         loss=after_loss - started,
-        step=ended - started if optimiser is not None else WITHOUT_OPTIMISER,
+        step=ended - started if optimizer is not None else WITHOUT_OPTIMIZER,
         processor=processor,
         waited=waited,
         frames=int(tensors[1].sum()),
@@ -268,18 +280,18 @@ def clock(device: torch.device) -> float:
 
 
 def peak_megabytes(device: torch.device) -> float:
-    """The most that was held: of the GPU's memory by tensors, of the machine's by this process."""
+    """Return the peak memory: of tensors on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 Batch = tuple[float, Sequence[Tensor]]
-"""seconds that it was waited for; x, x_lens, y, y_lens"""
+"""seconds of waiting; x, x_lens, y, y_lens"""
 
 
 class RandomBatches(Dataset[tuple[Tensor, ...]]):
-    """Features and labels of one length, as many batches as are asked for."""
+    """Random features and labels of one length."""
 
     def __init__(self, batch: int, seconds: float, model: ModelConfig) -> None:
         self.batch, self.seconds, self.model = batch, seconds, model
@@ -298,29 +310,28 @@ class RandomBatches(Dataset[tuple[Tensor, ...]]):
         )
 
 
-def random_batches(args: argparse.Namespace, model: ModelConfig) -> Iterator[Batch]:
+def random_batches(options: Options, model: ModelConfig) -> Iterator[Batch]:
     loader = DataLoader(
-        RandomBatches(args.batch, args.seconds, model),
+        RandomBatches(options.batch, options.seconds, model),
         batch_size=None,
-        num_workers=args.num_workers,
+        num_workers=options.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
     yield from waited_for(iter(loader))
 
 
-def cut_batches(args: argparse.Namespace, config: Config) -> Iterator[Any]:
-    """First the configuration, with as many tokens as the lang folder has; then training's own batches."""
-    from dataclasses import replace
-
+def cut_batches(options: Options, config: Config) -> Iterator[Any]:
+    """Yield the configuration with the number of tokens of the lang_dir, and then the batches of training."""
     from splitformer.data.batches import TENSORS
     from splitformer.data.tokenizer import Tokenizer
     from splitformer.data.training import DataOptions, TrainingData
 
-    tokenizer = Tokenizer(args.lang_dir)
-    config = replace(config, data=replace(config.data, max_duration=args.batch * args.seconds))
+    tokenizer = Tokenizer(options.lang_dir)
+    config = replace(config, data=replace(config.data, max_duration=options.batch * options.seconds))
     yield replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     with tempfile.TemporaryDirectory() as folder:
-        data = TrainingData(DataOptions(args.train_cuts, num_workers=args.num_workers), config, tokenizer, Path(folder), 42)
+        source = DataOptions([Path(path) for path in options.train_cuts], num_workers=options.num_workers)
+        data = TrainingData(source, config, tokenizer, Path(folder), 42)
         epoch = 0
         while True:
             epoch += 1
@@ -379,26 +390,29 @@ class Comparison(nn.Module):
 
 
 def report(
-    args: argparse.Namespace,
+    options: Options,
     variants: list[Variant],
     turns: list[list[Steps]],
     alone: Steps,
     facts: list[dict[str, Any]],
 ) -> list[str]:
-    """The section's lines."""
+    """Return the lines of the section."""
+    from splitformer.provenance import command_line
+
     references = {
         each: next((i for i, v in enumerate(variants) if v == Variant("comparison", each)), None)
-        for each in args.precision
+        for each in options.precision
     }
-    first = references[args.precision[0]] if args.compare else 0
-    if args.train_cuts:
-        data = f"batches of up to {args.batch * args.seconds:g} s of {' '.join(path.name for path in args.train_cuts)}"
+    first = references[options.precision[0]] if options.compare else 0
+    if options.train_cuts:
+        names = " ".join(path.name for path in options.train_cuts)
+        data = f"batches of up to {options.batch * options.seconds:g} s of {names}"
     else:
-        data = f"batches of {args.batch} x {args.seconds:g} s of random features"
+        data = f"batches of {options.batch} x {options.seconds:g} s of random features"
     lines = [
-        f"## {title(args)}",
+        f"## {title(options)}",
         "",
-        f"{facts[0]['parameters'] / 1e6:.1f} M parameters, {data}, {args.steps} turns; made by",
+        f"{facts[0]['parameters'] / 1e6:.1f} M parameters, {data}, {options.steps} turns; made by",
         "",
         f"    {command_line(ROOT)}",
         "",
@@ -428,22 +442,22 @@ def report(
     share = alone.waited / (alone.waited + alone.step)
     lines += [
         "",
-        f"'{variants[0]}', by itself for {args.steps} steps, waits for data {100 * share:.1f} % of its time, with "
-        f"{args.num_workers} process(es) that load{'' if args.train_cuts else ' (random features)'}.",
+        f"'{variants[0]}', by itself for {options.steps} steps, waits for data {100 * share:.1f} % of its time, with "
+        f"{options.num_workers} process(es) that load{'' if options.train_cuts else ' (random features)'}.",
     ]
     return lines
 
 
-def title(args: argparse.Namespace) -> str:
-    where = processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    threads = f", {args.threads} thread(s)" if args.device == "cpu" else ""
-    cuts = ", cuts" if args.train_cuts else ""
-    compiled = ", torch.compile" if args.compile else ""
+def title(options: Options) -> str:
+    where = processor() if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+    threads = f", {options.threads} thread(s)" if options.device == "cpu" else ""
+    cuts = ", cuts" if options.train_cuts else ""
+    compiled = ", torch.compile" if options.compile else ""
     return f"torch {torch.__version__}, {where}{threads}{cuts}{compiled}"
 
 
 def processor() -> str:
-    """Its name; where that says little, as in virtual machines, family and model too."""
+    """Return the name of the processor, its family and its model."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -455,7 +469,9 @@ def processor() -> str:
 
 
 def write_section(path: Path, section: list[str]) -> None:
-    """Put the section in the place of the one of its title, else behind the others of the file."""
+    """Replace the section with the same title, or append it."""
+    from splitformer.files import atomic_write
+
     text = path.read_text(encoding="utf-8") if path.exists() else f"{TITLE}\n"
     head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
     new = "\n".join(section) + "\n"
@@ -470,4 +486,9 @@ def write_section(path: Path, section: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        work(json.loads(sys.argv[2]))
+    else:
+        from splitformer.cli import command
+
+        sys.exit(command(run))

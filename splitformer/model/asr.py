@@ -19,7 +19,7 @@ class AsrModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.config, self.heads = config, config.heads
         self.encoder = UNetEncoder(config) if config.encoder == "unet" else Encoder(config)
         if "ctc" in config.heads:
             self.ctc_heads = nn.ModuleDict(

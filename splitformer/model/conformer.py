@@ -71,9 +71,13 @@ class SelfAttention(nn.Module):
 
 
 @contextmanager
-def statistics_of_one_rank(module: nn.Module) -> Iterator[None]:
-    """Compute batch statistics over this rank only while the context is open, so that no rank waits for another."""
+def trial(module: nn.Module) -> Iterator[None]:
+    """Undo what forward and backward passes inside do to batch statistics and gradients.
+
+    Batch statistics are those of this rank only, so that no rank waits for another.
+    """
     norms = [each for each in module.modules() if isinstance(each, MaskedBatchNorm)]
+    buffers = [buffer.clone() for buffer in module.buffers()]
     for norm in norms:
         norm.over_ranks = False
     try:
@@ -81,6 +85,10 @@ def statistics_of_one_rank(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.over_ranks = True
+        for buffer, before in zip(module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        for parameter in module.parameters():
+            parameter.grad = None
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the valid frames of a padded batch; same parameters and buffers as `BatchNorm1d`.
 
     In distributed training, statistics are computed over all ranks, so that the model does not depend on their number;
-    `statistics_of_one_rank` switches that off.
+    `trial` switches that off.
     """
 
     over_ranks = True

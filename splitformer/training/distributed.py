@@ -63,10 +63,9 @@ class Ranks:
         return box[0]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """Call `call` on the main rank only, and return its result on every rank.
+        """Call `call` on the main rank, and return its result on every rank.
 
-        If it raises a UserError or an OSError, the other ranks exit with status 1 and leave the message to the main
-        rank.
+        If it raises a UserError or an OSError, the other ranks exit with status 1 without a message.
         """
         return self.from_main(self._checked(call))
 
@@ -110,7 +109,7 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     else:
         device = torch.device("cpu")
     if world_size > 1:
-        logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+        logging.getLogger("torch").setLevel(logging.WARNING)
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + 1))
     try:

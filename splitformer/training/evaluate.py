@@ -32,48 +32,40 @@ def evaluate(
     ranks: Ranks,
     heads: Iterable[str] | None = None,
 ) -> DevResult:
-    """Evaluate `loss.model` on `batches` and return the result over the batches of all ranks.
+    """Evaluate `loss.model` on the `batches` of this rank and return the result over those of all ranks.
 
-    The model runs in evaluation mode and is left in training mode.
-
-    Args:
-      batches: those of this rank.
-      heads: the heads to evaluate (default: all).
+    The model runs in evaluation mode and is left in training mode. `heads` are those to evaluate (default: all).
     """
     model = loss.model.eval()
     heads = model.heads if heads is None else tuple(heads)
     exits = model.encoder.exit_layers
-    total_loss = dict.fromkeys(exits, 0.0)
-    errors = {head: dict.fromkeys(exits, 0) for head in heads}
-    tokens = words = 0
+    # float64, because float32 is too coarse for the sums of a whole test set
+    counts, losses, ctc_errors, transducer_errors = torch.zeros(4, max(2, len(exits)), dtype=torch.float64)
     for batch in (b.to(ranks.device) for b in batches):
         references = [text.split() for text in batch.texts]
-        tokens += int(batch.y_lens.sum())
-        words += sum(map(len, references))
-        for exit_output in model.encoder(batch.x, batch.x_lens):
+        counts[:2] += torch.tensor([int(batch.y_lens.sum()), sum(map(len, references))])
+        for i, exit_output in enumerate(model.encoder(batch.x, batch.x_lens)):
             layer, encoder_out, lengths = exit_output
             if "ctc" in heads:
                 log_probs = model.ctc_log_probs(exit_output)
                 # dev utterances with more labels than frames are kept
-                losses = ctc_losses([log_probs], lengths, batch.y, batch.y_lens, loss.blank_id, zero_infinity=True)
-                total_loss[layer] += float(losses.sum())
-                errors["ctc"][layer] += _errors(ctc_greedy_search(log_probs, lengths), references, tokenizer)
+                loss_per_utterance = ctc_losses(
+                    [log_probs], lengths, batch.y, batch.y_lens, loss.blank_id, zero_infinity=True
+                )
+                losses[i] += float(loss_per_utterance.sum())
+                ctc_errors[i] += _errors(ctc_greedy_search(log_probs, lengths), references, tokenizer)
             if "transducer" in heads:
                 found = transducer_greedy_search(model.decoder, model.joiner(layer), encoder_out, lengths)
-                errors["transducer"][layer] += _errors(found, references, tokenizer)
+                transducer_errors[i] += _errors(found, references, tokenizer)
     model.train()
-    counts = [tokens, words, *total_loss.values(), *(n for by_exit in errors.values() for n in by_exit.values())]
-    # float32 is too coarse for the sums of a whole test set
-    sums = ranks.sum(torch.tensor(counts, dtype=torch.float64, device=ranks.device)).tolist()
-    tokens, words = max(sums[0], 1.0), max(sums[1], 1.0)
-    losses_by_exit, *errors_by_exit = (
-        dict(zip(exits, sums[i : i + len(exits)], strict=True)) for i in range(2, len(sums), len(exits))
-    )
+    sums = ranks.sum(torch.stack([counts, losses, ctc_errors, transducer_errors]).to(ranks.device)).tolist()
+    tokens, words = (max(count, 1.0) for count in sums[0][:2])
     return DevResult(
-        {layer: value / tokens for layer, value in losses_by_exit.items()} if "ctc" in heads else {},
+        {layer: total / tokens for layer, total in zip(exits, sums[1])} if "ctc" in heads else {},
         {
-            head: {layer: 100.0 * n / words for layer, n in by_exit.items()}
-            for head, by_exit in zip(heads, errors_by_exit, strict=True)
+            head: {layer: 100.0 * count / words for layer, count in zip(exits, errors)}
+            for head, errors in zip(("ctc", "transducer"), sums[2:], strict=True)
+            if head in heads
         },
     )
 

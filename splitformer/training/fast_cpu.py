@@ -52,7 +52,9 @@ class ConvolutionLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if not self.training or x.device.type != "cpu" or _autocast_on_cpu():  # bfloat16 uses oneDNN anyway
+        new = hasattr(torch, "get_autocast_dtype")  # torch 2.4
+        autocast = torch.is_autocast_enabled("cpu") if new else torch.is_autocast_cpu_enabled()  # type: ignore[call-arg]
+        if not self.training or x.device.type != "cpu" or autocast:  # bfloat16 uses oneDNN anyway
             return super().forward(x)
         # One image as wide as there are frames, channels last, which is the layout of the frames in memory. Dilation
         # does not affect a kernel of 1, but with one thread torch uses MKL for convolutions without dilation.
@@ -62,12 +64,6 @@ class ConvolutionLinear(nn.Linear):
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
-def _autocast_on_cpu() -> bool:
-    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
-        return torch.is_autocast_enabled("cpu")  # type: ignore[call-arg]
-    return torch.is_autocast_cpu_enabled()
-
-
 class ByteDropout(nn.Dropout):
     """`nn.Dropout` that draws one random byte per element, eight at a time; p is rounded to a multiple of 1/256.
 
@@ -75,14 +71,10 @@ class ByteDropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or x.device.type != "cpu" or _is_compiling():
+        compiling = hasattr(torch, "compiler") and torch.compiler.is_compiling()  # it cannot view numbers as bytes
+        if not self.training or self.p == 0.0 or x.device.type != "cpu" or compiling:
             return super().forward(x)
         return _DropoutByBytes.apply(x, round(self.p * 256))
-
-
-def _is_compiling() -> bool:
-    """Return whether torch.compile (torch 2) traces this call; it cannot view numbers as bytes."""
-    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
 
 
 class _DropoutByBytes(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from splitformer.config import Config, ConfigError
 from splitformer.files import atomic_write, read_json
 from splitformer.model.asr import AsrModel
 from splitformer.model.encoder import Encoder
+from splitformer.training.options import RunOptions
 
 log = logging.getLogger(__name__)
-
 RECORD = "initial.json"
 VOCABULARY_MODULES = ("ctc_heads.", "decoder.", "joiners.")
 """Modules whose weights belong to a vocabulary."""
@@ -39,28 +40,18 @@ class Initial:
 
 
 def start_from(
-    model: AsrModel,
-    config: Config,
-    tokens: list[str],
-    exp_dir: Path,
-    *,
-    init_from: Path | None = None,
-    freeze_encoder_layers: int = 0,
-    resuming: bool = False,
-    is_main: bool = True,
+    model: AsrModel, config: Config, tokens: list[str], options: RunOptions, resuming: bool, is_main: bool
 ) -> None:
     """Give a new model the weights of another, and freeze layers. Every rank calls it after creating the model.
 
-    A resumed run has its own weights and is frozen as before.
+    A resumed run has its own weights and is frozen as before. CTC heads, decoder and joiners are taken only from a
+    model with the same `tokens`. With N frozen layers, the front end and parallel layers of exits up to N are frozen.
 
-    Args:
-      tokens: those of this run. CTC heads, decoder and joiners are taken only from a model with the same tokens.
-      init_from: a checkpoint of this project; None leaves the model unchanged.
-      freeze_encoder_layers: N > 0 freezes the front end, layers 1 to N, and the parallel layers of exits up to N.
     Raises:
       CheckpointError: the checkpoint cannot be read, or its encoder differs; the message names the keys.
       ConfigError: the layers cannot be frozen, or a resumed run started otherwise.
     """
+    exp_dir, init_from, freeze_encoder_layers = options.exp_dir, options.init_from, options.freeze_encoder_layers
     if init_from is not None and not init_from.is_file():
         raise CheckpointError(f"--init-from: there is no {init_from}; give a checkpoint, such as EXP/averaged.pt")
     asked = Initial(checkpoint_id(init_from) if init_from else None, freeze_encoder_layers)
@@ -132,24 +123,18 @@ def take_weights(model: AsrModel, config: Config, tokens: list[str], path: Path)
 
 
 def _modules(names: Iterable[str]) -> str:
-    """Return tensors by module, such as `encoder.layers 1 to 6 (220 tensors), ctc_heads 1, 2 (4 tensors)`."""
+    """Return tensors by module, such as `encoder.layers 1 2 3 (110 tensors), ctc_heads 1 3 (4 tensors)`."""
     modules: dict[str, tuple[set[int], int]] = {}
     for name in sorted(names):
-        parts = name.split(".")
-        depth = 2 if parts[0] == "encoder" else 1
-        module = ".".join(parts[:depth])
+        module, number = re.match(r"(encoder\.\w+|\w+)\.?(\d*)", name).groups()  # type: ignore[union-attr]
         numbers, count = modules.get(module, (set(), 0))
-        if len(parts) > depth and parts[depth].isdecimal():
-            # lists count from 0, layers from 1; modules of exits have the number of the exit's layer
-            numbers.add(int(parts[depth]) + (module == "encoder.layers"))
+        if number:  # lists count from 0, layers from 1; modules of exits have the number of the exit's layer
+            numbers.add(int(number) + (module == "encoder.layers"))
         modules[module] = numbers, count + 1
-    return ", ".join(f"{name}{_ranges(sorted(found))} ({count} tensors)" for name, (found, count) in modules.items())
-
-
-def _ranges(numbers: list[int]) -> str:
-    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f" {numbers[0]} to {numbers[-1]}"
-    return f" {', '.join(map(str, numbers))}" if numbers else ""
+    return ", ".join(
+        f"{' '.join([module, *map(str, sorted(numbers))])} ({count} tensors)"
+        for module, (numbers, count) in modules.items()
+    )
 
 
 def _freeze(model: AsrModel, count: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from splitformer.data.batches import Batch
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
-from splitformer.model.conformer import statistics_of_one_rank, valid_frames
+from splitformer.model.conformer import trial, valid_frames
 from splitformer.report.tables import markdown_table
 from splitformer.training.precision import Precision
 
@@ -26,12 +26,9 @@ class Activation:
     name: str
     rms: float
     largest: float
-    not_finite: float
-    """share of the values"""
-    gradient_rms: float = math.nan
-    """of the loss with respect to this output; NaN if there is none"""
-    weight_rms: float = math.nan
-    """of the module's parameters"""
+    not_finite: float  # share of the values
+    weight_rms: float  # NaN without parameters
+    gradient_rms: float = math.nan  # of the loss with respect to the output; NaN without gradient
 
 
 @dataclass
@@ -39,12 +36,9 @@ class ExitStatistics:
     """The CTC posteriors of one exit over the valid frames of a batch, in evaluation mode."""
 
     layer: int
-    loss: float
-    """per label token, in training mode"""
-    blank: float
-    """mean posterior of the blank"""
-    entropy: float
-    """mean, in nats"""
+    loss: float  # per label token, in training mode
+    blank: float  # mean posterior
+    entropy: float  # mean, in nats
 
 
 @dataclass
@@ -74,24 +68,19 @@ class Inspection:
 
 def inspect(loss: MultiExitLoss, batch: Batch, precision: Precision, step: int) -> Inspection:
     """Return the statistics of training step `step` on `batch`; `loss` is left unchanged."""
-    buffers = [buffer.clone() for buffer in loss.buffers()]
     activations: list[Activation] = []
     batch = batch.to(next(loss.parameters()).device)
-    with ExitStack() as stack:
+    with trial(loss), ExitStack() as stack:
         for name, module in _modules(loss.model):
             stack.callback(module.register_forward_hook(_recorder(name, activations)).remove)
-        stack.enter_context(statistics_of_one_rank(loss))
         with precision.autocast():
             losses = loss(batch.x, batch.x_lens, batch.y, batch.y_lens, step)
         losses.total.backward()
-    for parameter in loss.parameters():
-        parameter.grad = None
-    loss.eval()
-    with torch.no_grad(), precision.autocast():
-        exits = _exits(loss, batch, losses.per_exit.tolist()) if "ctc" in loss.model.heads else []
-    loss.train()
-    for buffer, before in zip(loss.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+        stack.close()  # the hooks are not for the posteriors
+        loss.eval()
+        with torch.no_grad(), precision.autocast():
+            exits = _exits(loss, batch, losses.per_exit.tolist()) if "ctc" in loss.model.heads else []
+        loss.train()
     return Inspection(activations, exits)
 
 

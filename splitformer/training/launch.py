@@ -11,7 +11,7 @@ import sys
 import time
 from types import FrameType
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 """Time for the other ranks to end after one has failed."""
 
 

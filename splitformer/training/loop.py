@@ -12,10 +12,10 @@ import logging
 import random
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,24 +58,11 @@ class Stopped(Exception):
     """A signal asked the run to stop; its state is saved."""
 
 
-class Gradients(NamedTuple):
-    """The losses of a rank's micro-batches, whose gradients are accumulated."""
-
-    sums: Tensor
-    """loss per exit, total loss, frames, unreadable cuts, stop requests, and losses that are not finite"""
-    finite: list[Tensor]
-    """per micro-batch: whether its loss is finite"""
-
-
 class Trainer:
     """Trains one system from cuts on disk to `exp_dir/epoch-N.pt`."""
 
     def __init__(self, config: Config, options: RunOptions, ranks: Ranks) -> None:
-        """Set up a run that starts, or that resumes from its newest checkpoint.
-
-        Raises:
-          UserError: options, configuration, data and checkpoints do not fit together, or cannot be used.
-        """
+        """Set up a run that starts or resumes; UserError if it cannot do so with these options, conf and data."""
         if options.seed < 0:
             raise TrainingError(f"--seed {options.seed} must be 0 or greater")
         if not options.train_cuts or not options.dev_cuts:
@@ -90,7 +77,9 @@ class Trainer:
         self.mine = range(ranks.rank * options.accum_grad, (ranks.rank + 1) * options.accum_grad)
         self.data = ranks.main_first(self._training_data)
         self.total_steps = self.data.steps_per_epoch * self.config.training.num_epochs
-        deviation = self._feature_deviation(resuming=bool(checkpoint))
+        deviation = None
+        if not checkpoint and self.config.model.cmvn == "utterance":
+            deviation = ranks.on_main(self.data.feature_deviation)
         self.loss = ranks.main_first(lambda: self._make_loss(deviation, resuming=bool(checkpoint)))
         self.optimizer = adamw(self.loss.parameters(), self.config.optim)
         self.average = RunningAverage(self.loss.model.state_dict(), self.config.training.average_period)
@@ -117,7 +106,7 @@ class Trainer:
             log.info("all %d epochs are done: nothing to train", self.progress.epoch)
             return
         self._announce()
-        self._dry_run()
+        self._check_memory()
         with self.stop, self.watch, ExitStack() as stack:
             run_log = None
             if self.ranks.is_main:
@@ -131,9 +120,8 @@ class Trainer:
     def inspect(self) -> Inspection:
         """Return statistics of every layer and exit for the next batch; see `splitformer.training.inspection`."""
         epoch = self.progress.epoch + 1
-        batches = self.data.batches(
-            self.data.plan(epoch), epoch, self.progress.batch, self.micro_batches, self.mine
-        )
+        plan = self.data.plan(epoch)
+        batches = self.data.batches(plan, epoch, self.progress.batch, self.micro_batches, self.mine)
         return inspect(self.loss, next(batches), self.precision, self.progress.step + 1)
 
     # ---- setting up
@@ -194,33 +182,18 @@ class Trainer:
             progress=self.ranks.is_main,
         )
 
-    def _feature_deviation(self, resuming: bool) -> Tensor | None:
-        if resuming or self.config.model.cmvn != "utterance":
-            return None
-        return self.ranks.on_main(self.data.feature_deviation)
-
     def _make_loss(self, deviation: Tensor | None, resuming: bool) -> MultiExitLoss:
         """Return the model with its loss, on the device, in training mode."""
-        options, ranks = self.options, self.ranks
-        _seed_everything(options.seed)
+        _seed_everything(self.options.seed)
         model = AsrModel(self.config.model)
         if deviation is not None and isinstance(model.encoder.cmvn, UtteranceCmvn):
             model.encoder.cmvn.set_deviation(deviation)
-        start_from(
-            model,
-            self.config,
-            self.tokenizer.tokens,
-            options.exp_dir,
-            init_from=options.init_from,
-            freeze_encoder_layers=options.freeze_encoder_layers,
-            resuming=resuming,
-            is_main=ranks.is_main,
-        )
+        start_from(model, self.config, self.tokenizer.tokens, self.options, resuming, self.ranks.is_main)
         loss = MultiExitLoss(
             model, self.config.loss, transducer_from=self.config.loss.ctc_only_epochs * self.data.steps_per_epoch
         )
-        loss.to(ranks.device).train()
-        if ranks.device.type == "cpu":
+        loss.to(self.ranks.device).train()
+        if self.ranks.device.type == "cpu":
             speed_up(loss)
         return loss
 
@@ -228,7 +201,8 @@ class Trainer:
         self.loss.model.load_state_dict(checkpoint["model"])
         self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
         self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]})
-        self.precision.restore(checkpoint.get("scaler", {}))
+        if checkpoint.get("scaler"):
+            self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.average = RunningAverage(
             {name: tensor.to(self.ranks.device) for name, tensor in checkpoint["average"].items()},
             self.config.training.average_period,
@@ -239,25 +213,19 @@ class Trainer:
         if not self.ranks.is_main:
             return
         log.info("training data: %s", self.data.report)
+        model, progress = self.config.model, self.progress
+        parameters = sum(p.numel() for p in self.loss.model.parameters())
         log.info(
-            "%d parameters, exits %s, parallel %s; %d epochs of about %d steps of up to %g s; %d rank(s) x %d "
-            "micro-batch(es), %s on %s%s",
-            sum(p.numel() for p in self.loss.model.parameters()),
-            list(self.config.model.exit_layers),
-            list(self.config.model.parallel_exits),
-            self.config.training.num_epochs,
-            self.data.steps_per_epoch,
-            self.config.data.max_duration,
-            self.ranks.world_size,
-            self.options.accum_grad,
-            self.precision.name,
-            device_name(self.ranks.device),
-            f"; resuming after epoch {self.progress.epoch}, step {self.progress.step}" if self.progress.step else "",
+            f"{parameters} parameters, exits {list(model.exit_layers)}, parallel {list(model.parallel_exits)}; "
+            f"{self.config.training.num_epochs} epochs of about {self.data.steps_per_epoch} steps of up to "
+            f"{self.config.data.max_duration:g} s; {self.ranks.world_size} rank(s) x {self.options.accum_grad} "
+            f"micro-batch(es), {self.precision.name} on {device_name(self.ranks.device)}"
+            + (f"; resuming after epoch {progress.epoch}, step {progress.step}" if progress.step else "")
         )
 
-    def _dry_run(self) -> None:
-        """Check the memory on every rank, since devices may differ."""
-        dry_run = DryRun(self.loss, self.optimizer, self.config.model, self.precision, self.ranks)
+    def _check_memory(self) -> None:
+        """Check the memory of every rank, since devices may differ."""
+        dry_run = DryRun(self.loss, self.optimizer, self.precision, self.ranks)
         problem: DoesNotFit | None = None
         try:
             log.info("%s", check_memory(dry_run, self.data, self.ranks.world_size, self.options.accum_grad))
@@ -292,17 +260,16 @@ class Trainer:
                 if step.stop:
                     self._save_and_stop()
                 if progress.skipped_in_a_row > self.options.max_skipped:
-                    self.ranks.raise_first(self._too_many_skipped())
+                    self.ranks.raise_first(
+                        TrainingError(
+                            f"{progress.skipped_in_a_row} batches in a row had no finite gradients, up to step "
+                            f"{progress.step}; they are in {self.bad_data.folder}. Lower optim.base_lr, look at these "
+                            "cuts, or delete the checkpoints since the trouble began and resume from an earlier one"
+                        )
+                    )
                 if time.monotonic() - self.saved_at >= 60 * self.options.save_minutes and progress.batch < len(plan):
                     self._save_step()
         return totals
-
-    def _too_many_skipped(self) -> TrainingError:
-        return TrainingError(
-            f"{self.progress.skipped_in_a_row} batches in a row had no finite gradients, up to step "
-            f"{self.progress.step}; they are in {self.bad_data.folder}. Lower optim.base_lr, look at these cuts, or "
-            "delete the checkpoints since the trouble began and resume from an earlier one"
-        )
 
     def _evaluate(self) -> DevResult:
         batches = evaluation_batches(
@@ -355,18 +322,19 @@ class Trainer:
         tokens = float(self.data.index.tokens[filled(plan.batch(batch), self.micro_batches)].sum())
         self._set_learning_rate(step)
         buffers = [buffer.clone() for buffer in self.loss.buffers()]
-        gradients = self._accumulate(micro_batches, (self.options.seed, epoch, batch), step, tokens)
-        self.precision.unscale(self.optimizer)
+        sums, finite = self._accumulate(micro_batches, (self.options.seed, epoch, batch), step, tokens)
+        self.precision.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.optim.clip_grad_norm)
         # all ranks get the same numbers, and so decide alike; only here does a step wait for the device
         *per_exit, loss, frames, unreadable, stops, not_finite, norm_value = torch.cat(
-            [self.ranks.sum(gradients.sums), norm.detach().view(1)]
+            [self.ranks.sum(sums), norm.detach().view(1)]
         ).tolist()
         skipped, bad = not np.isfinite([*per_exit, loss, norm_value]).all(), False
         if skipped:
-            bad = self._skip(step, buffers, micro_batches, gradients.finite, not_finite > 0)
+            bad = self._skip(step, buffers, micro_batches, finite, not_finite > 0)
         else:
-            self.precision.step(self.optimizer)
+            self.precision.scaler.step(self.optimizer)
+            self.precision.scaler.update()
             self.average.update(self.loss.model.state_dict(), step)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = step
@@ -405,8 +373,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, step, self.total_steps, self.config.model.d_model)
 
-    def _accumulate(self, micro_batches: list[Batch], seed: tuple[int, ...], step: int, tokens: float) -> Gradients:
-        """Add up the gradients of this rank's micro-batches, and in the last one those of all ranks."""
+    def _accumulate(
+        self, micro_batches: list[Batch], seed: tuple[int, ...], step: int, tokens: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Add up the gradients of this rank's micro-batches, and in the last one those of all ranks.
+
+        Returns:
+          Sums over this rank: loss per exit, total loss, frames, unreadable cuts, stop requests, losses that are not
+          finite. For each micro-batch, whether its loss is finite.
+        """
         sums = torch.zeros(len(self.config.model.exit_layers) + 5, device=self.ranks.device)
         finite = []
         self.optimizer.zero_grad(set_to_none=True)
@@ -414,21 +389,19 @@ class Trainer:
             # dropout depends on the micro-batch, so that a resumed run draws the same
             _seed_everything(*seed, index)
             batch = micro_batch.to(self.ranks.device)
-            with self._gradients_stay_local(index != self.mine[-1]):
+            local = self.ranks.world_size > 1 and index != self.mine[-1]
+            with self.ddp.no_sync() if local else nullcontext():  # type: ignore[operator]
                 with self.precision.autocast():
                     loss = self.ddp(batch.x, batch.x_lens, batch.y, batch.y_lens, step, num_tokens=tokens)
                 # DistributedDataParallel averages over ranks, but the gradients of micro-batches are to be added
-                self.precision.backward(loss.total * self.ranks.world_size)
+                self.precision.scaler.scale(loss.total * self.ranks.world_size).backward()
             total = loss.total.detach()
             finite.append(torch.isfinite(total))
-            counts = sums.new_tensor([len(batch.errors), 0.0])
-            not_finite = (~finite[-1]).float().view(1)
-            sums += torch.cat([loss.per_exit, total.view(1), batch.x_lens.sum().view(1), counts, not_finite])
+            frames, not_finite = batch.x_lens.sum().view(1), (~finite[-1]).view(1)
+            sums += torch.cat([loss.per_exit, total.view(1), frames, sums.new_zeros(2), not_finite])
+        sums[-3] = sum(len(micro_batch.errors) for micro_batch in micro_batches)
         sums[-2] = float(bool(self.stop))
-        return Gradients(sums, finite)
-
-    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[Any]:
-        return self.ddp.no_sync() if local and self.ranks.world_size > 1 else nullcontext()  # type: ignore[operator]
+        return sums, finite
 
     def _skip(
         self, step: int, buffers: list[Tensor], micro_batches: list[Batch], finite: list[Tensor], loss_not_finite: bool
@@ -478,7 +451,7 @@ class Trainer:
             "average_step": self.average.step,
             "optimizer": optimizer["state"],
             "param_groups": optimizer["param_groups"],
-            "scaler": self.precision.state(),
+            "scaler": self.precision.scaler.state_dict(),
             "config": self.config.to_dict(),
             "tokens": self.tokenizer.tokens,
             "progress": vars(self.progress),

@@ -12,21 +12,18 @@ import gc
 import math
 import os
 import re
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from splitformer.config import ModelConfig
 from splitformer.data.plan import EpochPlan, filled, plan_epoch
 from splitformer.data.training import TrainingData
 from splitformer.errors import UserError
 from splitformer.losses.multi_exit import MultiExitLoss
-from splitformer.model.conformer import statistics_of_one_rank
+from splitformer.model.conformer import trial
 from splitformer.training.distributed import Ranks
 from splitformer.training.precision import Precision
 
@@ -46,20 +43,17 @@ class DoesNotFit(UserError):
 
 
 class Shape(NamedTuple):
-    """The shape of a micro-batch."""
+    """The shape of a micro-batch: utterances, frames of the longest, and labels of the longest transcript."""
 
     utterances: int
     frames: int
-    """of the longest utterance"""
     labels: int
-    """of the longest transcript"""
 
     def __str__(self) -> str:
         return f"{self.utterances} x {self.frames / FRAMES_PER_SECOND:.1f} s"
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """Peak memory in bytes."""
 
     used: float
@@ -73,12 +67,7 @@ class Peak:
 
 
 def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accum_grad: int) -> Peak:
-    """Try the largest batches of the first epoch and return their peak.
-
-    Raises:
-      DoesNotFit: the message names the largest data.max_duration that fits, and the --accum-grad that makes the
-        configured batches fit.
-    """
+    """Try the largest batches of the first epoch and return their peak. Raises DoesNotFit with what would fit."""
     durations, configured = data.index.durations, data.config.data.max_duration
     longest = float(durations.max())
 
@@ -121,36 +110,27 @@ def pessimistic_shapes(plan: EpochPlan, durations: np.ndarray, tokens: np.ndarra
         cuts = filled(plan.batch(number), count)[::count]  # the first micro-batch is the largest
         frames = math.ceil(durations[cuts].max() * FRAMES_PER_SECOND)
         shapes.append(Shape(len(cuts), frames, int(tokens[cuts].max())))
-    sizes: list[Callable[[Shape], int]] = [
-        lambda s: s.utterances * s.frames,
-        lambda s: s.utterances * s.frames**2,
-        lambda s: s.utterances * s.frames * s.labels,
-    ]
-    return list(dict.fromkeys(max(shapes, key=size) for size in sizes))
+    largest = (
+        max(shapes, key=lambda s: s.utterances * s.frames),
+        max(shapes, key=lambda s: s.utterances * s.frames**2),
+        max(shapes, key=lambda s: s.utterances * s.frames * s.labels),
+    )
+    return list(dict.fromkeys(largest))
 
 
 class DryRun:
     """Measures the memory that shapes need, and leaves `loss` unchanged."""
 
     def __init__(
-        self,
-        loss: MultiExitLoss,
-        optimizer: torch.optim.Optimizer,
-        config: ModelConfig,
-        precision: Precision,
-        ranks: Ranks,
+        self, loss: MultiExitLoss, optimizer: torch.optim.Optimizer, precision: Precision, ranks: Ranks
     ) -> None:
-        self.loss, self.config, self.precision, self.device = loss, config, precision, ranks.device
+        self.loss, self.precision, self.device = loss, precision, ranks.device
         weights = sum(p.numel() * p.element_size() for p in loss.parameters())
         # AdamW's two moments, and the buckets in which ranks exchange gradients
         self.to_come = weights * ((0 if optimizer.state else 2) + (ranks.world_size > 1))
 
     def peak(self, shapes: list[Shape], spare: float = 0.0) -> Peak:
-        """Return the highest peak of `shapes`.
-
-        Raises:
-          DoesNotFit: it exceeds the available memory less the share `spare`.
-        """
+        """Return the highest peak of `shapes`. Raises DoesNotFit if it exceeds the memory less the share `spare`."""
         available = (1 - spare) * available_memory(self.device)
         peak = Peak(max(self._try(shape, available) for shape in shapes), available, shapes)
         if peak.used > available:
@@ -174,20 +154,21 @@ class DryRun:
                 raise
             problem = str(error).splitlines()[0]
         # outside the except clause, whose traceback keeps the tensors alive
-        self._clean()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         raise DoesNotFit(f"a batch of {shape} does not fit into {free} ({problem})")
 
     def _run(self, shape: Shape) -> float:
         """Return the peak in bytes of one forward and backward pass."""
         n, device = shape.utterances, self.device
-        labels = torch.arange(max(1, shape.labels)) % (self.config.vocab_size - 1) + 1
-        buffers = [buffer.clone() for buffer in self.loss.buffers()]
+        config = self.loss.model.config
+        labels = torch.arange(max(1, shape.labels)) % (config.vocab_size - 1) + 1
         reset_peak(device)
         to_come = torch.empty(self.to_come if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-        try:
-            with statistics_of_one_rank(self.loss), self.precision.autocast():
+        with trial(self.loss):
+            with self.precision.autocast():
                 loss = self.loss(
-                    torch.randn(n, shape.frames, self.config.num_mel_bins, device=device),
+                    torch.randn(n, shape.frames, config.num_mel_bins, device=device),
                     torch.full((n,), shape.frames, device=device),
                     labels.repeat(n, 1).to(device),
                     torch.full((n,), len(labels), device=device),
@@ -199,16 +180,6 @@ class DryRun:
                 torch.cuda.synchronize(device)
                 return float(torch.cuda.max_memory_reserved(device))
             return process_memory("VmHWM") + self.to_come
-        finally:
-            for buffer, before in zip(self.loss.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            self._clean()
-
-    def _clean(self) -> None:
-        for parameter in self.loss.parameters():
-            parameter.grad = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _extrapolated(peaks: list[tuple[int, float]], size: int) -> float:

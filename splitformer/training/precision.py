@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from splitformer.errors import UserError
 from splitformer.training.options import PrecisionName
@@ -35,32 +35,22 @@ class Precision:
             raise PrecisionError(f"--precision {requested!r}: choose one of {choices}")
         self.name = _automatic(device) if requested == "auto" else requested
         self.device = device
-        self.scaler = _scaler(device) if self.name == "fp16" else None
+        scaler = getattr(torch.amp, "GradScaler", None)  # torch 2
+        if self.name == "fp16" and device.type != "cuda" and scaler is None:
+            version = torch.__version__
+            raise PrecisionError(f"--precision fp16: torch {version} has it on GPUs only; choose auto, bf16 or fp32")
+        scaler = functools.partial(scaler, device.type) if scaler else torch.cuda.amp.GradScaler
+        self.scaler: Any = scaler(enabled=self.name == "fp16")
+        """of the loss; it passes everything through unless the precision is float16"""
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.name == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
 
-    def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Undo the loss scale; call it once per step, when all gradients are there."""
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the weights with finite gradients."""
-        if self.scaler is None:
-            optimizer.step()
-        else:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-
     def overflow(self) -> bool:
         """Return whether the loss scale can explain gradients that are not finite; if so, it is lowered."""
-        if self.scaler is None:
+        if self.name != "fp16":
             return False
         self.scaler.update()
         if self.scaler.get_scale() < SMALLEST_SCALE:
@@ -69,21 +59,6 @@ class Precision:
                 "diverges. Lower optim.base_lr, or train with --precision bf16 or fp32"
             )
         return True
-
-    def state(self) -> dict[str, Any]:
-        return {} if self.scaler is None else self.scaler.state_dict()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        if self.scaler is not None and state:
-            self.scaler.load_state_dict(state)
-
-
-def _scaler(device: torch.device) -> Any:
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(device.type)
-    if device.type == "cuda":
-        return torch.cuda.amp.GradScaler()
-    raise PrecisionError(f"--precision fp16: torch {torch.__version__} has it on GPUs only; use auto, bf16 or fp32")
 
 
 def _automatic(device: torch.device) -> str:

@@ -13,21 +13,15 @@ class StepResult:
 
     loss: float
     loss_per_exit: list[float]
-    norm: float
-    """of the gradients, before clipping"""
+    norm: float  # of the gradients, before clipping
     tokens: float
     frames: float
-    unreadable: int
-    """cuts that were left out of the batch"""
-    skipped: bool
-    """the gradients were not finite, and the weights did not change"""
-    bad: bool
-    """skipped, and float16's loss scale was not the cause"""
-    stop: bool
-    """a rank was asked to stop"""
+    unreadable: int  # cuts that were left out of the batch
+    skipped: bool  # the gradients were not finite, and the weights did not change
+    bad: bool  # skipped, and float16's loss scale was not the cause
+    stop: bool  # a rank was asked to stop
     seconds: float
-    waited: float
-    """seconds of waiting for data"""
+    waited: float  # seconds of waiting for data
 
 
 @dataclass
@@ -78,12 +72,9 @@ class EpochTotals:
 class Progress:
     """The position of a run; saved in every checkpoint."""
 
-    epoch: int = 0
-    """complete epochs"""
-    batch: int = 0
-    """batches done of the next epoch"""
+    epoch: int = 0  # complete epochs
+    batch: int = 0  # batches done of the next epoch
     step: int = 0
     seconds: float = 0.0
     skipped_in_a_row: int = 0
-    totals: dict[str, Any] = field(default_factory=dict)
-    """`EpochTotals` of the incomplete epoch"""
+    totals: dict[str, Any] = field(default_factory=dict)  # `EpochTotals` of the incomplete epoch

@@ -65,17 +65,13 @@ def locked(exp_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def step_checkpoints(exp_dir: Path) -> dict[int, Path]:
-    """Return {S: exp_dir/epoch-N-step-S.pt} in ascending order."""
-    matches = [(re.fullmatch(r"epoch-\d+-step-(\d+)\.pt", path.name), path) for path in exp_dir.glob("epoch-*-step-*")]
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
-
-
-def newest_first(exp_dir: Path) -> list[Path]:
-    """Return all checkpoints of a run, from the newest to the oldest."""
-    places = {(epoch, math.inf): path for epoch, path in epoch_checkpoints(exp_dir).items()}
-    places |= {(int(path.name.split("-")[1]), float(step)): path for step, path in step_checkpoints(exp_dir).items()}
-    return [places[place] for place in sorted(places, reverse=True)]
+def newest_first(exp_dir: Path, inside_epochs: bool = False) -> list[Path]:
+    """Return the checkpoints of a run from the newest to the oldest, or only those `inside_epochs`."""
+    found = []
+    for path in exp_dir.glob("epoch-*.pt"):
+        if match := re.fullmatch(r"epoch-(\d+)(-step-(\d+))?\.pt", path.name):
+            found.append((int(match[1]), int(match[3]) if match[2] else math.inf, path))
+    return [path for _, step, path in sorted(found, reverse=True) if step < math.inf or not inside_epochs]
 
 
 def load_newest(exp_dir: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -112,7 +108,7 @@ def save_step(exp_dir: Path, epoch: int, step: int, contents: Mapping[str, Any])
     except OSError as error:
         log.error("cannot save %s (%s); %s", path, error, _kept(exp_dir))
         return False
-    _remove(list(step_checkpoints(exp_dir).values())[:-KEPT])
+    _remove(newest_first(exp_dir, inside_epochs=True)[KEPT:])
     return True
 
 
@@ -129,14 +125,14 @@ def save_epoch(exp_dir: Path, epoch: int, contents: Mapping[str, Any], keep_epoc
         save_checkpoint(path, contents)
     except OSError as error:
         log.error("cannot save %s (%s); removing older checkpoints inside epochs and trying again", path, error)
-        _remove(list(step_checkpoints(exp_dir).values())[:-1])
+        _remove(newest_first(exp_dir, inside_epochs=True)[1:])
         try:
             save_checkpoint(path, contents)
         except OSError as again:
             raise CheckpointError(
                 f"cannot save {path} ({again}); {_kept(exp_dir)}. Free some space; {TO_RESUME}"
             ) from again
-    _remove(step_checkpoints(exp_dir).values())
+    _remove(newest_first(exp_dir, inside_epochs=True))
     _remove(old for number, old in epoch_checkpoints(exp_dir).items() if number < epoch - keep_epochs)
 
 

@@ -34,11 +34,9 @@ class RankState:
     rank: int
     host: str
     pid: int
-    place: list[int]
-    """[epoch, batch]"""
+    place: list[int]  # epoch, batch
     doing: str
-    beat: int = 0
-    """counts publications; it stands still if the process does"""
+    beat: int = 0  # counts publications: a process that hangs has a constant beat
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -125,9 +123,9 @@ class Watch:
         if not states:
             return f"{mine} for rank 0, or the torchrun through which the ranks meet; it does not answer: {remedy}"
         now = time.monotonic()
-        silent = [state for state, when in states.values() if now - when > self.seconds / 4]
+        silent = [str(state) for state, when in states.values() if now - when > self.seconds / 4]
         if silent:
-            return f"{mine} for {_names(silent)}, which hangs or is gone: {remedy}"
+            return f"{mine} for {' and '.join(silent)}, which hangs or is gone: {remedy}"
         ranks = [state for state, _ in states.values()]
         place = min(state.place for state in ranks)
         behind = [state for state in ranks if state.place == place]
@@ -136,11 +134,8 @@ class Watch:
         if not 0 < len(behind) < len(ranks):
             doing = ", ".join(f"rank {state.rank} {state.doing}" for state in ranks)
             return f"{mine}; all ranks are in the same place ({doing}), so it is unknown which of them hangs: {remedy}"
-        return f"{mine} for {_names(behind)}, still {behind[0].doing} in epoch {place[0]}, batch {place[1]}: {remedy}"
-
-
-def _names(states: list[RankState]) -> str:
-    return " and ".join(map(str, states))
+        names = " and ".join(map(str, behind))
+        return f"{mine} for {names}, still {behind[0].doing} in epoch {place[0]}, batch {place[1]}: {remedy}"
 
 
 def _key(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""The loss at every exit against enumeration of all alignments."""
+"""The loss at every exit, compared with an enumeration of all alignments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_loss_equals_enumeration_at_every_exit(weights):
     assert float(result.total) == pytest.approx(total, rel=1e-4)
 
 
-def test_the_deployable_state_is_the_models_own():
+def test_the_loss_adds_no_parameters_to_the_model():
     model = AsrModel(SMALL)
     names = {name.removeprefix("model.") for name in MultiExitLoss(model, LossConfig()).state_dict()}
     assert names == set(model.state_dict())

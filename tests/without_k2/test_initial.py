@@ -15,6 +15,7 @@ from splitformer.config import Config, ConfigError
 from splitformer.model.asr import AsrModel
 from splitformer.training.initial import RECORD, start_from
 from splitformer.training.loop import Trainer
+from splitformer.training.options import RunOptions
 from tests.training_runs import ALONE, options, same, small_config, weights
 
 TOKENS = ["<blk>", "<sos/eos>", "<unk>", *"▁ABCDEFGH"]
@@ -39,7 +40,8 @@ def started(tmp_path: Path, tokens: list[str], caplog, freeze: int = 0, **model:
     config = config_of(tokens, **model)
     network = AsrModel(config.model)
     with caplog.at_level(logging.INFO):
-        start_from(network, config, tokens, tmp_path, init_from=tmp_path / "a.pt", freeze_encoder_layers=freeze)
+        given = RunOptions(tmp_path, (), (), tmp_path, init_from=tmp_path / "a.pt", freeze_encoder_layers=freeze)
+        start_from(network, config, tokens, given, resuming=False, is_main=True)
     return network, caplog.text
 
 
@@ -51,7 +53,7 @@ def test_another_vocabulary_keeps_the_encoder_and_has_new_heads(tmp_path: Path, 
     ours = network.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("encoder."))
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("heads.1.weight"))
-    assert "encoder.layers 1, 2" in summary and "new: ctc_heads 1, 2" in summary and "another vocabulary" in summary
+    assert "encoder.layers 1 2" in summary and "new: ctc_heads 1 2" in summary and "another vocabulary" in summary
     assert float(network.encoder.cmvn.deviation[0]) == 3.0, "the encoder sees features on its own scale"
 
 
@@ -65,7 +67,7 @@ def test_exits_and_parallel_layers_that_the_other_model_lacks_are_new(tmp_path: 
     theirs = make_checkpoint(tmp_path / "a.pt", exit_layers=(2,), parallel_exits=())
     network, summary = started(tmp_path, TOKENS, caplog)
     assert torch.equal(network.ctc_heads["2"].weight, theirs["ctc_heads.2.weight"])
-    assert "new: ctc_heads 1" in summary and "encoder.parallel 1, 2" in summary
+    assert "new: ctc_heads 1" in summary and "encoder.parallel 1 2" in summary
     theirs = make_checkpoint(tmp_path / "a.pt")
     _, summary = started(tmp_path, TOKENS, caplog, exit_layers=(2,), parallel_exits=(2,))
     assert "not used: ctc_heads 1" in summary
@@ -77,7 +79,8 @@ def test_another_encoder_is_refused_with_the_keys(tmp_path: Path, caplog) -> Non
         started(tmp_path, TOKENS, caplog)
     with pytest.raises(CheckpointError, match=r"there is no .*none\.pt; give a checkpoint"):
         config = config_of(TOKENS)
-        start_from(AsrModel(config.model), config, TOKENS, tmp_path, init_from=tmp_path / "none.pt")
+        given = RunOptions(tmp_path, (), (), tmp_path, init_from=tmp_path / "none.pt")
+        start_from(AsrModel(config.model), config, TOKENS, given, resuming=False, is_main=True)
     assert not (tmp_path / RECORD).exists()
 
 
@@ -93,7 +96,7 @@ def test_frozen_layers_stay_and_a_resumed_run_ends_with_the_same_weights(corpus,
     make_checkpoint(tmp_path / "a.pt", [*TOKENS, "Z"])
     fine_tuning = {"init_from": tmp_path / "a.pt", "freeze_encoder_layers": 1}
     Trainer(small_config(), options(corpus, tmp_path / "one", **fine_tuning), ALONE).train()
-    assert "new: ctc_heads 1, 2" in caplog.text
+    assert "new: ctc_heads 1 2" in caplog.text
     assert "frozen: the front end and encoder layers 1 to 1" in caplog.text
     before, after = weights(tmp_path / "a.pt"), weights(tmp_path / "one/epoch-2.pt")
     frozen = ("encoder.cmvn", "encoder.subsampling", "encoder.layers.0.", "encoder.parallel.1.")
@@ -115,4 +118,5 @@ def test_frozen_layers_stay_and_a_resumed_run_ends_with_the_same_weights(corpus,
 def test_random_weights_are_not_frozen(tmp_path: Path) -> None:
     config = config_of(TOKENS)
     with pytest.raises(ConfigError, match=r"--freeze-encoder-layers 1 would freeze random weights: .* --init-from"):
-        start_from(AsrModel(config.model), config, TOKENS, tmp_path, freeze_encoder_layers=1)
+        given = RunOptions(tmp_path, (), (), tmp_path, freeze_encoder_layers=1)
+        start_from(AsrModel(config.model), config, TOKENS, given, resuming=False, is_main=True)

@@ -27,7 +27,7 @@ def trainer(corpus, tmp_path):
 
 @pytest.fixture
 def dry_run(trainer):
-    return DryRun(trainer.loss, trainer.optimizer, trainer.config.model, trainer.precision, ALONE)
+    return DryRun(trainer.loss, trainer.optimizer, trainer.precision, ALONE)
 
 
 def set_max_duration(data, seconds):

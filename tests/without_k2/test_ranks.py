@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from splitformer.checkpoint import load_checkpoint
 from splitformer.cli import command
+from splitformer.data.cut_index import DataError
 from splitformer.errors import UserError
 from splitformer.report.records import read_training_log
 from splitformer.training.distributed import process_group
@@ -34,11 +36,11 @@ SAME_ARITHMETIC = ["--set", "model.dropout=0.0", "augment.p=0.0", "--precision",
 
 
 def test_two_ranks_train_like_one(corpus, tmp_path):
-    flags = [*SAME_ARITHMETIC, "--set", "training.num_epochs=3"]
+    flags = [*SAME_ARITHMETIC, "--set", "training.num_epochs=2"]
     run = train(corpus, tmp_path, tmp_path / "two", *flags, "--num-processes", "2")
     assert run.returncode == 0, run.stderr
     assert "2 rank(s) x 1 micro-batch(es)" in run.stderr
-    config = small_config(num_epochs=3)
+    config = small_config(num_epochs=2)
     config = replace(config, model=replace(config.model, dropout=0.0), augment=replace(config.augment, p=0.0))
     Trainer(config, options(corpus, tmp_path / "one", precision="fp32"), ALONE).train()
     one, two = (read_training_log(tmp_path / name / "training.jsonl") for name in ("one", "two"))
@@ -47,7 +49,7 @@ def test_two_ranks_train_like_one(corpus, tmp_path):
         assert a.train_loss_per_exit == pytest.approx(b.train_loss_per_exit, abs=1e-4)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
         assert a.dev_wer_per_exit == b.dev_wer_per_exit
-    ours, theirs = weights(tmp_path / "two" / "epoch-3.pt"), weights(tmp_path / "one" / "epoch-3.pt")
+    ours, theirs = weights(tmp_path / "two" / "epoch-2.pt"), weights(tmp_path / "one" / "epoch-2.pt")
     for name, tensor in theirs.items():
         if name.endswith(("depthwise.bias", "batch_norm.running_mean")):
             continue  # batch normalisation cancels this bias: its gradient is rounding, of which AdamW makes steps
@@ -135,6 +137,26 @@ def test_ranks_agree(capfd):
         ranks.raise_first(None)
 
     assert in_ranks(body) == [0, 0], capfd.readouterr().err
+
+
+def test_all_ranks_save_and_end_when_one_cannot_load(corpus, tmp_path, capfd):
+    def body(ranks):
+        trainer = Trainer(small_config(), options(corpus, tmp_path), ranks)
+        real = trainer.data.batches
+
+        def batches(*args):
+            for number, batch in enumerate(real(*args)):
+                if ranks.rank == 1 and number == 2:
+                    raise DataError("the disk is gone")
+                yield batch
+
+        trainer.data.batches = batches
+        trainer.train()
+
+    assert in_ranks(body) == [1, 1]
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last == "test: the disk is gone"
+    assert load_checkpoint(newest_first(tmp_path)[0])["progress"]["step"] == 2
 
 
 def test_ranks_that_end_right_after_an_exchange_do_end():
