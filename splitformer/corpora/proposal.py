@@ -55,11 +55,10 @@ class Choices:
 class Proposal:
     """How a recipe uses a source.
 
-    left_out: by the text rules, {kind: places}.
+    left_out: {kind: places}, by the survey and by the text rules.
     size: "small", "medium" or "large", the conf; epochs: of the first two.
     rates: plausible characters per second; slow, fast: utterances outside them, the worst first.
     reasons: {case, punctuation, digits, split, tokens: why}.
-    warnings: notes for the user.
     """
 
     text_rules: TextRules
@@ -82,27 +81,19 @@ def propose(found: Survey, choices: Choices | None = None) -> Proposal:
     choices = choices or Choices()
     reasons: dict[str, str] = {}
     rules = _text_rules(found, choices, reasons)
-    usable: list[SurveyedUtterance] = []
-    left_out: dict[str, Places] = {}
+    kept: list[SurveyedUtterance] = []
+    left_out = defaultdict(list, {kind: list(places) for kind, places in found.left_out.items()})
     for each in found.utterances:
         if rejected := rules.reject(each.utterance.text):
-            left_out.setdefault(rejected.kind, []).append((each.utterance.where, rejected.reason))
+            left_out[rejected.kind].append((each.utterance.where, rejected.reason))
         else:
-            usable.append(each)
-    check_enough(found.source, len(usable), {**found.left_out, **left_out})
-    split_rule = _split_rule(usable, choices, reasons)
-    kept = [
-        each._replace(
-            text=rules.apply(each.utterance.text), split=split_rule.split_of(each.utterance, each.recording)
-        )
-        for each in usable
-    ]
-    for name in SPLITS:
-        if not any(each.split == name for each in kept):
-            raise SourceError(
-                f"{found.source}: no utterance is in {name}; change the source's splits, or --split-seed, --dev-share "
-                "and --test-share"
-            )
+            kept.append(each._replace(text=rules.apply(each.utterance.text)))
+    check_enough(found.source, len(kept), left_out)
+    split_rule = _split_rule(kept, choices, reasons)
+    kept = [each._replace(split=split_rule.split_of(each.utterance, each.recording)) for each in kept]
+    if empty := [name for name in SPLITS if not any(each.split == name for each in kept)]:
+        remedy = "change the source's splits, or --split-seed, --dev-share and --test-share"
+        raise SourceError(f"{found.source}: no utterance is in {' and '.join(empty)}; {remedy}")
     alphabet = {char for each in kept for char in each.text} - {" "}
     hours = math.fsum(each.seconds for each in kept if each.split == "train") / 3600
     token_type, vocab_size = _tokens(kept, alphabet, hours, choices, reasons)
@@ -208,8 +199,9 @@ def _implausible(kept: list[SurveyedUtterance], rates: tuple[float, float]) -> t
     found = []
     for each in kept:
         rate = len(each.text.replace(" ", "")) / each.seconds
-        reason = f"{rate:.1f} characters per second: {each.text[:50]!r} in {each.seconds:.1f} s"
-        found.append((rate, each.utterance.where, reason))
+        if not rates[0] <= rate <= rates[1]:
+            reason = f"{rate:.1f} characters per second: {each.text[:50]!r} in {each.seconds:.1f} s"
+            found.append((rate, each.utterance.where, reason))
     slow = [(where, reason) for rate, where, reason in sorted(found) if rate < rates[0]]
     fast = [(where, reason) for rate, where, reason in sorted(found, reverse=True) if rate > rates[1]]
     return slow, fast
@@ -222,27 +214,21 @@ def _warnings(found: Survey, kept: list[SurveyedUtterance], hours: float, alphab
     trained = set(texts["train"])
     for name in ("dev", "test"):
         if shared := sorted(map(str, speakers["train"] & speakers[name])):
-            warnings.append(
-                f"{len(shared)} speakers are in train and in {name} ({', '.join(shared[:SHOWN])}): WER on {name} is "
-                "that of known voices"
-            )
+            some = ", ".join(shared[:SHOWN])
+            warnings.append(f"{len(shared)} speakers of {name} are also in train, which lowers its WER: {some}")
         if again := sum(text in trained for text in texts[name]):
-            warnings.append(f"{again} transcripts of {name} are also in train, which lowers the WER on {name}")
+            warnings.append(f"{again} transcripts of {name} are also in train, which lowers its WER")
     if len(found.speakers) == 1:
         warnings.append("there is one speaker: a system trained on one voice does not know others")
     if hours < 1:
-        warnings.append(
-            f"{_time(3600 * hours)} of training data are little: ./run.sh --init-from CHECKPOINT starts from a model "
-            "that was trained on more"
-        )
+        time = _time(3600 * hours)
+        warnings.append(f"{time} to train on are little: ./run.sh --init-from CHECKPOINT starts from a trained model")
     if unseen := alphabet - {char for text in trained for char in text}:
         warnings.append(f"characters of dev or test that train does not have: {' '.join(sorted(unseen)[:40])}")
     words = [word for each in kept for word in each.text.split()]
     if sum(map(len, words)) > 15 * len(words):
-        warnings.append(
-            "words are long, as in a script without spaces: WER counts what is between spaces; put spaces between "
-            "words, or between characters for character error rates"
-        )
+        remedy = "separate words by spaces for word error rates, or characters for character error rates"
+        warnings.append(f"words are long, as in a script without spaces: {remedy}")
     tags = Counter(word for each in found.utterances for word in each.utterance.text.split() if TAG.match(word))
     if tags:
         most = ", ".join(f"{tag} {count} times" for tag, count in tags.most_common(SHOWN))
@@ -256,9 +242,7 @@ def _warnings(found: Survey, kept: list[SurveyedUtterance], hours: float, alphab
 def render(found: Survey, proposal: Proposal) -> str:
     """Return the survey and the proposal as text."""
     lines = [*_render_survey(found), "Left out:"]
-    kinds = {kind: found.left_out.get(kind, []) + proposal.left_out.get(kind, [])
-             for kind in {**found.left_out, **proposal.left_out}}  # fmt: skip
-    lines += _render_places(kinds) or ["  nothing"]
+    lines += _render_places(proposal.left_out) or ["  nothing"]
     low, high = proposal.rates
     lines.append(f"Suspicious transcripts (kept; {low:g} to {high:g} characters per second are plausible):")
     lines += _render_places({"slower": proposal.slow, "faster": proposal.fast}) or ["  none"]

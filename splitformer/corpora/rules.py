@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,7 @@ JOINERS = "\u200c\u200d"
 APOSTROPHES = "'’ʼ"
 TAG = re.compile(r"^(<.*>|\[.*\]|\{.*\})$")
 MISREAD = re.compile("[\x80-\x9f\ufffd]")
-"""Control characters that text does not contain, unless it was read in a wrong encoding."""
+"""Characters that text has only after it was read in a wrong encoding."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,15 @@ class TextRules:
 
     def reject(self, text: str) -> LeftOut | None:
         """Return why an utterance with this text is left out, or None."""
+        kept, written = self.apply(text), repr(text.strip()[:60])
         if found := MISREAD.search(text):
-            return LeftOut(
-                "encoding",
-                f"{found.group()!r} in {text.strip()[:60]!r}: the text was read in a wrong encoding. Convert the "
-                "original by iconv -f CP1252 -t UTF-8 if it is from Windows, or read it by --encoding cp1252",
-            )
-        kept, written = self.apply(text), text.strip()[:60]
+            remedy = "for text from Windows use --encoding cp1252, or convert the original by iconv -f CP1252 -t UTF-8"
+            return LeftOut("encoding", f"{found.group()!r} in {written} is due to a wrong encoding; {remedy}")
         if not kept:
-            reason = f"nothing is left of {written!r} by these rules" if written else "the transcript is empty"
+            reason = f"nothing is left of {written} by these rules" if text.strip() else "the transcript is empty"
             return LeftOut("no transcript", reason)
         if self.digits == "reject" and has_digits(kept):
-            return LeftOut("digits", f"{written!r}: write numbers as they are spoken, or use --digits keep")
+            return LeftOut("digits", f"{written}: write numbers as they are spoken, or use --digits keep")
         return None
 
 
@@ -141,13 +138,10 @@ def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
     Raises:
       SourceError: there are too few keys.
     """
-    wanted = {"train": 1 - dev - test, "dev": dev, "test": test}
-    wanted = {name: share for name, share in wanted.items() if share > 0}
-    if len(seconds) < len(wanted):
-        raise SourceError(f"{len(seconds)} groups of utterances cannot be divided into {', '.join(wanted)}")
+    wanted = {name: share for name, share in (("train", 1 - dev - test), ("dev", dev), ("test", test)) if share > 0}
     total = sum(seconds.values())
     best, best_distance = 0, float("inf")
-    for seed in range(max(20, min(2000, 100_000 // len(seconds)))):
+    for seed in range(max(20, min(2000, 100_000 // max(1, len(seconds))))):
         rule = SplitRule(split_seed=seed, dev_share=dev, test_share=test)
         shares = dict.fromkeys(wanted, 0.0)
         for name, length in seconds.items():
@@ -156,10 +150,8 @@ def choose_seed(seconds: dict[str, float], dev: float, test: float) -> int:
         if all(shares.values()) and distance < best_distance:
             best, best_distance = seed, distance
     if best_distance == float("inf"):
-        raise SourceError(
-            f"{len(seconds)} groups of utterances could not be divided into {', '.join(wanted)}; give larger "
-            "--dev-share and --test-share"
-        )
+        remedy = "give larger --dev-share and --test-share, or another --split-by"
+        raise SourceError(f"{len(seconds)} groups of utterances cannot be divided into {', '.join(wanted)}; {remedy}")
     return best
 
 
@@ -181,14 +173,9 @@ def supervision_of(
     if end - start > LONGEST:
         remedy = "give times: columns start and end, segments, or supervisions" if utterance.end is None else "cut it"
         return LeftOut("too long", f"{end - start:.0f} s are more than {LONGEST:.0f} in one utterance; {remedy}")
+    text, duration = rules.apply(utterance.text), round(end - start, ndigits=8)
     return SupervisionSegment(
-        id=utterance.id,
-        recording_id=recording.id,
-        start=start,
-        duration=round(end - start, ndigits=8),
-        channel=channel,
-        text=rules.apply(utterance.text),
-        speaker=utterance.speaker,
+        utterance.id, recording.id, start, duration, channel, text=text, speaker=utterance.speaker
     )
 
 
@@ -213,31 +200,30 @@ def source_pairs(
       SourceError: see read_source; an empty split.  ManifestError: an utterance is left out, if `skipped` is strict.
     """
     options = options or ReadOptions()
-    recordings = _those(
-        read_source(source, options).recordings, lambda u, recording: split_rule.split_of(u, recording.id) == split
-    )
+    recordings = read_source(source, options).recordings
+    recordings = _filtered(recordings, lambda utterance, name: split_rule.split_of(utterance, name) == split)
     if limit is not None:
-        chosen = {u.id for u in spread([u for each in recordings for u in each.utterances], limit)}
-        recordings = _those(recordings, lambda u, _: u.id in chosen)
+        chosen = {utterance.id for utterance in spread([u for each in recordings for u in each.utterances], limit)}
+        recordings = _filtered(recordings, lambda utterance, _: utterance.id in chosen)
     empty = True
-    for source_recording, recording in zip(recordings, check_audio(recordings, decode)):
+    for recording, audio in zip(recordings, check_audio(recordings, decode)):
         group = []
-        for utterance in source_recording.utterances:
-            result = recording
-            if isinstance(recording, Recording):
-                result = supervision_of(utterance, recording, text_rules, options.channel)
+        for utterance in recording.utterances:
+            result = audio
+            if isinstance(audio, Recording):
+                result = supervision_of(utterance, audio, text_rules, options.channel)
             if isinstance(result, LeftOut):
                 skipped.add(utterance.where, result.reason)
             else:
                 group.append(result)
         if group:
             empty = False
-            yield recording, group
+            yield audio, group
     if empty:
         raise SourceError(f"{source}: no usable utterance in the split {split}; see what was skipped")
 
 
-def _those(recordings: list[SourceRecording], wanted) -> list[SourceRecording]:
-    """Return the recordings that have wanted utterances, with these."""
-    kept = (replace(each, utterances=[u for u in each.utterances if wanted(u, each)]) for each in recordings)
+def _filtered(recordings: list[SourceRecording], wanted: Callable[[Utterance, str], bool]) -> list[SourceRecording]:
+    """Return the recordings that have wanted utterances, with these. `wanted` takes the recording's id, too."""
+    kept = [replace(each, utterances=[u for u in each.utterances if wanted(u, each.id)]) for each in recordings]
     return [each for each in kept if each.utterances]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -55,7 +55,7 @@ class Survey:
     source: Path
     kind: str
     utterances: list[SurveyedUtterance] = field(default_factory=list)
-    left_out: dict[str, Places] = field(default_factory=dict)
+    left_out: defaultdict[str, Places] = field(default_factory=lambda: defaultdict(list))
     repeated: list[tuple[str, str]] = field(default_factory=list)
     contradictory: list[tuple[str, str]] = field(default_factory=list)
     recordings: int = 0
@@ -88,30 +88,29 @@ def survey(source: str | Path, options: ReadOptions | None = None, check: CheckA
     options = options or ReadOptions()
     read = read_source(source, options)
     found = Survey(Path(source), read.kind, num_missing=read.num_missing)
-    same: dict[tuple, list[tuple[Path, str, str]]] = {}
+    same: defaultdict[tuple, list[tuple[Path, str, str]]] = defaultdict(list)
     too_long = 0.0
-    for source_recording, recording in zip(read.recordings, _checked_audio(read, check, found)):
-        places = [utterance.where for utterance in source_recording.utterances] or [source_recording.where]
-        if isinstance(recording, LeftOut) or not source_recording.utterances:
-            kind, reason = "no transcript", f"recording {source_recording.id} has no utterance"
-            if isinstance(recording, LeftOut):
-                kind, reason = recording
-            found.left_out.setdefault(kind, []).extend((where, reason) for where in places)
+    for recording, audio in zip(read.recordings, _checked_audio(read, check, found)):
+        if isinstance(audio, Recording) and not recording.utterances:
+            audio = LeftOut("no transcript", f"recording {recording.id} has no utterance")
+        if isinstance(audio, LeftOut):
+            places = [utterance.where for utterance in recording.utterances] or [recording.where]
+            found.left_out[audio.kind] += [(where, audio.reason) for where in places]
             continue
         found.recordings += 1
-        found.sampling_rates[recording.sampling_rate] += 1
-        found.channels[recording.num_channels] += 1
-        for utterance in source_recording.utterances:
-            found.one_channel |= recording.num_channels > 1 and utterance.channel is None
-            supervision = supervision_of(utterance, recording, TextRules(), options.channel)
-            if isinstance(supervision, LeftOut):
-                found.left_out.setdefault(supervision.kind, []).append((utterance.where, supervision.reason))
-                if supervision.kind == "too long":
-                    too_long += (utterance.end or recording.duration) - (utterance.start or 0.0)
+        found.sampling_rates[audio.sampling_rate] += 1
+        found.channels[audio.num_channels] += 1
+        for utterance in recording.utterances:
+            found.one_channel |= audio.num_channels > 1 and utterance.channel is None
+            result = supervision_of(utterance, audio, TextRules(), options.channel)
+            if isinstance(result, LeftOut):
+                found.left_out[result.kind].append((utterance.where, result.reason))
+                if result.kind == "too long":
+                    too_long += (utterance.end or audio.duration) - (utterance.start or 0.0)
                 continue
-            found.utterances.append(SurveyedUtterance(utterance, recording.id, supervision.duration))
-            key = (recording.num_samples, supervision.start, supervision.duration, supervision.channel)
-            same.setdefault(key, []).append((source_recording.path, utterance.where, utterance.text))
+            found.utterances.append(SurveyedUtterance(utterance, audio.id, result.duration))
+            key = (audio.num_samples, result.start, result.duration, result.channel)
+            same[key].append((recording.path, utterance.where, utterance.text))
     _find_repeated(same, found)
     _check_amount(found, too_long)
     return found
@@ -121,25 +120,23 @@ def _checked_audio(read: Source, check: CheckAudio | None, found: Survey) -> lis
     """Check all audio, and note in `found` what was decoded."""
     recordings = read.recordings
     results = list(tqdm(check_audio(recordings), desc="audio headers", total=len(recordings), unit=" recordings"))
-    usable = [(i, each.duration) for i, each in enumerate(results) if isinstance(each, Recording)]
-    hours = sum(duration for _, duration in usable) / 3600
-    chosen = [i for i, _ in usable]
-    if check == "headers":
-        chosen = []
-    elif check != "all" and hours > DECODED_HOURS:
+    seconds = {number: each.duration for number, each in enumerate(results) if isinstance(each, Recording)}
+    chosen = [] if check == "headers" else list(seconds)
+    hours = sum(seconds.values()) / 3600
+    if check != "all" and hours > DECODED_HOURS:
         chosen = spread(chosen, max(1, round(len(chosen) * DECODED_HOURS / hours)))
-    decoded = check_audio([recordings[i] for i in chosen], decode=True)
-    for i, result in tqdm(zip(chosen, decoded), desc="audio", total=len(chosen), unit=" recordings"):
-        results[i] = result
-    found.decoded_all = check != "headers" and len(chosen) == len(usable)
-    damaged = sum(isinstance(results[i], LeftOut) for i in chosen)
-    found.audio_check = f"{len(chosen)} of {len(usable)} files were decoded, and {damaged} of them are damaged"
+    decoded = check_audio([recordings[number] for number in chosen], decode=True)
+    for number, result in tqdm(zip(chosen, decoded), desc="audio", total=len(chosen), unit=" recordings"):
+        results[number] = result
+    damaged = sum(isinstance(results[number], LeftOut) for number in chosen)
+    found.decoded_all = check != "headers" and len(chosen) == len(seconds)
+    found.audio_check = f"{len(chosen)} of {len(seconds)} files were decoded, and {damaged} of them are damaged"
     if not found.decoded_all:
         found.audio_check += "; of the others, headers and ends were read (--check-audio all decodes all)"
     return results
 
 
-def _find_repeated(same: dict[tuple, list[tuple[Path, str, str]]], found: Survey) -> None:
+def _find_repeated(same: Mapping[tuple, list[tuple[Path, str, str]]], found: Survey) -> None:
     """Note utterances with the same audio. same: {length and span: [(audio file, file and line, text)]}."""
     digests: dict[Path, str] = {}
     for group in same.values():
@@ -174,14 +171,13 @@ def _check_amount(found: Survey, too_long: float) -> None:
     if too_long > 0.1 * (too_long + found.seconds):
         raise SourceError(
             f"{found.source}: {too_long / 3600:.1f} hours are utterances of more than {LONGEST:.0f} seconds:\n"
-            f"{show_places(found.left_out['too long'])}\n"
-            "Give the times of the utterances in long recordings (columns start and end of a table, a Kaldi "
-            "`segments`, Lhotse supervisions), or cut the recordings, for instance with a forced aligner"
+            f"{show_places(found.left_out['too long'])}\nGive the times of the utterances (columns start and end of a "
+            "table, a Kaldi `segments`, Lhotse supervisions), or cut the recordings, for instance with a forced aligner"
         )
     check_enough(found.source, len(found.utterances), found.left_out)
 
 
-def check_enough(source: Path, usable: int, left_out: dict[str, Places]) -> None:
+def check_enough(source: Path, usable: int, left_out: Mapping[str, Places]) -> None:
     """Raise SourceError if there are too few usable utterances."""
     if usable < FEWEST:
         reasons = "".join(f"\n{kind}:\n{show_places(places)}" for kind, places in left_out.items())

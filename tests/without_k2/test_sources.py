@@ -379,7 +379,7 @@ def test_the_layout_of_trans_txt(tmp_path: Path) -> None:
 
 def test_a_folder_without_transcripts(tmp_path: Path) -> None:
     write_audio(tmp_path / "a b.wav")
-    with pytest.raises(SourceError, match=r"1 audio files and no transcript: put beside a b\.wav a file a b\.txt"):
+    with pytest.raises(SourceError, match=r"1 audio files and no transcript: put a b\.txt beside a b\.wav"):
         read_source(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="has no audio files"):

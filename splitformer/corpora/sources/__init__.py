@@ -5,8 +5,8 @@ Nothing that a source names is run or fetched. Audio stays on disk; transcripts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from splitformer.corpora.sources.base import FORMS, ReadOptions, SourceError, SourceRecording
 from splitformer.corpora.sources.folders import read_folder
@@ -15,13 +15,8 @@ from splitformer.corpora.sources.manifests import lhotse_manifests, read_lhotse
 from splitformer.corpora.sources.table import TABLE_SUFFIXES, read_table
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a source contains.
-
-    kind: its form, for people.
-    num_missing: recordings ignored by `ReadOptions.skip_missing`.
-    """
+class Source(NamedTuple):
+    """What a source contains. kind: its form; num_missing: recordings that `skip_missing` ignores."""
 
     kind: str
     recordings: list[SourceRecording]
@@ -29,24 +24,15 @@ class Source:
 
 
 def read_source(source: str | Path, options: ReadOptions | None = None) -> Source:
-    """Return the recordings of a source with their utterances; no audio is read.
-
-    Args:
-      source: see FORMS.
-    Raises:
-      SourceError: the source cannot be read, or contradicts itself.
-    """
+    """Return the recordings of a source (see FORMS) with their utterances. Raises SourceError. No audio is read."""
     options = options or ReadOptions()
     kind, recordings = _read(Path(source).absolute(), options)
-    if not options.skip_missing:
-        return Source(kind, recordings)
-    present = [recording for recording in recordings if recording.path.is_file()]
+    present = [each for each in recordings if not options.skip_missing or each.path.is_file()]
     return Source(kind, present, len(recordings) - len(present))
 
 
 def _read(source: Path, options: ReadOptions) -> tuple[str, list[SourceRecording]]:
-    name = source.name.lower()
-    if source.is_file() and name.endswith(TABLE_SUFFIXES):
+    if source.is_file() and source.name.lower().endswith(TABLE_SUFFIXES):
         return "table", read_table(source, options)
     if not source.is_dir():
         problem = "is none of the forms that are read" if source.is_file() else "does not exist"

@@ -15,9 +15,9 @@ import soundfile
 from lhotse import Recording
 
 from splitformer.corpora.manifests import audio_error
-from splitformer.corpora.sources.base import OTHER_AUDIO, LeftOut, SourceRecording
+from splitformer.corpora.sources.base import LeftOut, SourceRecording
 from splitformer.data.manifests import use_soundfile
-from splitformer.speech.audio import AudioError, Source, open_recording
+from splitformer.speech.audio import AUDIO_SUFFIXES, AudioError, Source, open_recording
 
 END_SECONDS = 0.5
 """How much of the end of a file is decoded: a file that was cut off fails there."""
@@ -32,13 +32,11 @@ def check_audio(recordings: Sequence[SourceRecording], decode: bool = False) -> 
     """
     if not recordings:
         return
-    pool = ProcessPoolExecutor(
-        min(os.cpu_count() or 1, MAX_PROCESSES, len(recordings)),
-        mp_context=multiprocessing.get_context("fork"),  # the parent computes nothing that a fork could break
-        initializer=_silence,
-    )
+    items = [replace(recording, utterances=[]) for recording in recordings]
+    num_processes = min(os.cpu_count() or 1, MAX_PROCESSES, len(items))
+    # the parent computes nothing that a fork could break
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork"), _silence)
     try:
-        items = [replace(recording, utterances=[]) for recording in recordings]
         yield from pool.map(partial(_check, decode=decode), items, chunksize=min(16, 1 + len(items) // 64))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -55,24 +53,22 @@ def _check(recording: SourceRecording, decode: bool) -> Recording | LeftOut:
     use_soundfile()
     manifest = recording.manifest
     for path in [Path(part.source) for part in manifest.sources] if manifest else [recording.path]:
-        if error := _file_error(path, decode):
+        try:
+            _check_file(path, decode)
+        except AudioError as error:
             return LeftOut("damaged audio" if path.exists() else "missing audio", f"{path}: {error}")
     return manifest or Recording.from_file(recording.path, recording_id=recording.id)
 
 
-def _file_error(path: Path, decode: bool) -> str | None:
-    error = audio_error(path)
-    if error and path.suffix.lower() in OTHER_AUDIO and path.is_file():
-        error = "libsndfile does not read this format"
-    if error:
-        converted = path.with_suffix(".wav" if path.suffix == ".flac" else ".flac")
-        command = f"ffmpeg -i {shlex.quote(str(path))} {shlex.quote(str(converted))}"
-        return f"{error}; ffmpeg may convert it: {command}" if path.is_file() and path.stat().st_size else error
+def _check_file(path: Path, decode: bool) -> None:
+    if error := audio_error(path):
+        if path.is_file() and path.stat().st_size:
+            if path.suffix.lower() not in AUDIO_SUFFIXES:
+                error = "libsndfile does not read this format"
+            converted = path.with_suffix(".wav" if path.suffix == ".flac" else ".flac")
+            error += f"; ffmpeg may convert it: ffmpeg -i {shlex.quote(str(path))} {shlex.quote(str(converted))}"
+        raise AudioError(error)
     start = 0.0 if decode else max(0.0, soundfile.info(str(path)).duration - END_SECONDS)
-    try:
-        with open_recording(Source(str(path), path, start=start)) as audio:
-            for _ in audio.blocks():
-                pass
-    except AudioError as problem:
-        return str(problem)
-    return None
+    with open_recording(Source(str(path), path, start=start)) as audio:
+        for _ in audio.blocks():
+            pass

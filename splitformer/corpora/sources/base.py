@@ -11,9 +11,8 @@ from lhotse import Recording
 from splitformer.data.manifests import ManifestError
 from splitformer.speech.audio import AUDIO_SUFFIXES
 
-OTHER_AUDIO = {".m4a", ".mp4", ".aac", ".wma", ".amr", ".webm", ".mkv", ".3gp", ".mka"}
-"""Suffixes of audio that libsndfile does not read."""
-ALL_AUDIO = AUDIO_SUFFIXES | OTHER_AUDIO
+# the second group is not read by libsndfile: such files are listed with a remedy
+ALL_AUDIO = AUDIO_SUFFIXES | {".m4a", ".mp4", ".aac", ".wma", ".amr", ".webm", ".mkv", ".3gp", ".mka"}
 FORMS = """\
 SOURCE is one of
   - a table with a header (.tsv, .csv, .txt): columns audio (a path) and text, and optionally id, speaker,
@@ -28,6 +27,13 @@ SOURCE is one of
 
 class SourceError(ManifestError):
     """A source cannot be read; the message names file and line, and the remedy."""
+
+
+class LeftOut(NamedTuple):
+    """Why something is left out; reasons are counted by kind."""
+
+    kind: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,6 @@ class ReadOptions:
     def base(self, default: Path) -> Path:
         """Return the folder that relative paths start from."""
         return default if self.audio_dir is None else self.audio_dir.absolute()
-
-
-class LeftOut(NamedTuple):
-    """Why something is left out; reasons are counted by kind."""
-
-    kind: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,12 @@ class SourceRecording:
 
 def unique(recordings: list[SourceRecording]) -> list[SourceRecording]:
     """Return the recordings. Raises SourceError for ids that are there twice."""
-    for what, items in (
-        ("utterance", [(each.id, each.where) for recording in recordings for each in recording.utterances]),
-        ("recording", [(recording.id, recording.where) for recording in recordings]),
-    ):
-        first: dict[str, str] = {}
-        for name, where in items:
-            if name in first:
-                raise SourceError(
-                    f"{where}: {what} {name!r} was already at {first[name]}; give them different ids (a table: by an "
-                    "id column), or rename files that differ only in their suffix or in a space"
-                )
-            first[name] = where
+    utterances = [("utterance", each.id, each.where) for recording in recordings for each in recording.utterances]
+    first: dict[tuple[str, str], str] = {}
+    for what, name, where in [*utterances, *(("recording", each.id, each.where) for each in recordings)]:
+        if first.setdefault((what, name), where) is not where:
+            raise SourceError(
+                f"{where}: {what} {name!r} was already at {first[what, name]}; give them different ids (a table: by an "
+                "id column), or rename files that differ only in their suffix or in a space"
+            )
     return recordings

@@ -30,18 +30,20 @@ def read_folder(folder: Path, options: ReadOptions) -> tuple[str, list[SourceRec
     """Return the name of a folder's layout, and its recordings. Raises SourceError if the layout is unknown."""
     files = sorted(path for path in files_below(folder) if not path.name.startswith("._"))  # macOS adds those
     audio = [path for path in files if path.suffix.lower() in ALL_AUDIO]
-    beside: Transcripts = {path: (_id_in(folder, path), _text_beside(path)) for path in audio}
+    beside: Transcripts = {}
+    for path in audio:
+        texts = (path.with_suffix(suffix) for suffix in (".txt", ".lab"))
+        name = clean_id(path.relative_to(folder).with_suffix("").as_posix())
+        beside[path] = name, next((text for text in texts if text.is_file()), None)
     if any(text for _, text in beside.values()):
         return "folder", _with_transcripts(folder, beside, options)
     if vctk := _vctk_transcripts(folder, audio):
         return "VCTK", _with_transcripts(folder, vctk, options)
-    trans = [path for path in files if path.name.endswith(".trans.txt")]
-    if trans:
-        return "trans.txt", _read_trans(folder, trans, audio, options)
-    clips = [folder / f"{split}.tsv" for split in ("train", "dev", "test")]
-    clips = [table for table in clips if table.is_file()] or [folder / "validated.tsv"]
-    if (folder / "clips").is_dir() and clips[0].is_file():
-        return "Common Voice", _read_splits(clips, folder / "clips", options)
+    if trans := [path for path in files if path.name.endswith(".trans.txt")]:
+        return "trans.txt", _read_trans(folder, trans, beside, options)
+    clips = [path for path in files if path.parent == folder and path.name in ("train.tsv", "dev.tsv", "test.tsv")]
+    if (folder / "clips").is_dir() and (clips or (folder / "validated.tsv").is_file()):
+        return "Common Voice", _read_splits(clips or [folder / "validated.tsv"], folder / "clips", options)
     if (folder / "metadata.csv").is_file():
         return "metadata.csv", read_table(folder / "metadata.csv", options)
     if nemo := sorted(folder.glob("*manifest*.json*")):
@@ -52,24 +54,14 @@ def read_folder(folder: Path, options: ReadOptions) -> tuple[str, list[SourceRec
 def _unknown(folder: Path, audio: list[Path]) -> str:
     reason = f"{folder} has no audio files ({', '.join(sorted(AUDIO_SUFFIXES))})"
     if audio:
-        reason = (
-            f"{folder} has {len(audio)} audio files and no transcript: put beside {audio[0].name} a file "
-            f"{audio[0].with_suffix('.txt').name} with what is said in it, or give a table (.tsv) of audio and text"
-        )
+        text = audio[0].with_suffix(".txt").name
+        reason = f"{folder} has {len(audio)} audio files and no transcript: put {text} beside {audio[0].name}"
     names = {re.sub("[^a-z0-9]", "", path.name.lower()) for path in (folder, *folder.iterdir())}
     recipes = [name.removeprefix("prepare_") for name in dir(lhotse.recipes) if name.startswith("prepare_")]
     known = [each for each in recipes if len(each) > 4 and any(each.replace("_", "") in name for name in names)]
     if known:
         reason += f". Lhotse has a recipe for {max(known, key=len)!r}: docs/new_corpus.md says how to use it"
     return f"{reason}.\n{FORMS}"
-
-
-def _id_in(folder: Path, audio: Path) -> str:
-    return clean_id(audio.relative_to(folder).with_suffix("").as_posix())
-
-
-def _text_beside(audio: Path) -> Path | None:
-    return next((path for suffix in (".txt", ".lab") if (path := audio.with_suffix(suffix)).is_file()), None)
 
 
 def _with_transcripts(folder: Path, transcripts: Transcripts, options: ReadOptions) -> list[SourceRecording]:
@@ -111,7 +103,7 @@ def _vctk_transcripts(folder: Path, audio: list[Path]) -> Transcripts:
     return {path: (clean_id(name), texts.get(name)) for name, path in first.items()}
 
 
-def _read_trans(folder: Path, trans: list[Path], audio: list[Path], options: ReadOptions) -> list[SourceRecording]:
+def _read_trans(folder: Path, trans: list[Path], audio: Transcripts, options: ReadOptions) -> list[SourceRecording]:
     """Return the recordings of *.trans.txt files, whose lines are `ID text` for ID.flac (or .wav, ...) beside them.
 
     The part of an ID before the first dash is the speaker, and folders such as train-clean-100 are splits.
@@ -128,7 +120,7 @@ def _read_trans(folder: Path, trans: list[Path], audio: list[Path], options: Rea
                 row = {"audio": str(path), "text": text, "id": name, "split": split, "speaker": speaker}
                 rows.append((f"{file}:{number}", row))
     error = LeftOut("no transcript", "no *.trans.txt beside it names it")
-    rest = [SourceRecording(str(path), _id_in(folder, path), path, [], error) for path in found.values()]
+    rest = [SourceRecording(str(path), audio[path][0], path, [], error) for path in found.values()]
     return group_rows(rows, folder) + rest
 
 

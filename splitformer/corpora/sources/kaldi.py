@@ -31,47 +31,46 @@ def read_kaldi(folder: Path, options: ReadOptions) -> list[SourceRecording]:
     texts = _mapping(folder / "text", options, empty=True)
     speakers = _mapping(folder / "utt2spk", options) if (folder / "utt2spk").is_file() else {}
     entries = _mapping(folder / "wav.scp", options)
-    audio = {name: (where, _file(name, where, entry)) for name, (where, entry) in entries.items()}
-    spans: dict[str, list[tuple[str, str, float | None, float | None]]] = {name: [] for name in audio}
-    if listed == "segments":
-        for name, (where, rest) in _mapping(folder / "segments", options).items():
-            fields = rest.split()
+    recordings = {
+        name: SourceRecording(where, clean_id(name), options.base(folder) / _file(name, where, entry))
+        for name, (where, entry) in entries.items()
+    }
+    known = set()
+    for name, (where, entry) in (_mapping(folder / listed, options) if listed == "segments" else entries).items():
+        recording, start, end = name, None, None
+        if listed == "segments":
+            fields = entry.split()
             if len(fields) != 3:
                 raise SourceError(f"{where}: a line of segments is `utterance recording start end`")
-            if fields[0] not in audio:
+            if fields[0] not in recordings:
                 raise SourceError(f"{where}: wav.scp has no recording {fields[0]!r}; add it or remove the line")
-            span = read_span(where, fields[1], None if fields[2].startswith("-") else fields[2])
-            spans[fields[0]].append((name, where, *span))
-    else:
-        spans = {name: [(name, where, None, None)] for name, (where, _) in audio.items()}
-    known = {name for group in spans.values() for name, *_ in group}
+            recording = fields[0]
+            start, end = read_span(where, fields[1], None if fields[2].startswith("-") else fields[2])
+        where, text = texts.get(name, (where, ""))
+        speaker = speakers[name][1] if name in speakers else None
+        utterance = Utterance(where, clean_id(name), text, speaker, None, start, end)
+        recordings[recording].utterances.append(utterance)
+        known.add(name)
     for name, (where, _) in texts.items():
         if name not in known:
             raise SourceError(f"{where}: {listed} has no {name!r}; add it or remove the line (fix_data_dir.sh does)")
-    recordings = []
-    for name, (where, file) in audio.items():
-        recording = SourceRecording(where, clean_id(name), options.base(folder) / file)
-        for utterance, place, start, end in sorted(spans[name], key=lambda span: span[2] or 0.0):
-            place, text = texts.get(utterance, (place, ""))
-            speaker = speakers[utterance][1] if utterance in speakers else None
-            recording.utterances.append(Utterance(place, clean_id(utterance), text, speaker, None, start, end))
-        recordings.append(recording)
-    return recordings
+    for each in recordings.values():
+        each.utterances.sort(key=lambda utterance: utterance.start or 0.0)
+    return list(recordings.values())
 
 
 def _mapping(path: Path, options: ReadOptions, empty: bool = False) -> dict[str, tuple[str, str]]:
     """Return {first field: (file:line, rest of the line)}; `empty` allows lines with one field."""
     found: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(read_lines(path, options.encoding), 1):
-        line, where = line.strip(), f"{path}:{number}"
-        if not line:
-            continue
-        name, *rest = re.split("[ \t]+", line, maxsplit=1)
-        if not rest and not empty:
+        name, *rest = re.split("[ \t]+", line.strip(), maxsplit=1)
+        where = f"{path}:{number}"
+        if name and not rest and not empty:
             raise SourceError(f"{where}: {name!r} stands alone; a line of {path.name} has two fields or more")
         if name in found:
             raise SourceError(f"{where}: {name!r} was already at {found[name][0]}; remove one of the lines")
-        found[name] = where, "".join(rest)
+        if name:
+            found[name] = where, "".join(rest)
     if not found:
         raise SourceError(f"{path} is empty")
     return found
@@ -87,9 +86,8 @@ def _file(name: str, where: str, entry: str) -> str:
     try:
         return file_of_pipe(entry)
     except ValueError as error:
-        raise SourceError(
-            f"{where}: recording {name!r} is a pipe, which is not run: {entry[:200]!r}: {error}. {remedy}"
-        ) from error
+        what = f"{where}: recording {name!r} is a pipe, which is not run: {entry[:200]!r}"
+        raise SourceError(f"{what}: {error}. {remedy}") from error
 
 
 def file_of_pipe(entry: str) -> str:

@@ -35,17 +35,15 @@ def read_table(table: Path, options: ReadOptions) -> list[SourceRecording]:
     first file is there.
     """
     rows = list(table_rows(table, options))
+    if not rows:
+        raise SourceError(f"{table}: there are no rows after the header")
     folder, first = table.parent, rows[0][1]["audio"]
     clips = not (folder / first).exists() and (folder / "clips" / first).exists()
     return group_rows(rows, options.base(folder / "clips" if clips else folder))
 
 
 def table_rows(table: Path, options: ReadOptions) -> Iterator[Row]:
-    """Yield the rows of a table, with the keys of COLUMNS.
-
-    Raises:
-      SourceError: no usable header, rows of another length, an open quotation mark, or no rows.
-    """
+    """Yield the rows of a table, with the keys of COLUMNS. Raises SourceError."""
     if table.name.lower().endswith(JSON_SUFFIXES):
         for where, item in json_lines(table, options.encoding):
             columns = _columns(list(item), options)
@@ -60,20 +58,14 @@ def table_rows(table: Path, options: ReadOptions) -> Iterator[Row]:
         yield from _ljspeech_rows(table, lines)
         return
     _check_columns(columns, names, f"{table}:1")
-    empty = True
     for where, values in _split_lines(table, lines, delimiter):
         if len(values) != len(names):
-            stray = "tab" if delimiter == "\t" else delimiter
-            raise SourceError(
-                f"{where}: {len(values)} columns, and the header has {len(names)}; look for a stray {stray} in the text"
-            )
+            problem = f"{len(values)} columns, and the header has {len(names)}; look for a stray"
+            raise SourceError(f"{where}: {problem} {'tab' if delimiter == chr(9) else delimiter} in the text")
         row = {name: values[names.index(column)].strip() for name, column in columns.items()}
         if not row["audio"]:
             raise SourceError(f"{where}: the row names no audio file; fill it in or remove the row")
-        empty = False
         yield where, row
-    if empty:
-        raise SourceError(f"{table}: there are no rows after the header")
 
 
 def _split_lines(table: Path, lines: Sequence[str], delimiter: str) -> Iterator[tuple[str, list[str]]]:
@@ -133,15 +125,10 @@ def _ljspeech_rows(table: Path, lines: Sequence[str]) -> Iterator[Row]:
 
 
 def group_rows(rows: Iterable[Row], base: Path) -> list[SourceRecording]:
-    """Return the recordings that rows name, with their utterances.
+    """Return the recordings that rows name, with their utterances. Raises SourceError.
 
     If rows have a start or an end, rows with the same audio are utterances of one recording. If not, every row is a
-    recording.
-
-    Args:
-      base: folder that relative paths start from.
-    Raises:
-      SourceError: values that are no numbers or splits, repeated ids.
+    recording. Relative paths start from `base`.
     """
     rows = list(rows)
     spans = any("start" in row or "end" in row for _, row in rows)

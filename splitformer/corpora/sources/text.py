@@ -35,14 +35,14 @@ def read_lines(path: Path, encoding: str | None = None) -> list[str]:
             data = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    detected = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     wrong = 0
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    for name in ("utf-16" if is_utf16 else "utf-8-sig", encoding):
+    for name in (detected, encoding or detected):
         try:
-            text = data.decode(name) if name else "\0"
+            text = data.decode(name)
             if "\0" not in text:
                 return [line.rstrip("\r") for line in text.split("\n")]
-            wrong = wrong or max(0, data.find(0))
+            wrong = data.index(0)
         except UnicodeDecodeError as error:
             wrong = error.start
         except LookupError as error:
@@ -51,6 +51,19 @@ def read_lines(path: Path, encoding: str | None = None) -> list[str]:
         f"{path}:{data.count(bytes([10]), 0, wrong) + 1}: byte {data[wrong]:#04x} is not {encoding or 'UTF-8'} text. "
         "Text from Windows is often CP1252: --encoding cp1252 reads it, and iconv -f CP1252 -t UTF-8 converts it"
     )
+
+
+def json_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield file:line and the object of every line that is not empty. Raises SourceError."""
+    for number, line in enumerate(read_lines(path, encoding), 1):
+        try:
+            item = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{path}:{number}: this is no JSON line ({error}).\n{FORMS}") from error
+        if not isinstance(item, dict):
+            raise SourceError(f"{path}:{number}: expected a JSON object, as Lhotse and NeMo write it.\n{FORMS}")
+        if item:
+            yield f"{path}:{number}", item
 
 
 def clean_id(name: str) -> str:
@@ -68,34 +81,24 @@ def split_in(name: str) -> str | None:
     return next((split for word in re.split(r"[^a-zA-Z]+", name) if (split := split_named(word))), None)
 
 
-def read_span(
-    where: str, start: object = None, end: object = None, duration: object = None
-) -> tuple[float | None, float | None]:
+Span = tuple[float | None, float | None]
+
+
+def read_span(where: str, start: Any = None, end: Any = None, duration: Any = None) -> Span:
     """Return start and end in seconds, None for what is empty. Raises SourceError."""
-    values: dict[str, float | None] = {}
-    for name, value in (("start", start), ("end", end), ("duration", duration)):
-        try:
-            values[name] = None if value in (None, "") else float(str(value))
-        except ValueError:
-            values[name] = -1.0
-        if not 0 <= (values[name] or 0.0) < 1e9:
-            raise SourceError(f"{where}: {name} is {value!r}; it must be a number of seconds from 0 up, such as 12.5")
-    first, last = values["start"], values["end"]
-    if last is None and values["duration"] is not None:
-        last = (first or 0.0) + values["duration"]
+    first, last, length = (_seconds(where, *each) for each in (("start", start), ("end", end), ("duration", duration)))
+    if last is None and length is not None:
+        last = (first or 0.0) + length
     if last is not None and last <= (first or 0.0):
         raise SourceError(f"{where}: it starts at {first or 0.0} s and ends at {last} s; the end must come later")
     return first, last
 
 
-def json_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file:line and the object of every line that is not empty. Raises SourceError."""
-    for number, line in enumerate(read_lines(path, encoding), 1):
-        try:
-            item = json.loads(line) if line.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path}:{number}: this is no JSON line ({error}).\n{FORMS}") from error
-        if not isinstance(item, dict):
-            raise SourceError(f"{path}:{number}: expected a JSON object, as Lhotse and NeMo write it.\n{FORMS}")
-        if item:
-            yield f"{path}:{number}", item
+def _seconds(where: str, name: str, value: Any) -> float | None:
+    try:
+        number = None if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if number is not None and not 0 <= number < 1e9:
+        raise SourceError(f"{where}: {name} is {value!r}; it must be a number of seconds from 0 up, such as 12.5")
+    return number
