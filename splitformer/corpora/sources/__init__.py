@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from splitformer.corpora.sources.base import FORMS, ReadOptions, SourceError, SourceRecording
+from splitformer.corpora.sources.base import FORMS, ReadOptions, SourceError, SourceRecording, UnknownForm
 from splitformer.corpora.sources.folders import read_folder
 from splitformer.corpora.sources.kaldi import read_kaldi
 from splitformer.corpora.sources.manifests import lhotse_manifests, read_lhotse
@@ -26,19 +26,34 @@ class Source(NamedTuple):
 def read_source(source: str | Path, options: ReadOptions | None = None) -> Source:
     """Return the recordings of a source (see FORMS) with their utterances. Raises SourceError. No audio is read."""
     options = options or ReadOptions()
-    kind, recordings = _read(Path(source).absolute(), options)
+    kind, groups = _read(Path(source).absolute(), options)
+    recordings = [recording for group in groups for recording in _unique(group)]
     present = [each for each in recordings if not options.skip_missing or each.path.is_file()]
     return Source(kind, present, len(recordings) - len(present))
 
 
-def _read(source: Path, options: ReadOptions) -> tuple[str, list[SourceRecording]]:
+def _read(source: Path, options: ReadOptions) -> tuple[str, list[list[SourceRecording]]]:
+    """Return the kind of a source, and groups of recordings whose ids must differ."""
     if source.is_file() and source.name.lower().endswith(TABLE_SUFFIXES):
-        return "table", read_table(source, options)
+        return "table", [read_table(source, options)]
     if not source.is_dir():
-        problem = "is none of the forms that are read" if source.is_file() else "does not exist"
-        raise SourceError(f"{source} {problem}.\n{FORMS}")
+        raise UnknownForm(f"{source} {'is in no known form' if source.is_file() else 'does not exist'}")
     if (source / "wav.scp").is_file():
-        return "Kaldi", read_kaldi(source, options)
+        return "Kaldi", [read_kaldi(source, options)]
     if manifests := lhotse_manifests(source):
-        return "Lhotse", [recording for path in manifests for recording in read_lhotse(path, options)]
-    return read_folder(source, options)
+        return "Lhotse", [read_lhotse(path, options) for path in manifests]
+    kind, recordings = read_folder(source, options)
+    return kind, [recordings]
+
+
+def _unique(recordings: list[SourceRecording]) -> list[SourceRecording]:
+    """Return the recordings. Raises SourceError for ids that are there twice."""
+    utterances = [("utterance", each.id, each.where) for recording in recordings for each in recording.utterances]
+    first: dict[tuple[str, str], str] = {}
+    for what, name, where in [*utterances, *(("recording", each.id, each.where) for each in recordings)]:
+        if first.setdefault((what, name), where) is not where:
+            raise SourceError(
+                f"{where}: {what} {name!r} was already at {first[what, name]}; give them different ids (a table: by an "
+                "id column), or rename files that differ only in their suffix or in a space"
+            )
+    return recordings

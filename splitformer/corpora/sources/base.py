@@ -29,6 +29,13 @@ class SourceError(ManifestError):
     """A source cannot be read; the message names file and line, and the remedy."""
 
 
+class UnknownForm(SourceError):
+    """The source is in none of the forms that are read."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}.\n{FORMS}")
+
+
 class LeftOut(NamedTuple):
     """Why something is left out; reasons are counted by kind."""
 
@@ -97,16 +104,3 @@ class SourceRecording:
     utterances: list[Utterance] = field(default_factory=list)
     error: LeftOut | None = None
     manifest: Recording | None = None
-
-
-def unique(recordings: list[SourceRecording]) -> list[SourceRecording]:
-    """Return the recordings. Raises SourceError for ids that are there twice."""
-    utterances = [("utterance", each.id, each.where) for recording in recordings for each in recording.utterances]
-    first: dict[tuple[str, str], str] = {}
-    for what, name, where in [*utterances, *(("recording", each.id, each.where) for each in recordings)]:
-        if first.setdefault((what, name), where) is not where:
-            raise SourceError(
-                f"{where}: {what} {name!r} was already at {first[what, name]}; give them different ids (a table: by an "
-                "id column), or rename files that differ only in their suffix or in a space"
-            )
-    return recordings

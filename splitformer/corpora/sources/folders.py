@@ -8,16 +8,7 @@ from pathlib import Path
 import lhotse.recipes
 
 from splitformer.corpora.recipes import files_below
-from splitformer.corpora.sources.base import (
-    ALL_AUDIO,
-    FORMS,
-    LeftOut,
-    ReadOptions,
-    SourceError,
-    SourceRecording,
-    Utterance,
-    unique,
-)
+from splitformer.corpora.sources.base import ALL_AUDIO, LeftOut, ReadOptions, SourceRecording, UnknownForm, Utterance
 from splitformer.corpora.sources.table import group_rows, read_table, table_rows
 from splitformer.corpora.sources.text import EncodingError, clean_id, read_lines, split_in, split_named
 from splitformer.speech.audio import AUDIO_SUFFIXES
@@ -27,7 +18,7 @@ Transcripts = dict[Path, tuple[str, Path | None]]
 
 
 def read_folder(folder: Path, options: ReadOptions) -> tuple[str, list[SourceRecording]]:
-    """Return the name of a folder's layout, and its recordings. Raises SourceError if the layout is unknown."""
+    """Return the name of a folder's layout, and its recordings. Raises UnknownForm, SourceError."""
     files = sorted(path for path in files_below(folder) if not path.name.startswith("._"))  # macOS adds those
     audio = [path for path in files if path.suffix.lower() in ALL_AUDIO]
     beside: Transcripts = {}
@@ -48,10 +39,10 @@ def read_folder(folder: Path, options: ReadOptions) -> tuple[str, list[SourceRec
         return "metadata.csv", read_table(folder / "metadata.csv", options)
     if nemo := sorted(folder.glob("*manifest*.json*")):
         return "NeMo", _read_splits(nemo, folder, options)
-    raise SourceError(_unknown(folder, audio))
+    raise UnknownForm(_problem(folder, audio))
 
 
-def _unknown(folder: Path, audio: list[Path]) -> str:
+def _problem(folder: Path, audio: list[Path]) -> str:
     reason = f"{folder} has no audio files ({', '.join(sorted(AUDIO_SUFFIXES))})"
     if audio:
         text = audio[0].with_suffix(".txt").name
@@ -61,7 +52,7 @@ def _unknown(folder: Path, audio: list[Path]) -> str:
     known = [each for each in recipes if len(each) > 4 and any(each.replace("_", "") in name for name in names)]
     if known:
         reason += f". Lhotse has a recipe for {max(known, key=len)!r}: docs/new_corpus.md says how to use it"
-    return f"{reason}.\n{FORMS}"
+    return reason
 
 
 def _with_transcripts(folder: Path, transcripts: Transcripts, options: ReadOptions) -> list[SourceRecording]:
@@ -90,7 +81,7 @@ def _with_transcripts(folder: Path, transcripts: Transcripts, options: ReadOptio
                 text, error = "", LeftOut("encoding", str(problem))
             utterances = [Utterance(f"{transcript}:1", name, text, speaker, split)]
         recordings.append(SourceRecording(str(path), name, path, utterances, error))
-    return unique(recordings)
+    return recordings
 
 
 def _vctk_transcripts(folder: Path, audio: list[Path]) -> Transcripts:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lhotse import Recording
 
-from splitformer.corpora.sources.base import ReadOptions, SourceError, SourceRecording, Utterance, unique
+from splitformer.corpora.sources.base import ReadOptions, SourceError, SourceRecording, Utterance
 from splitformer.corpora.sources.text import clean_id, json_lines, read_span, split_in
 
 
@@ -56,7 +56,7 @@ def read_lhotse(manifest: Path, options: ReadOptions) -> list[SourceRecording]:
         recordings.append(SourceRecording(where, name, path, utterances, manifest=recording))
     for name, group in groups.items():
         raise SourceError(f"{group[0].where}: {manifest} has no recording {name!r}; add it or remove the supervision")
-    return unique(recordings)
+    return recordings
 
 
 def _value(item: dict[str, Any], key: str, where: str) -> Any:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from splitformer.corpora.sources.base import ALL_AUDIO, ReadOptions, SourceError, SourceRecording, Utterance, unique
+from splitformer.corpora.sources.base import ALL_AUDIO, ReadOptions, SourceError, SourceRecording, Utterance
 from splitformer.corpora.sources.text import SPLITS, clean_id, json_lines, read_lines, read_span, split_named
 
 Row = tuple[str, Mapping[str, str]]
@@ -144,7 +144,7 @@ def group_rows(rows: Iterable[Row], base: Path) -> list[SourceRecording]:
         recordings.setdefault(audio if spans else where, recording).utterances.append(utterance)
     for recording in recordings.values():
         recording.utterances.sort(key=lambda utterance: utterance.start or 0.0)
-    return unique(list(recordings.values()))
+    return list(recordings.values())
 
 
 def _utterance(row: Mapping[str, str], name: str, spans: bool, where: str) -> Utterance:

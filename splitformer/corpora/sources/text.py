@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from splitformer.corpora.sources.base import FORMS, SourceError
+from splitformer.corpora.sources.base import SourceError, UnknownForm
 
 SPLITS = {
     "train": ("train", "training"),
@@ -59,9 +59,9 @@ def json_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, d
         try:
             item = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path}:{number}: this is no JSON line ({error}).\n{FORMS}") from error
+            raise UnknownForm(f"{path}:{number}: this is no JSON line ({error})") from error
         if not isinstance(item, dict):
-            raise SourceError(f"{path}:{number}: expected a JSON object, as Lhotse and NeMo write it.\n{FORMS}")
+            raise UnknownForm(f"{path}:{number}: expected a JSON object, as Lhotse and NeMo write it")
         if item:
             yield f"{path}:{number}", item
 
