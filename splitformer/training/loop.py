@@ -88,7 +88,9 @@ class Trainer:
         self.ddp: MultiExitLoss | DistributedDataParallel = self.loss
         if ranks.world_size > 1:
             # buffers need not be sent: batch statistics are those of all ranks
-            self.ddp = DistributedDataParallel(self.loss, broadcast_buffers=False)
+            renamed = hasattr(DistributedDataParallel, "broadcast_buffers")  # a deprecated property, from torch 2.13
+            no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            self.ddp = DistributedDataParallel(self.loss, **no_buffers)
         self.stop = StopRequest()
         self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
         self.bad_data = BadData(options.exp_dir / "bad-batches", ranks.rank)

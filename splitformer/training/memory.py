@@ -99,7 +99,7 @@ def check_memory(dry_run: DryRun, data: TrainingData, world_size: int, accum_gra
         more *= 2
     raise DoesNotFit(
         f"{reason}. --accum-grad {more} makes it fit with the same batches; otherwise, the largest "
-        f"data.max_duration that fits is {math.floor(low)}"
+        f"data.max_duration that fits is {max(math.floor(low), math.ceil(longest))}"
     )
 
 

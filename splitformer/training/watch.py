@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -54,11 +55,14 @@ class Watch:
         self.since = time.monotonic()
         self._ended = threading.Event()
         self._store: TCPStore | None = None
+        self._states: dict[int, tuple[RankState, float]] = {}
+        self._answered = -math.inf
 
     def __enter__(self) -> Watch:
         if self.world_size > 1:
             self.since = time.monotonic()
-            threading.Thread(target=self._run, name="watch", daemon=True).start()
+            for target in (self._run, self._communicate):
+                threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,21 +76,28 @@ class Watch:
         self.since = time.monotonic()
 
     def _run(self) -> None:
+        """End the process if it waits for too long."""
         pause = min(10.0, self.seconds / 10)
-        states: dict[int, tuple[RankState, float]] = {}
-        ended = False
-        while not ended:
+        while not self._ended.wait(pause):
             waited = time.monotonic() - self.since
-            try:
-                store = self._publish(max(pause, 1.0))
-                if waited > self.seconds / 2:
-                    states = self._read_states(store, states, max(pause, 1.0))
-            except RuntimeError:  # the process that keeps the store does not answer
-                states, self._store = {}, None
             if waited > self.seconds and not self._ended.is_set():
-                print(f"train: {self.verdict(states, waited)}", file=sys.stderr, flush=True)
+                answered = time.monotonic() - self._answered < self.seconds / 2
+                print(f"train: {self.verdict(self._states if answered else {}, waited)}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback()
                 os._exit(HUNG)
+
+    def _communicate(self) -> None:
+        """Publish this rank's state, and read the others' when it waits; a call hangs if the store's process does."""
+        pause = min(10.0, self.seconds / 10)
+        ended = False
+        while not ended:
+            try:
+                store = self._publish(max(pause, 1.0))
+                if time.monotonic() - self.since > self.seconds / 2:
+                    self._states = self._read_states(store, self._states, max(pause, 1.0))
+                    self._answered = time.monotonic()
+            except RuntimeError:
+                self._store = None
             ended = self._ended.wait(pause)
 
     def _publish(self, timeout: float) -> TCPStore:

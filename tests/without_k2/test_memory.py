@@ -21,7 +21,7 @@ MIB = 2**20
 @pytest.fixture
 def trainer(corpus, tmp_path):
     config = small_config(num_epochs=1)
-    config = replace(config, model=replace(config.model, subsampling_channels=64))  # needs much memory
+    config = replace(config, model=replace(config.model, subsampling_channels=128))  # needs much memory
     return Trainer(config, options(corpus, tmp_path / "exp"), ALONE)
 
 
@@ -79,8 +79,8 @@ def test_the_error_says_what_would_fit(trainer, dry_run, monkeypatch):
                                          r"largest data\.max_duration that fits is \d+$") as caught:  # fmt: skip
         check_memory(dry_run, data, 1, 1)
     proposed = re.search(r"--accum-grad (\d+) .* is (\d+)$", str(caught.value))
-    # half the memory suffices for two micro-batches, but libraries keep much of it for so small a model
-    assert 1 < int(proposed[1]) <= 16 and 4 < int(proposed[2]) < 145, "between 1.8 s and 80 times as much"
+    # libraries keep much of the memory for so small a model, so that less fits than half the batch
+    assert int(proposed[1]) > 1 and 1.8 < int(proposed[2]) < 145, "between one utterance and the whole corpus"
     check_memory(dry_run, data, 1, int(proposed[1]))
     set_max_duration(data, float(proposed[2]))
     check_memory(dry_run, data, 1, 1)
