@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kaldialign import align, edit_distance
+from kaldialign import align
 
 from splitformer.errors import UserError
 from splitformer.files import atomic_write
@@ -80,11 +80,6 @@ def score(results: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> Score:
         substitutions=sum(ref != hyp and _NOTHING not in (ref, hyp) for ref, hyp in pairs),
         ref_words=ref_words,
     )
-
-
-def word_errors(ref: Sequence[str], hyp: Sequence[str]) -> int:
-    """Return the number of insertions, deletions and substitutions of minimum edit distance."""
-    return edit_distance(list(ref), list(hyp))["total"]
 
 
 def write_recogs(path: str | Path, scored: Score) -> None:

@@ -1,4 +1,4 @@
-"""The pruned transducer loss at every exit against enumeration, plain autograd and k2's own pruning."""
+"""The pruned transducer loss at every exit, compared with enumeration, plain autograd and k2's pruning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 WHOLE = LossConfig(prune_range=10, lm_scale=0.0, am_scale=0.0)  # nothing pruned, nothing smoothed
 LABELS = [[1, 2, 1], [4, 4], [], [5]]
-Y = torch.tensor([[1, 2, 1], [4, 4, 9], [7, 7, 7], [5, -1, -1]])  # padded with anything
+Y = torch.tensor([[1, 2, 1], [4, 4, 9], [7, 7, 7], [5, -1, -1]])  # padding holds anything
 Y_LENS = torch.tensor([3, 2, 0, 1])
 LENGTHS = torch.tensor([5, 3, 4, 2])
 
@@ -43,7 +43,7 @@ def make_exits(seed=4):
 def brute_force(log_probs: torch.Tensor, labels: list[int], frames: int) -> float:
     """-log of the summed probability of all paths: in each frame any number of labels, then a blank.
 
-    log_probs (T', S + 1, V): of the symbols in each frame after each number of labels.
+    log_probs (T', S + 1, V) are those of the symbols in each frame after each number of labels.
     """
     total = 0.0
     for moments in itertools.combinations_with_replacement(range(frames), len(labels)):
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_plain_autograd(prune_range, monkeypatch):
     torch.testing.assert_close(gradients, plain_gradients)
 
 
-def test_nothing_of_the_size_of_the_logits_waits_for_the_backward_pass():
+def test_nothing_as_large_as_the_logits_is_kept_until_the_backward_pass():
     model, exits = make_model(), make_exits()
     loss = PrunedTransducerLoss(model, LossConfig(prune_range=3))
     kept = weakref.WeakSet()
@@ -118,7 +118,7 @@ def test_without_gradients_the_value_is_the_same():
     torch.testing.assert_close(value, loss(model, exits, Y, Y_LENS, 0.5, 1.0).detach())
 
 
-def test_pruning_takes_the_states_that_k2_takes():
+def test_pruning_selects_the_states_that_k2_selects():
     generator = torch.Generator().manual_seed(1)
     am, lm = torch.randn(3, 7, 4, generator=generator), torch.randn(3, 6, 5, generator=generator)
     starts = torch.randint(0, 4, (3, 7, 1), generator=generator)
@@ -126,7 +126,7 @@ def test_pruning_takes_the_states_that_k2_takes():
     torch.testing.assert_close(prune(lm, ranges), k2.do_rnnt_pruning(am, lm, ranges)[1])
 
 
-def test_a_batch_costs_what_its_utterances_cost_alone():
+def test_the_loss_of_a_batch_is_the_sum_over_its_utterances():
     model, exits = make_model(), make_exits()
     loss = PrunedTransducerLoss(model, WHOLE)
     together = loss(model, exits, Y, Y_LENS, 0.5, 1.0)
@@ -139,7 +139,7 @@ def test_a_batch_costs_what_its_utterances_cost_alone():
     torch.testing.assert_close(together, alone)
 
 
-def test_more_labels_than_frames_are_possible_and_too_many_are_an_error():
+def test_more_labels_than_frames_are_allowed_up_to_the_prune_range():
     model = make_model()
     exits = [ExitOutput(1, torch.randn(1, 2, 16), torch.tensor([2]))]
     loss = PrunedTransducerLoss(model, LossConfig(prune_range=3))
@@ -161,7 +161,7 @@ def test_labels_outside_the_vocabulary_are_an_error(label):
         PrunedTransducerLoss(model, LossConfig())(model, exits, y, Y_LENS, 0.5, 1.0)
 
 
-def test_scales_go_from_ctc_to_transducer():
+def test_scales_change_from_ctc_to_transducer():
     config = LossConfig(ctc_scale=0.2, simple_scale=0.5, warm_steps=10)
     model = make_model()
     x, x_lens = torch.randn(2, 27, 20), torch.tensor([27, 23])
@@ -187,7 +187,7 @@ def test_scales_go_from_ctc_to_transducer():
         found = both(*batch, step)
         torch.testing.assert_close(found.per_exit, expected)
         found.total.backward()
-        # DistributedDataParallel waits for a gradient of every parameter, before the transducer's turn too
+        # DistributedDataParallel expects a gradient of every parameter, also before the transducer starts
         assert all(p.grad is not None for p in both.parameters())
         silent = all(float(p.grad.abs().sum()) == 0 for p in [*part.parameters(), *model.joiners.parameters()])
         assert silent == (step == 100)

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates per exit, against sums done by hand."""
+"""Parameters and multiply-accumulates per exit, compared with sums by hand."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_published_systems(parallel_exits: tuple[int, ...]) -> None:
         assert cost.layer == layer
         assert cost.macs_per_second == macs / SECONDS
         assert cost.parameters == parameters
-    # the last exit has run everything but the other exits' heads
+    # the last exit runs everything except the heads of other exits
     everything = sum(p.numel() for p in model.parameters())
     assert everything == (36_683_264 if parallel_exits else 31_536_128)
     assert costs[12].parameters == everything - 5 * head
@@ -79,7 +79,7 @@ def test_conv2d_front_end_and_gate() -> None:
     assert costs[2].parameters - costs[1].parameters == 2 * conformer_parameters(16, 32, 3) + 1
 
 
-def test_a_transducer_head_costs_a_joiner_and_a_decoder_a_frame() -> None:
+def test_a_transducer_head_costs_a_joiner_and_a_decoder_per_frame() -> None:
     config = ModelConfig(
         d_model=16, num_heads=2, feedforward_dim=32, conv_kernel=3, num_layers=2, exit_layers=(1, 2), parallel_exits=(),
         vocab_size=10, heads=("transducer",), decoder_dim=12, joiner_dim=14, context_size=2,
@@ -90,12 +90,12 @@ def test_a_transducer_head_costs_a_joiner_and_a_decoder_a_frame() -> None:
     head = T2 * (16 * 14 + 12 * 2 + 12 * 14 + 14 * 10)
     layer = conformer_macs(T2, 16, 32, 3)
     assert [costs[n].macs_per_second for n in (1, 2)] == [(front_end + n * layer + head) / SECONDS for n in (1, 2)]
-    # the decoder is every exit's, the other exit's joiner is not
+    # all exits share the decoder; the joiner of the other exit is not counted
     joiner = sum(p.numel() for p in model.joiner(1).parameters())
     assert costs[2].parameters == sum(p.numel() for p in model.parameters()) - joiner
 
 
-def test_measuring_leaves_the_model_as_it_was() -> None:
+def test_measuring_does_not_change_the_model() -> None:
     model = published(())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
@@ -106,7 +106,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 
 
 class Recurrent(nn.Module):
-    """An encoder with a layer whose products are not counted."""
+    """An encoder with a layer that cannot be counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +116,6 @@ class Recurrent(nn.Module):
         yield ExitOutput(1, self.lstm(x)[0], x_lens)
 
 
-def test_an_unknown_kind_of_layer_is_not_counted_as_free() -> None:
+def test_an_unknown_kind_of_layer_is_an_error() -> None:
     with pytest.raises(TypeError, match="LSTM has a weight matrix"):
         complexity(Recurrent(), {"1": nn.Linear(4, 2)}, 80)

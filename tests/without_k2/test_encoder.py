@@ -1,4 +1,4 @@
-"""Contracts of the encoder: size, padding, laziness, the gate."""
+"""The encoder: size, padding, layers that are not run, exits of a truncated model, and the gate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_published_sizes(parallel_exits, parameters):
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_an_utterance_gives_the_same_alone_and_in_any_padded_batch(config):
+def test_the_output_for_an_utterance_does_not_depend_on_the_batch_and_its_padding(config):
     model = build(config)
-    # output lengths 50, 49 (odd), 1 (the shortest), 12, 13: parallel branches see odd and even counts
+    # output lengths 50, 49, 1 (the smallest), 12 and 13: parallel branches see odd and even numbers of frames
     frames = [203, 199, MIN_FRAMES, 53, 55]
     lengths = [int(subsampled_lengths(torch.tensor(t))) for t in frames]
     assert {length % 2 for length in lengths} == {0, 1}
@@ -66,7 +66,7 @@ def test_iterating_to_the_first_exit_runs_two_of_twelve_layers():
     assert calls[3:] == ["layers.2", "layers.3"]
 
 
-def test_exits_below_equal_those_of_a_model_truncated_there():
+def test_a_truncated_model_has_the_same_exits():
     full = build(SMALL)
     config = dataclasses.replace(SMALL, num_layers=3, exit_layers=(2, 3), parallel_exits=(2,))
     truncated = AsrModel(config).eval()
@@ -78,7 +78,7 @@ def test_exits_below_equal_those_of_a_model_truncated_there():
             assert torch.equal(log_probs, expected)
 
 
-def test_a_gated_branch_starts_as_the_baseline_and_learns():
+def test_a_gated_branch_starts_like_the_baseline_and_learns():
     torch.manual_seed(3)
     gated = AsrModel(dataclasses.replace(SMALL, parallel_gate=True, dropout=0.0))
     baseline = AsrModel(dataclasses.replace(SMALL, parallel_exits=(), dropout=0.0))
@@ -91,7 +91,7 @@ def test_a_gated_branch_starts_as_the_baseline_and_learns():
     assert gated.encoder.parallel["2"].gate.grad.abs() > 0
 
 
-def test_batch_statistics_come_from_valid_frames_alone():
+def test_batch_statistics_are_computed_over_valid_frames_only():
     torch.manual_seed(4)
     ours, reference = MaskedBatchNorm(6).train(), torch.nn.BatchNorm1d(6).train()
     x, lengths = torch.randn(3, 9, 6), [9, 4, 2]

@@ -99,7 +99,7 @@ def test_averaging_nothing_says_so(tmp_path):
         averaged(tmp_path)
 
 
-def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, tmp_path):
+def test_cuts_that_cannot_be_trained_on_are_dropped_counted_and_listed(corpus, tmp_path):
     _, train_cuts, _, _ = corpus
     bad = list(CutSet.from_file(train_cuts).subset(first=8))
     for i, cut in enumerate(bad):
@@ -134,24 +134,24 @@ def test_what_cannot_be_trained_on_is_dropped_with_a_count_and_a_reason(corpus, 
         load_cuts([tmp_path / "none.jsonl.gz"])
 
 
-def test_parts_are_disjoint_and_their_union_is_the_batch_whatever_their_number(corpus, tmp_path):
+def test_micro_batches_are_disjoint_and_their_union_is_the_batch(corpus, tmp_path):
     data = training_data(corpus, tmp_path)
     plan = data.plan(3)
     whole = [batch.cut_ids for batch in data.batches(plan, 3, 0, 1, range(1))]
-    for parts in (2, 3):
-        shares = [
-            [batch.cut_ids for batch in data.batches(plan, 3, 0, parts, range(part, part + 1))] for part in range(parts)
+    for count in (2, 3):
+        ranks = [
+            [batch.cut_ids for batch in data.batches(plan, 3, 0, count, range(i, i + 1))] for i in range(count)
         ]
         for number, batch in enumerate(whole):
-            taken = [cut_id for share in shares for cut_id in share[number]]
-            if len(batch) >= parts:
+            taken = [cut_id for micro_batches in ranks for cut_id in micro_batches[number]]
+            if len(batch) >= count:
                 assert sorted(taken) == sorted(batch)
             else:
-                assert set(taken) == set(batch) and len(taken) == parts
+                assert set(taken) == set(batch) and len(taken) == count
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_goes_on_from_any_batch_with_the_same_augmentation(corpus, tmp_path, num_workers):
+def test_an_epoch_resumes_at_any_batch_with_the_same_augmentation(corpus, tmp_path, num_workers):
     data = training_data(corpus, tmp_path, num_workers=num_workers)
     plan = data.plan(2)
     whole = list(data.batches(plan, 2, 0, 2, range(2)))
@@ -165,16 +165,17 @@ def test_an_epoch_goes_on_from_any_batch_with_the_same_augmentation(corpus, tmp_
     assert any(not torch.equal(a.x, b.x) for a, b in zip(whole, others, strict=True))
 
 
-def test_the_index_is_made_once_and_anew_where_the_manifest_changed(corpus, tmp_path, monkeypatch):
+def test_the_index_is_reused_and_rebuilt_when_the_manifest_changes(corpus, tmp_path):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*")}
+
     _, train_cuts, _, _ = corpus
     copy = tmp_path / "cuts.jsonl.gz"
     copy.write_bytes(train_cuts.read_bytes())
-    first = training_data(corpus, tmp_path / "index", [copy])
-    monkeypatch.setattr("splitformer.data.cut_index._scan", lambda *_: pytest.fail("scanned again"))
+    first, written = training_data(corpus, tmp_path / "index", [copy]), files()
     again = training_data(corpus, tmp_path / "index", [copy])
-    assert again.report == first.report
+    assert files() == written and again.report == first.report
     assert [again.index[i].id for i in range(3)] == [first.index[i].id for i in range(3)]
-    monkeypatch.undo()
     CutSet.from_file(train_cuts).subset(first=50).to_file(copy)
     assert len(training_data(corpus, tmp_path / "index", [copy]).index) == 50
     assert len(training_data(corpus, tmp_path / "index", [copy], min_utterance_seconds=0.6).index) < 50

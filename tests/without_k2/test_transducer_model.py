@@ -1,4 +1,4 @@
-"""The stateless decoder and the joiner against plain arithmetic; which parameters a system's heads have."""
+"""The stateless decoder and the joiner compared with plain arithmetic, and the parameters of each kind of head."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_decoder_equals_a_weighted_sum_of_embeddings(context_size):
             torch.testing.assert_close(out[utterance, position], torch.relu(torch.as_tensor(expected)))
 
 
-def test_decoder_sees_no_later_token_and_the_same_step_by_step():
+def test_decoder_is_causal_and_gives_the_same_step_by_step():
     torch.manual_seed(1)
     decoder = Decoder(7, 12, 2)
     y = torch.tensor([[3, 5, 1, 6]])
@@ -59,10 +59,10 @@ def test_joiner_broadcasts_frames_over_contexts():
 
 
 @pytest.mark.parametrize("heads", [("ctc",), ("transducer",), ("ctc", "transducer")])
-def test_a_system_has_the_heads_that_its_conf_names(heads):
-    parts = {name.split(".")[0] for name, _ in AsrModel(dataclasses.replace(SMALL, heads=heads)).named_parameters()}
+def test_a_model_has_the_heads_of_its_configuration(heads):
+    modules = {name.split(".")[0] for name, _ in AsrModel(dataclasses.replace(SMALL, heads=heads)).named_parameters()}
     expected = {"encoder"} | ({"ctc_heads"} if "ctc" in heads else set())
-    assert parts == expected | ({"decoder", "joiners"} if "transducer" in heads else set())
+    assert modules == expected | ({"decoder", "joiners"} if "transducer" in heads else set())
 
 
 def test_heads_are_checked():

@@ -1,4 +1,4 @@
-"""The U-Net variant keeps the encoder's contracts; test_released holds it against the authors' code."""
+"""The U-Net variant behaves like the encoder; test_released holds it against the authors' code."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def model():
     return AsrModel(CONFIG).eval()
 
 
-def test_an_utterance_gives_the_same_alone_and_in_any_padded_batch(model):
+def test_the_output_for_an_utterance_does_not_depend_on_the_batch_and_its_padding(model):
     frames = [203, 201, 199, 53, 40, MIN_FRAMES]
-    batch = torch.randn(len(frames), max(frames), 20) * 100  # padded with anything
+    batch = torch.randn(len(frames), max(frames), 20) * 100  # padding holds anything
     with torch.no_grad():
         [(together, log_probs)] = model(batch, torch.tensor(frames))
         for row, n in enumerate(frames):
             [(alone, expected)] = model(batch[row : row + 1, :n], torch.tensor([n]))
             length = int(alone.lengths)
             assert length == int(together.lengths[row]) == expected.size(1)
-            # what the filter of training data counts on is never more than there is
+            # the filter of training data never assumes more frames than there are
             assert int(subsampled_lengths(torch.tensor(n))) <= length <= int(subsampled_lengths(torch.tensor(n))) + 1
             torch.testing.assert_close(log_probs[row : row + 1, :length], expected, atol=1e-4, rtol=0)
 
@@ -53,7 +53,7 @@ def test_gradients_reach_every_layer(model):
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
-def test_its_cost_is_counted_where_the_frames_are(model):
+def test_its_cost_depends_on_the_number_of_frames(model):
     """More frames in a stack cost more."""
     heads = model.ctc_heads
     cost = complexity(model.encoder, heads, 20)[5]
