@@ -92,7 +92,7 @@ class Trainer:
             no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             self.ddp = DistributedDataParallel(self.loss, **no_buffers)
         self.stop = StopRequest()
-        self.watch = Watch(ranks.rank, ranks.world_size, options.timeout_minutes)
+        self.watch = Watch(options.exp_dir / ".ranks", ranks.rank, ranks.world_size, options.timeout_minutes)
         self.bad_data = BadData(options.exp_dir / "bad-batches", ranks.rank)
         self.saved_at = time.monotonic()
 

@@ -1,25 +1,24 @@
 """Finds the rank that the others wait for.
 
-A collective operation that times out does not say which rank is missing. So each rank publishes what it is doing in the
-store through which the ranks met, from a thread of its own. A rank that makes no progress for too long reads what the
-others published last, names those that are behind, and exits.
+A collective operation that times out does not say which rank is missing. So a thread of each rank keeps a file up to
+date that says what the rank is doing. A rank that makes no progress for too long reads the files, names the ranks that
+are behind, and exits.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import json
-import math
 import os
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from pathlib import Path
 
-from torch.distributed import TCPStore
-
+from splitformer.files import atomic_write
 from splitformer.training.saving import TO_RESUME
 
 ALONE = ("loading", "validating", "saving")
@@ -30,14 +29,13 @@ HUNG = 70
 
 @dataclass
 class RankState:
-    """What a rank published last."""
+    """What a rank wrote last."""
 
     rank: int
     host: str
     pid: int
     place: list[int]  # epoch, batch
     doing: str
-    beat: int = 0  # counts publications: a process that hangs has a constant beat
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -49,20 +47,17 @@ class Watch:
     It does nothing for a single rank, whose run may take any time.
     """
 
-    def __init__(self, rank: int, world_size: int, minutes: float) -> None:
-        self.world_size, self.seconds = world_size, 60 * minutes
+    def __init__(self, folder: Path, rank: int, world_size: int, minutes: float) -> None:
+        """`folder` is shared by all ranks."""
+        self.folder, self.world_size, self.seconds = folder, world_size, 60 * minutes
         self.state = RankState(rank, socket.gethostname(), os.getpid(), [0, 0], "starting")
         self.since = time.monotonic()
         self._ended = threading.Event()
-        self._store: TCPStore | None = None
-        self._states: dict[int, tuple[RankState, float]] = {}
-        self._answered = -math.inf
 
     def __enter__(self) -> Watch:
         if self.world_size > 1:
             self.since = time.monotonic()
-            for target in (self._run, self._communicate):
-                threading.Thread(target=target, daemon=True).start()
+            threading.Thread(target=self._run, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,89 +71,46 @@ class Watch:
         self.since = time.monotonic()
 
     def _run(self) -> None:
-        """End the process if it waits for too long."""
-        pause = min(10.0, self.seconds / 10)
-        while not self._ended.wait(pause):
-            waited = time.monotonic() - self.since
-            if waited > self.seconds and not self._ended.is_set():
-                answered = time.monotonic() - self._answered < self.seconds / 2
-                print(f"train: {self.verdict(self._states if answered else {}, waited)}", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback()
-                os._exit(HUNG)
-
-    def _communicate(self) -> None:
-        """Publish this rank's state, and read the others' when it waits; a call hangs if the store's process does."""
-        pause = min(10.0, self.seconds / 10)
         ended = False
         while not ended:
-            try:
-                store = self._publish(max(pause, 1.0))
-                if time.monotonic() - self.since > self.seconds / 2:
-                    self._states = self._read_states(store, self._states, max(pause, 1.0))
-                    self._answered = time.monotonic()
-            except RuntimeError:
-                self._store = None
-            ended = self._ended.wait(pause)
+            waited = time.monotonic() - self.since
+            with suppress(OSError), atomic_write(self._file(self.state.rank)) as file:
+                json.dump(asdict(self.state), file)
+            if waited > self.seconds and not self._ended.is_set():
+                print(f"train: {self.verdict(waited)}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback()
+                os._exit(HUNG)
+            ended = self._ended.wait(min(10.0, self.seconds / 10))
 
-    def _publish(self, timeout: float) -> TCPStore:
-        self.state.beat += 1
-        self._store = self._store or _connect(timeout)
-        self._store.set(_key(self.state.rank), json.dumps(asdict(self.state)))
-        return self._store
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
 
-    def _read_states(
-        self, store: TCPStore, before: dict[int, tuple[RankState, float]], timeout: float
-    ) -> dict[int, tuple[RankState, float]]:
-        """Return {rank: (its state, when that was read first)}."""
-        states = {}
-        store.get(_key(self.state.rank))  # raises if the store does not answer at all
-        for rank in range(self.world_size):
-            try:
-                state = RankState(**json.loads(store.get(_key(rank))))
-            except RuntimeError:
-                # it has published nothing; over this connection, a late answer would be taken for the next one
-                state = RankState(rank, "an unknown host", 0, [0, 0], "starting")
-                store = self._store = _connect(timeout)
-            known = before.get(rank)
-            states[rank] = known if known and known[0].beat == state.beat else (state, time.monotonic())
-        return states
+    def _read(self, rank: int) -> tuple[RankState, float]:
+        """Return what a rank wrote last, and when."""
+        try:
+            text, when = self._file(rank).read_text(encoding="utf-8"), self._file(rank).stat().st_mtime
+        except OSError:
+            return RankState(rank, "an unknown host", 0, [0, 0], "starting"), 0.0
+        return RankState(**json.loads(text)), when
 
-    def verdict(self, states: dict[int, tuple[RankState, float]], waited: float) -> str:
-        """Return which rank hangs, as far as the states tell."""
+    def verdict(self, waited: float) -> str:
+        """Return which rank hangs, as far as the files tell."""
         epoch, batch = self.state.place
         mine = f"rank {self.state.rank} has waited {waited:.0f} s in epoch {epoch}, batch {batch} ({self.state.doing})"
         remedy = (
             "look at that process (py-spy dump --pid, nvidia-smi, its disk); if it is only slow, raise "
             f"--timeout-minutes; {TO_RESUME}"
         )
-        if not states:
-            return f"{mine} for rank 0, or the torchrun through which the ranks meet; it does not answer: {remedy}"
-        now = time.monotonic()
-        silent = [str(state) for state, when in states.values() if now - when > self.seconds / 4]
+        ranks, written = zip(*map(self._read, range(self.world_size)))
+        silent = [str(rank) for rank, when in zip(ranks, written) if max(written) - when > self.seconds / 4]
         if silent:
             return f"{mine} for {' and '.join(silent)}, which hangs or is gone: {remedy}"
-        ranks = [state for state, _ in states.values()]
-        place = min(state.place for state in ranks)
-        behind = [state for state in ranks if state.place == place]
+        place = min(rank.place for rank in ranks)
+        behind = [rank for rank in ranks if rank.place == place]
         if len(behind) == len(ranks):
-            behind = [state for state in ranks if state.doing in ALONE]
+            behind = [rank for rank in ranks if rank.doing in ALONE]
         if not 0 < len(behind) < len(ranks):
-            doing = ", ".join(f"rank {state.rank} {state.doing}" for state in ranks)
+            doing = ", ".join(f"rank {rank.rank} {rank.doing}" for rank in ranks)
             return f"{mine}; all ranks are in the same place ({doing}), so it is unknown which of them hangs: {remedy}"
         names = " and ".join(map(str, behind))
         return f"{mine} for {names}, still {behind[0].doing} in epoch {place[0]}, batch {place[1]}: {remedy}"
-
-
-def _key(rank: int) -> str:
-    return f"splitformer/watch/{rank}"
-
-
-def _connect(timeout: float) -> TCPStore:
-    """Open another connection to the store of the process group, because threads cannot share one."""
-    return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-    )
