@@ -202,7 +202,7 @@ stage_early_exit() {
     model=$(fingerprint_of "$exp_dir/averaged.pt")
     records=$(fingerprint_of "$exp_dir/decode")
     sets=$(fingerprint_of "$(cuts_of "${dev_list[0]}")" "${tests[@]#*=}")
-    [[ -f $exp_dir/policy.json ]] || rm -f "$exp_dir/early_exit/.done" # made by the same commands
+    [[ -f $exp_dir/policy.json || -f $exp_dir/early_exit/no-policy ]] || rm -f "$exp_dir/early_exit/.done"
     make_artefact "$exp_dir/early_exit" "model $model records $records sets $sets policy $policy $max_relative_wer" \
         run_early_exit --test-cuts "${tests[@]}"
 }
@@ -220,7 +220,8 @@ run_early_exit() {
             --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json" ||
         ! run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:2}" --exit-policy "$exp_dir/policy.json" \
             --output-dir "$exp_dir/early_exit" --corpus "$corpus"; then
-        log "no exit policy for these sets, see above; the report has none"
+        log "no exit policy for these sets, see above; the report has none; to try again, remove $exp_dir/early_exit"
+        touch "$exp_dir/early_exit/no-policy"
     fi
 }
 

@@ -149,5 +149,8 @@ if [ "$name" = k2 ]; then
 else
     "$venv/bin/python" -c 'import torch, lhotse, sentencepiece, kaldialign'
 fi
+# The command `splitformer`, of the code in this folder.
+"$uv" pip install -q --no-deps --no-build-isolation -p "$venv/bin/python" -e . || say "the command 'splitformer' is not" \
+    "installed, see above; use $venv/bin/python -m splitformer"
 echo "$fingerprint" >"$venv/.fingerprint.new" && mv "$venv/.fingerprint.new" "$venv/.fingerprint"
 say "${venv##*/} is ready"

@@ -15,7 +15,6 @@ from splitformer.corpora.rules import SplitRule, TextRules, check_shares, source
 from splitformer.corpora.sources import ReadOptions
 
 
-@conf.configure(conf.DisallowNone)
 @dataclass(frozen=True)
 class Options:
     """Write the manifests of a split of own data."""

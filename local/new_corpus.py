@@ -16,7 +16,6 @@ from splitformer.corpora.sources import FORMS, ReadOptions
 from splitformer.corpora.survey import survey
 
 
-@conf.configure(conf.DisallowNone)
 @dataclass(frozen=True)
 class Options:
     __doc__ = f"""Survey own data, and describe them as a corpus, egs/NAME/, for ./prepare.sh and ./run.sh.

@@ -17,10 +17,10 @@ from splitformer.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Check a run's configuration, methods and exit policy, and print `name=value` lines and the resolved configuration.
+    """Check a run's configuration, methods and exit policy; print `name=value` lines and the resolved configuration.
 
-    features, noise_p, exits (their number) are of the configuration; methods are those that will be decoded, and graphs
-    what they read of the lang_dir, as the option --graphs of prepare.sh takes it.
+    features, noise_p and exits (their number) come from the configuration; methods are those to decode with, graphs is
+    what they read from the lang_dir, as the option --graphs of prepare.sh takes it, and policy the exit policy.
     """
 
     config: Path
@@ -53,6 +53,7 @@ def run(options: Options) -> None:
         "exits": len(config.model.exit_layers),
         "methods": " ".join(method.name for method in methods),
         "graphs": " ".join(graphs),
+        "policy": options.policy,
     }
     for name, value in facts.items():
         print(f"{name}={value}")

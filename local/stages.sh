@@ -36,6 +36,7 @@ supervise() {
         kill -0 "$group" 2>/dev/null || break
     done
     trap - TERM INT
+    [[ -z $signal ]] || kill -TERM -- "-$group" 2>/dev/null || : # children that the command left behind
     case $signal in
         TERM) log "stopped by SIGTERM; the same command resumes"; exit 143 ;;
         INT) log "stopped by Ctrl-C; the same command resumes"; exit 130 ;;

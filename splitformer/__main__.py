@@ -9,26 +9,15 @@ import sys
 from collections.abc import Sequence
 
 import splitformer.bin
-from splitformer.cli import command
-
-
-EXTRAS = {
-    "train": ("filelock", "kaldialign", "lhotse", "sentencepiece", "tensorboard"),
-    "k2": ("k2", "kaldilm"),
-    "export": ("onnx", "onnxruntime", "safetensors"),
-    "report": ("matplotlib",),
-}
-"""{extra of the package: packages that it brings}, see pyproject.toml"""
-
+from splitformer.cli import command, missing_package
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `splitformer NAME OPTIONS...`; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = [module.name.replace("_", "-") for module in pkgutil.iter_modules(splitformer.bin.__path__)]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: splitformer COMMAND [options]; splitformer COMMAND --help lists them\n")
-        for name in names:
-            print(f"  {name:<18} {_summary(name)}")
+        listed = "\n".join(f"  {name:<18} {_summary(name)}" for name in names)
+        print(f"usage: splitformer COMMAND [options]; splitformer COMMAND --help lists them\n\n{listed}")
         return 0
     name, *rest = arguments
     if name not in names:
@@ -39,11 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"splitformer.bin.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
-        if extra is None:
+        if (remedy := missing_package(error)) is None:
             raise
-        print(f"splitformer {name} needs {package}: pip install 'splitformer[{extra}]'", file=sys.stderr)
+        print(f"splitformer {name}: {remedy}", file=sys.stderr)
         return 1
     return command(module.run, rest, prog=f"splitformer {name}")
 

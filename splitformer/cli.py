@@ -19,6 +19,13 @@ from splitformer.errors import UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130
 """exit status after Ctrl-C, as a shell has it"""
+EXTRAS = {
+    "train": ("filelock", "kaldialign", "lhotse", "sentencepiece", "tensorboard"),
+    "k2": ("k2", "kaldilm"),
+    "export": ("onnx", "onnxruntime", "safetensors"),
+    "report": ("matplotlib",),
+}
+"""{extra of the package: packages that it brings}, see pyproject.toml"""
 
 
 def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -27,8 +34,8 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     The docstring of the dataclass is the description in `--help`, and the string under each field is its help. Options
     are named after the fields: `exp_dir` is `--exp-dir`. An option that takes several values may be repeated.
 
-    A `UserError`, and an `OSError` about a file or a full disk, is printed in one line: the status is 1. Any other
-    exception keeps its traceback.
+    A `UserError`, an `OSError` about a file or a full disk, and a missing package of an extra are printed in one line:
+    the status is 1. Any other exception keeps its traceback.
 
     Args:
       run: its parameter `options` is annotated with a dataclass; it returns the exit status, None for 0.
@@ -38,7 +45,8 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prog = prog or _program()
     kind = typing.get_type_hints(run, include_extras=True)["options"]
-    options = tyro.cli(kind, prog=prog, args=_gathered(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    config = (conf.FlagCreatePairsOff, conf.DisallowNone)
+    options = tyro.cli(kind, prog=prog, args=_gathered(arguments), config=config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         return run(options) or 0
@@ -55,7 +63,18 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
             raise
         where = "" if error.filename is None else f": {error.filename}"
         print(f"{prog}: {error.strerror or error}{where}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if (remedy := missing_package(error)) is None:
+            raise
+        print(f"{prog}: {remedy}", file=sys.stderr)
     return 1
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """How to install what an import lacks; None if no extra of this package brings it."""
+    package = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    return None if extra is None else f"this command needs {package}: pip install 'splitformer[{extra}]'"
 
 
 def _program() -> str:

@@ -224,8 +224,11 @@ def _load_audio(cuts: list[MonoCut], options: FbankOptions, strict: bool) -> tup
         except ImportError:
             raise
         except Exception as error:  # decoders raise anything on damaged files
+            reason: BaseException = error
+            while reason.__context__ is not None:  # Lhotse raises a reader's error again, with less in it
+                reason = reason.__context__
             sources = ", ".join(str(source.source)[:300] for source in cut.recording.sources)
-            skipped[cut.id] = f"cannot read {sources}: {' '.join(str(error).split())[:300]}"
+            skipped[cut.id] = f"cannot read {sources}: {' '.join(str(reason).split())[:300]}"
             if strict:
                 raise ManifestError(f"{cut.id}: {skipped[cut.id]} (--strict is given)") from error
     return loaded, waveforms, skipped

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from splitformer.data.manifests import read_supervisions
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.model.asr import AsrModel
 from splitformer.report.results import load_published
+from splitformer.report.runs import load_run
 from tests.corpora import write_folder, write_librispeech, write_tedlium, write_voxpopuli
 
 TINY = """[model]
@@ -79,7 +81,7 @@ def test_every_stage_runs_on_the_corpus_own_layout_and_a_second_time_nothing(pre
     work, (first, second), unchanged = prepared[corpus]
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0 and unchanged, second.stdout + second.stderr
-    assert all("made already" in line or "stage" in line or "no test set" in line for line in
+    assert all("exists already" in line or "stage" in line or "no other test set" in line for line in
                second.stdout.splitlines()[:-1]), second.stdout  # fmt: skip
     [results] = work.rglob("RESULTS.md")
     text = results.read_text()
@@ -108,7 +110,7 @@ def test_sessions_are_cut_by_the_times_of_the_table(prepared) -> None:
 
 def test_a_corpus_without_a_test_set_reports_its_dev_set(prepared) -> None:
     work, (first, _), _ = prepared["librispeech"]
-    assert "no test set but the dev sets" in first.stdout
+    assert "there is no other test set" in first.stdout
     assert "dev-clean-2" in next(work.rglob("RESULTS.md")).read_text()
 
 
@@ -160,14 +162,14 @@ def test_the_guide_leads_from_a_folder_of_greek_to_word_error_rates(repo_root: P
     assert "24 utterances in 24 recordings" in look and "alphabet then: 29 characters: άέή" in look
     assert "Written:" in made
     assert [line.split("|")[1].strip() for line in table.splitlines()[4:10]] == list("123456"), table
-    assert "new: ctc_heads 1 to 6" in tuned and "frozen: the front end and encoder layers 1 to 2" in tuned
+    assert "new: ctc_heads 1 2 3 4 5 6" in tuned and "frozen: the front end and encoder layers 1 to 2" in tuned
     assert "init" not in trained.split("stage 7")[1].split("stage 8")[0]
 
     tokens = set("".join(Tokenizer(folder / "egs/greek/data/lang_char").tokens))
     assert {"ά", "ς", "ω"} <= tokens and not tokens & set("ΆΚ;!,a")
     texts = [s.text for s in supervisions(folder / "egs/greek", "train")]
     assert "καλημέρα τι κάνεις" in texts
-    results = (folder / "egs/greek/RESULTS.md").read_text()
+    results = (folder / "egs/greek/exp/RESULTS.md").read_text()
     assert results.count("### Savings") == 1 and "init-" in results
 
     before = snapshot(folder / "egs/greek")
@@ -182,11 +184,63 @@ def test_the_guide_leads_from_a_folder_of_greek_to_word_error_rates(repo_root: P
     assert len(then) == len(first) + 3 and first.items() <= then.items()
 
 
+def test_a_corpus_of_one_speaker_ends_with_tables(repo_root: Path, tmp_path: Path) -> None:
+    """60 recordings of one voice in a Kaldi directory: all splits share the speaker, and tables come out."""
+    folder = recipe_in(tmp_path / "recipe", repo_root)
+    write_folder(folder / "audio", speakers=1, each=60)
+    texts = {path: path.with_suffix(".txt").read_text().strip() for path in sorted((folder / "audio").rglob("*.wav"))}
+    texts |= {path: path.with_suffix(".txt").read_text().strip() for path in sorted((folder / "audio").rglob("*.flac"))}
+    kaldi = folder / "kaldi"
+    kaldi.mkdir()
+    names = {path: f"u{number:02d}" for number, path in enumerate(texts)}
+    (kaldi / "wav.scp").write_text("".join(f"{names[path]} {path}\n" for path in texts))
+    (kaldi / "text").write_text("".join(f"{names[path]} {text}\n" for path, text in texts.items()))
+    (kaldi / "utt2spk").write_text("".join(f"{name} ann\n" for name in names.values()))
+    made = run(["./local/new_corpus.sh", "voice", "--from", kaldi], folder)
+    assert made.returncode == 0, made.stdout + made.stderr
+    command = ["./run.sh", "--corpus", "voice", "--set", "training.num_epochs=2", "training.average_epochs=1"]
+    done = run([*command, "--hlg-scales", "0.7", "--methods", "greedy_search", "1best"], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (folder / "egs/voice/exp/RESULTS.md").read_text()
+    assert "### 1best" in text and "share" in text and "speaker" in text, text  # what the calibration fell back to
+
+
+def test_results_of_a_run_are_ignored_by_git_until_they_are_published(repo_root: Path, tmp_path: Path) -> None:
+    folder = recipe_in(tmp_path / "recipe", repo_root)
+    shutil.copy(repo_root / ".gitignore", folder)
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "commit", "-qm", "start"], cwd=folder, check=True)
+
+    def changed() -> str:
+        return run(["git", "status", "--porcelain"], folder).stdout
+
+    tiny = ["--set", "training.num_epochs=1", "training.average_epochs=1", "--methods", "greedy_search"]
+    experiment = folder / "egs/mini/exp/splitformer-seed7"
+    write_decoded(repo_root, experiment)
+    report = ["./run.sh", "--seed", 7, "--stage", "report", *tiny]
+    done = run(report, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert changed() == "" and "splitformer-gated" in (folder / "egs/mini/exp/RESULTS.md").read_text()
+    done = run([*report, "--publish"], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "egs/mini/RESULTS.md" in changed() and "egs/mini/results/splitformer-seed7.json" in changed()
+
+
+def write_decoded(repo_root: Path, experiment: Path) -> None:
+    """An experiment as decoding leaves it: the committed records of another seed."""
+    run_record = load_run(repo_root / "egs/mini/results/splitformer-gated-seed42.json")
+    for number, record in enumerate(run_record.decode):
+        replace(record, system="splitformer", seed=7).save(experiment / f"decode/{number}.json")
+    (experiment / "decode/.done").write_text("as made\n")
+
+
 def test_init_from_says_what_is_wrong_before_any_work(repo_root: Path, tmp_path: Path) -> None:
     for flags, message in (
         (["--init-from", tmp_path / "none.pt"], "--init-from: there is no"),
         (["--init-from", repo_root / "run.sh", "--checkpoint", repo_root / "run.sh"], "give one of them"),
-        (["--freeze-encoder-layers", "some"], "--freeze-encoder-layers is 'some'; it takes a whole number"),
+        (["--freeze-encoder-layers", "some"], "--freeze-encoder-layers is 'some'; it takes an integer"),
     ):
         done = run(["./run.sh", "--work-dir", tmp_path / "work", *flags], repo_root)
         assert done.returncode == 2 and message in done.stderr, done.stderr
@@ -212,7 +266,8 @@ def test_a_corpus_is_a_short_folder_of_data(repo_root: Path) -> None:
         lines = sum(len(file.read_text().splitlines()) for file in files)
         limit = LONGER.get(folder.name, WITH_A_RECIPE_OF_LHOTSE)
         assert lines <= limit, f"{folder}: {lines} lines, at most {limit}"
-        assert not list(folder.rglob("*.py")), f"{folder} holds code"
+        code = [path for path in folder.rglob("*.py") if path.parent != folder / "local"]
+        assert not code, f"{folder} holds code outside its local/"
 
 
 def test_published_figures_have_their_source(repo_root: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def check_whole_recipe(driver, work: Path, *arguments: object) -> Path:
     made = snapshot(work)
     again = driver("run.sh", *common, *SMALL)
     assert again.returncode == 0 and snapshot(work) == made, again.stdout + again.stderr
-    assert all("made already" in line or "stage" in line for line in again.stdout.splitlines()[:-1]), again.stdout
+    assert all("exists already" in line or "stage" in line for line in again.stdout.splitlines()[:-1]), again.stdout
 
     (results,) = work.rglob("RESULTS.md")
     assert "test" in results.read_text()
@@ -215,7 +216,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         assert record.unreadable_cuts == 0 and record.train_loss > 0
         assert f"training data: {36 if 'on-the-fly' in exp_dir.name else 12} utterances" in result.stderr
         assert (exp_dir / "train-cuts-noise/cuts.jsonl").is_file()
-        assert (" x 2 part(s), fp32" in result.stderr) == ("--accum-grad" in flags)
+        assert (" x 2 micro-batch(es), fp32" in result.stderr) == ("--accum-grad" in flags)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         (["--musan-dir", "nowhere"], "--musan-dir: there is no folder"),
         (["--shar", "zip"], "--shar is 'zip'; choose one of: numpy lilcom"),
         (["--precision", "fp8"], "--precision is 'fp8'; choose one of: auto bf16 fp16 fp32"),
-        (["--accum-grad", "0"], "--accum-grad is '0'; it takes a whole number from 1 up"),
+        (["--accum-grad", "0"], "--accum-grad is '0'; it takes an integer from 1 up"),
         (["--shar", "numpy", "--on-the-fly"], "leave one of them out"),
     ],
 )
@@ -242,11 +243,11 @@ def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, argume
     [
         (["--corpus", "nonesuch"], "unknown corpus 'nonesuch'; there are: an4 librispeech mini"),
         (["--stage", "cook"], "unknown stage 'cook' for --stage; stages are: 0 download, 1 manifests"),
-        (["--colour", "red"], "unknown option '--colour'; options are: "),
+        (["--colour", "red"], "unknown option '--colour'. Did you mean --"),
         (["--corpus", "librispeech", "--subset", "10"], "unknown subset '10'; egs/librispeech has: mini 100 960"),
         (["--corpus", "an4", "--subset", "10"], "egs/an4 has: no subsets"),
         (["--token-type", "word"], "--token-type is 'word'; choose one of: bpe char"),
-        (["--num-jobs", "0"], "--num-jobs is '0'; it takes a whole number from 1 up"),
+        (["--num-jobs", "0"], "--num-jobs is '0'; it takes an integer from 1 up"),
         (["--fbank", "torch"], "--fbank is 'torch'; choose one of: lhotse kaldifeat linear-mel"),
     ],
 )
@@ -261,11 +262,14 @@ def test_bad_configurations_are_told_before_any_work(driver, tmp_path: Path) -> 
     result = driver("run.sh", "--work-dir", tmp_path, "--set", "model.nonesuch=1")
     assert result.returncode != 0 and "unknown key model.nonesuch" in result.stderr
     result = driver("run.sh", "--work-dir", tmp_path, "--methods", "nonesuch")
-    assert result.returncode == 2 and "unknown method 'nonesuch'; methods are: greedy_search" in result.stderr
+    assert result.returncode == 2 and "--methods nonesuch: the model has ctc heads; choose among" in result.stderr
     for option, value, message in (
-        ("--policy", "nonesuch", f"--policy is 'nonesuch'; choose one of: {' '.join(POLICIES)}"),
-        ("--max-relative-wer", "x", "--max-relative-wer is 'x' and must be a number such as 0.05"),
-        ("--max-relative-wer", "-0.1", "--max-relative-wer is '-0.1' and must be a number such as 0.05"),
+        ("--policy", "nonesuch", f"--policy nonesuch: choose one of {', '.join(POLICIES)}"),
+        ("--max-relative-wer", "x", "--max-relative-wer is 'x'; it takes a number such as 0.05"),
+        ("--max-relative-wer", "-0.1", "--max-relative-wer is '-0.1'; it takes a number such as 0.05"),
+        ("--seed", "-1", "--seed is '-1'; it takes an integer from 0 up"),
+        ("--graphs", "HLG", "--graphs is an option of prepare.sh"),
+        ("--freeze-encoder-layers", "2", "freezes layers with random weights unless --init-from is given"),
     ):
         result = driver("run.sh", "--work-dir", tmp_path, option, value)
         assert result.returncode == 2 and message in result.stderr, result.stderr
@@ -276,14 +280,79 @@ def test_a_model_with_one_exit_has_no_policies(driver, tmp_path: Path) -> None:
     """The recipe goes on without them; with two exits, it asks for the model."""
     stage = ["--work-dir", tmp_path, "--stage", "early_exit", "--stop-stage", "early_exit", "--set"]
     one = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[2]", "model.parallel_exits=[2]")
-    assert one.returncode == 0 and "the model has one exit: there is nothing to choose" in one.stdout + one.stderr
+    assert one.returncode == 0 and "the model has one exit, so that there is nothing to choose" in one.stdout
     two = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[1, 2]", "model.parallel_exits=[2]")
-    assert two.returncode == 1 and "averaged.pt" in two.stderr and "an earlier stage makes it" in two.stderr
+    assert two.returncode == 1 and "averaged.pt; stage 'average' makes it" in two.stderr
 
 
-def test_the_driver_knows_the_policies_that_can_be_fitted(repo_root: Path) -> None:
-    text = (repo_root / "run.sh").read_text()
-    assert text.split("known_policies=(")[1].split(")")[0].split() == list(POLICIES)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("token_tpye=char", "sets 'token_tpye', which nothing reads. Did you mean token_type?"),
+        ("prepare_manifest() { :; }", "sets 'prepare_manifest', which nothing reads. Did you mean prepare_manifests?"),
+        ("own_url=x; own_fetch() { :; }", ""),
+    ],
+)
+def test_a_misspelt_name_in_a_description_is_an_error(repo_root: Path, tmp_path: Path, line: str, message: str) -> None:
+    description = (repo_root / "egs/mini/corpus.sh").read_text()
+    (tmp_path / "corpus.sh").write_text(f"{description}\n{line}\n")
+    script = f"""
+    set -euo pipefail
+    called_from=$PWD corpus=mini
+    source local/parse_options.sh
+    source local/stages.sh
+    source local/corpus.sh
+    read_description "{tmp_path}/corpus.sh"
+    """
+    done = subprocess.run(["bash", "-c", script, "run.sh"], cwd=repo_root, text=True, capture_output=True)
+    assert (done.returncode == 0) == (not message) and message in done.stderr, done.stderr
+
+
+def test_greedy_search_needs_no_graphs(driver, tmp_path: Path) -> None:
+    """Neither lexicon nor language model are made, or downloaded, if no method reads them; another method adds them."""
+    arguments = ["--limit-utterances", 12, "--work-dir", tmp_path, "--num-jobs", 2, *SMALL, "--stop-stage", "decode"]
+    first = driver("run.sh", *arguments, "--methods", "greedy_search")
+    assert first.returncode == 0, first.stdout + first.stderr
+    [lang_dir] = tmp_path.rglob("lang_char")
+    assert {path.name for path in lang_dir.iterdir()} <= {"bpe.model", "tokens.txt", ".bpe.model.done"}
+    assert not list(tmp_path.rglob("*.arpa"))
+    more = driver("run.sh", *arguments, "--methods", "greedy_search", "1best")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert (lang_dir / "HLG.pt").is_file() and not (lang_dir / "LG.pt").exists() and not (lang_dir / "G.pt").exists()
+
+
+def test_a_killed_run_leaves_nothing_running_and_resumes(repo_root: Path, driver, tmp_path: Path) -> None:
+    """SIGTERM to run.sh alone, as a scheduler or `kill` sends it, in the midst of training in two processes."""
+    arguments = ["--limit-utterances", 60, "--work-dir", tmp_path, "--num-jobs", 2, *SMALL]
+    arguments += ["--methods", "greedy_search", "--stop-stage", "train"]
+    arguments[arguments.index("training.num_epochs=1")] = "training.num_epochs=30"
+    prepared = driver("run.sh", *arguments[:-1], "bpe")
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    [exp_root] = (path.parent for path in tmp_path.rglob("data"))
+    run = subprocess.Popen(
+        ["./run.sh", *map(str, arguments)],
+        cwd=repo_root,
+        env={**os.environ, "SPLITFORMER_PYTHON": sys.executable},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while not list(exp_root.rglob("epoch-1.pt")):
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+        time.sleep(0.1)
+    run.terminate()
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 143, output + errors
+    assert "the same command resumes" in output and "Traceback" not in errors, errors
+    [experiment] = (path.parent for path in exp_root.rglob("epoch-1.pt"))
+    found = subprocess.run(["pgrep", "-f", str(experiment)], text=True, capture_output=True)
+    assert not found.stdout.strip(), "a process of the run is left"
+    log = read_training_log(experiment / "training.jsonl")
+    again = driver("run.sh", *arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [record.epoch for record in read_training_log(experiment / "training.jsonl")] == list(range(1, 31))
+    assert read_training_log(experiment / "training.jsonl")[: len(log)] == log
 
 
 def test_without_an_environment_the_remedy_is_named(driver, tmp_path: Path) -> None:
@@ -321,4 +390,4 @@ def test_damaged_audio_is_skipped_or_fatal(driver, tmp_path: Path) -> None:
 
 def test_a_stage_alone_names_the_one_before(driver, tmp_path: Path) -> None:
     result = driver("prepare.sh", "--work-dir", tmp_path, "--stage", "fbank")
-    assert result.returncode == 1 and "an earlier stage makes it" in result.stderr
+    assert result.returncode == 1 and "stage 'manifests' makes it" in result.stderr

@@ -38,7 +38,7 @@ def copy(repo_root: Path, tmp_path: Path) -> Path:
 def test_a_second_call_does_nothing(repo_root: Path) -> None:
     if Path(sys.prefix) != repo_root / ".venv":
         pytest.skip(f"runs in {sys.prefix}, which setup.sh did not make: use ./tests/run.sh")
-    made = repo_root / ".venv/.made-from"
+    made = repo_root / ".venv/.fingerprint"
     before, start = made.stat().st_mtime_ns, time.monotonic()
     done = set_up(repo_root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -52,7 +52,7 @@ def test_a_failed_set_up_leaves_no_mark_and_no_rubbish(copy: Path) -> None:
         done = set_up(copy, "--torch2")
         assert done.returncode != 0
         assert "could not install requirements/torch2.lock" in done.stderr
-        assert not (copy / ".venv-torch2/.made-from").exists()
+        assert not (copy / ".venv-torch2/.fingerprint").exists()
     assert {f.name for f in (copy / ".cache").iterdir()} <= {"lock", "uv"}
 
 
@@ -61,7 +61,7 @@ def test_a_package_that_does_not_import_is_a_failure(copy: Path) -> None:
     done = set_up(copy, "--torch2")
     assert done.returncode != 0
     assert "No module named 'torch'" in done.stderr
-    assert not (copy / ".venv-torch2/.made-from").exists()
+    assert not (copy / ".venv-torch2/.fingerprint").exists()
 
 
 def test_unknown_arguments_are_refused(copy: Path) -> None:

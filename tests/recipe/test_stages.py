@@ -1,8 +1,10 @@
-"""The drivers' bookkeeping: what is made once, what is made again, what stops a run; and options."""
+"""The drivers' bookkeeping: what is made once, what is made again, what stops a run; options and signals."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -36,18 +38,18 @@ def test_an_artefact_is_made_once_for_the_same_options(bash, tmp_path: Path) -> 
     target = tmp_path / "folder" / "a.txt"
     outputs = [bash(f"target={target} value={value}; {MAKE}").stdout for value in (1, 1, 2)]
     assert ["building" in output for output in outputs] == [True, False, True]
-    assert "is made already" in outputs[1] and "was made from something else" in outputs[2]
+    assert "exists already" in outputs[1] and "was made from other inputs" in outputs[2]
     assert target.read_text() == "2\n"
     assert (target.parent / ".a.txt.done").read_text() == "option 2\n"
     target.unlink()
     assert "building" in bash(f"target={target} value=2; {MAKE}").stdout
 
 
-def test_a_folder_holds_its_own_mark(bash, tmp_path: Path) -> None:
+def test_a_folder_holds_its_own_fingerprint(bash, tmp_path: Path) -> None:
     script = 'build() { mkdir -p "$1"; }; make_artefact "$1" from build "$1"'
     assert bash(script, str(tmp_path / "lang")).returncode == 0
     assert (tmp_path / "lang" / ".done").read_text() == "from\n"
-    assert "made already" in bash(script, str(tmp_path / "lang")).stdout
+    assert "exists already" in bash(script, str(tmp_path / "lang")).stdout
 
 
 @pytest.mark.parametrize("fault", ["false", "cat /nonexistent | cat", "exit 3", "undefined_command", "echo $undefined"])
@@ -64,7 +66,7 @@ def test_an_artefact_that_failed_is_not_marked(bash, tmp_path: Path, fault: str)
 
 def test_a_command_that_makes_nothing_is_an_error(bash, tmp_path: Path) -> None:
     result = bash(f'make_artefact "{tmp_path / "a"}" x true')
-    assert result.returncode == 1 and "is not there" in result.stderr
+    assert result.returncode == 1 and "does not exist" in result.stderr
 
 
 def test_stages_by_number_and_by_name(bash) -> None:
@@ -83,9 +85,11 @@ def test_stages_by_number_and_by_name(bash) -> None:
 
 
 def test_a_missing_input_stops_the_run(bash, tmp_path: Path) -> None:
-    result = bash(f'inputs=$(checksum "{tmp_path / "none"}"); echo after')
-    assert result.returncode == 1 and "after" not in result.stdout
-    assert "an earlier stage makes it" in result.stderr
+    for call in ("checksum", "fingerprint_of"):
+        for name, stage in (("HLG.pt", "graphs"), ("test_cuts.jsonl.gz", "fbank"), ("averaged.pt", "average")):
+            result = bash(f'inputs=$({call} "{tmp_path / name}"); echo after')
+            assert result.returncode == 1 and "after" not in result.stdout
+            assert f"stage '{stage}' makes it" in result.stderr
 
 
 def test_options(bash) -> None:
@@ -100,7 +104,7 @@ def test_options(bash) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nmae", "x"], "unknown option '--nmae'; options are: --stage --stop-stage --name --strict --set"),
+        (["--nmae", "x"], "unknown option '--nmae'. Did you mean --name? --help lists the options"),
         (["x"], "unexpected argument 'x'"),
         (["--name"], "--name needs a value"),
         (["--name", "--strict"], "--name needs a value, and '--strict' is an option"),
@@ -118,3 +122,33 @@ def test_what_was_given_stands_above_what_a_corpus_says(bash) -> None:
         'parse_options "$@"; name=corpus strict=false; reapply_options; echo "$name $strict"', "--name", "mine"
     )
     assert result.stdout == "mine false\n"
+
+
+@pytest.mark.parametrize(("signal_name", "status"), [("TERM", 143), ("INT", 130)])
+def test_a_signal_to_the_driver_reaches_what_it_runs_and_waits_for_it(
+    repo_root: Path, tmp_path: Path, signal_name: str, status: int
+) -> None:
+    """The command saves its state when it is asked to stop; a child of its own ends with it."""
+    script = f"""
+    save() {{ sleep 0.5; touch "{tmp_path}/saved"; exit {status}; }}
+    work() {{ trap save TERM INT; sleep 60 & touch "{tmp_path}/started"; wait; }}
+    supervise work
+    echo after
+    """
+    driver = subprocess.Popen(
+        ["bash", "-c", PRELUDE + script, "driver.sh"], cwd=repo_root, text=True, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(getattr(signal, f"SIG{signal_name}"))
+    output, _ = driver.communicate(timeout=20)
+    assert driver.returncode == status and (tmp_path / "saved").exists()
+    assert "the same command resumes" in output and "after" not in output
+
+
+def test_a_command_of_a_stage_fails_as_it_would_alone(bash) -> None:
+    assert bash("supervise true; echo after").stdout == "after\n"
+    failed = bash("fail() { return 7; }; supervise fail; echo after")
+    assert failed.returncode == 7 and not failed.stdout

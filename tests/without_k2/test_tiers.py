@@ -84,7 +84,9 @@ TIERS = {
     ),
     "export without packages": Tier(EXPORT, frozenset({"torch"}), (*SEARCHES, *EXPORT)),
     "export formats": Tier(
-        ("splitformer.export.formats",), frozenset({"torch", "onnx", "onnxruntime", "safetensors"}), (*SEARCHES, *EXPORT)
+        ("splitformer.export.formats",),
+        frozenset({"torch", "onnx", "onnxruntime", "safetensors"}),
+        (*SEARCHES, *EXPORT),
     ),
     "export": Tier(
         ("splitformer.export.*",),
