@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import splitformer.bin
 from splitformer.cli import command, missing_package
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `splitformer NAME OPTIONS...`; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
