@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,17 +377,18 @@ def test_a_loading_process_that_dies_is_replaced_and_nothing_is_left_out(corpus,
         found.append(batch.cut_ids)
         if len(found) == 2:
             children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
-            workers = [int(child) for child in children if is_this_program(child)]
+            workers = [int(child) for child in children if command_line(child) == command_line("self")]
             os.kill(workers[0], signal.SIGKILL)
     assert found == expected
     assert "loading is started again where it stopped" in caplog.text
 
 
-def is_this_program(pid):
+def command_line(pid):
+    """Return the command line of a process; a forked loading process has that of its parent."""
     try:
-        return b"pytest" in open(f"/proc/{pid}/cmdline", "rb").read()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
+        return None
 
 
 def test_a_seed_must_not_be_negative(corpus, tmp_path):
