@@ -45,7 +45,7 @@ def run(options: Options) -> None:
     save_graph(graph, path)
     states = graph.arcs.shape().tot_size(graph.arcs.num_axes() - 2)
     processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN  # kaldilm runs in a child
-    peak = max(resource.getrusage(each).ru_maxrss for each in processes) / (1 << 20 if sys.platform != "darwin" else 1 << 30)
+    peak = max(resource.getrusage(each).ru_maxrss for each in processes) / (1 << 20)
     print(
         f"{path}: {states} states, {graph.num_arcs} arcs, {path.stat().st_size / 1e6:.1f} MB on disk, "
         f"{time.monotonic() - start:.1f} s, peak memory {peak:.1f} GiB"
