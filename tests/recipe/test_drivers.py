@@ -121,7 +121,7 @@ def test_synthesised_corpus(driver, tmp_path: Path) -> None:
     assert (experiment / "epoch-1.pt").stat().st_mtime_ns == epoch
 
     other = driver("run.sh", *arguments, "--seed", 7, "--stage", "train")
-    assert other.returncode == 1 and "was started from other data or another configuration" in other.stderr
+    assert other.returncode == 1 and "started from other data or another configuration" in other.stderr
     assert "< seed 42\n> seed 7\n" in other.stderr
 
 
