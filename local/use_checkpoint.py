@@ -15,7 +15,7 @@ class Options:
     """Copy a checkpoint if it has the model that a conf describes."""
 
     checkpoint: Path
-    """checkpoint of bin/average or bin/import_reference"""
+    """checkpoint of bin/average or bin/import_released"""
     config: Path
     """conf file (TOML)"""
     output: Path

@@ -206,7 +206,7 @@ def adopt_checkpoint(source: str | Path, config: Config, output: str | Path) -> 
     contents = load_checkpoint(source)
     if missing := sorted({"tokens", "progress", "seed", "world_size", "device"} - contents.keys()):
         raise CheckpointError(
-            f"{source} lacks {', '.join(missing)}: give a checkpoint of bin/average or bin/import_reference"
+            f"{source} lacks {', '.join(missing)}: give a checkpoint of bin/average or bin/import_released"
         )
     theirs, ours = Config.from_dict(contents["config"], source=str(source)).to_dict(), config.to_dict()
     keys = [("model", key) for key in theirs["model"] if key not in ("vocab_size", "dropout")] + [("data", "features")]

@@ -61,6 +61,6 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
         if piece != expected:
             raise UserError(
                 f"{path}: token {piece_id} is {piece!r}, expected {expected!r}; train the model with "
-                "local/train_bpe.py, or import it with splitformer.bin.import_reference"
+                "local/train_bpe.py, or import it with splitformer.bin.import_released"
             )
     return model

@@ -71,7 +71,7 @@ def test_the_readme_example_runs_as_installed(installed: Path, repo_root: Path, 
 
 def test_the_command_lists_its_sub_commands_and_runs_them(installed: Path, tmp_path: Path) -> None:
     listed = run([installed / "splitformer", "--help"], tmp_path).stdout
-    for name in ("train", "decode", "transcribe", "export", "import-reference", "doctor"):
+    for name in ("train", "decode", "transcribe", "export", "import-released", "doctor"):
         assert f"\n  {name} " in listed
     write_checkpoint(tmp_path / "averaged.pt")
     soundfile.write(tmp_path / "a.wav", bursts(2.0), RATE)

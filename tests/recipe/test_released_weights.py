@@ -34,7 +34,7 @@ def imported(shared: Path, repo_root: Path, tmp_path_factory: pytest.TempPathFac
     sentences = ["the quick brown fox jumps over the lazy dog's " * 3, " ".join(WORDS)]
     foreign_tokens(folder / "theirs.model", RELEASED, sentences, 60)
     (folder / "tiny.toml").write_text(CONF)
-    command = ["splitformer", "import-reference", "--state", folder / "model", "--case", "upper"]
+    command = ["splitformer", "import-released", "--state", folder / "model", "--case", "upper"]
     command += ["--bpe-model", folder / "theirs.model", "--output", folder / "released/averaged.pt"]
     command += ["--config", folder / "tiny.toml"]
     subprocess.run([sys.executable, "-m", *map(str, command)], cwd=repo_root, check=True)

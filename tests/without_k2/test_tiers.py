@@ -95,7 +95,7 @@ TIERS = {
     ),
     "report": Tier(("splitformer.report.*",), frozenset({"matplotlib"}), REPORT),
     "commands without k2": Tier(
-        modules("bin", "train", "average", "export", "report", "doctor", "import_reference", "transcribe"),
+        modules("bin", "train", "average", "export", "report", "doctor", "import_released", "transcribe"),
         frozenset({"torch", "tqdm"}),
         (*TRAINING, *REPORT, *SPEECH, "splitformer.cli", "splitformer.corpora.tokens", "splitformer.export.*"),
     ),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from splitformer.bin.import_reference import run
+from splitformer.bin.import_released import run
 from splitformer.checkpoint import CheckpointError, adopt_checkpoint, checkpoint_id, load_model
 from splitformer.cli import command
 from splitformer.config import DataConfig
@@ -52,7 +52,7 @@ def test_imported_tokens_can_be_taken_elsewhere_and_foreign_ones_cannot(tmp_path
     take_tokenizer(tmp_path / "lang/bpe.model", tmp_path / "other")
     for name in ("bpe.model", "tokens.txt"):
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "lang" / name).read_bytes()
-    with pytest.raises(ValueError, match=r"theirs\.model: token 0 is '@', expected '<blk>'.*import_reference"):
+    with pytest.raises(ValueError, match=r"theirs\.model: token 0 is '@', expected '<blk>'.*import_released"):
         take_tokenizer(tmp_path / "theirs.model", tmp_path / "none")
     with pytest.raises(UserError, match="there is no"):
         take_tokenizer(tmp_path / "absent", tmp_path / "none")
@@ -75,11 +75,11 @@ def test_bad_tokens_are_named(tmp_path):
 
 
 @pytest.fixture
-def import_reference(capsys):
+def import_released(capsys):
     """Run the command in this process: (exit status, what it printed)."""
 
     def call(*arguments):
-        status = command(run, list(map(str, arguments)), prog="import-reference")
+        status = command(run, list(map(str, arguments)), prog="import-released")
         output = capsys.readouterr()
         return status, output.out + output.err
 
@@ -97,9 +97,9 @@ def released(shared, folder, kind, **changed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_computes_what_the_released_code_does(shared, tmp_path, import_reference, kind):
+def test_a_checkpoint_computes_what_the_released_code_does(shared, tmp_path, import_released, kind):
     arguments, tensors = released(shared, tmp_path, kind)
-    status, output = import_reference(*arguments)
+    status, output = import_released(*arguments)
     assert status == 0 and "24 units; tokens in" in output
     checkpoint = tmp_path / "made/averaged.pt"
     model, config, contents = load_model(checkpoint)
@@ -117,23 +117,23 @@ def test_a_checkpoint_computes_what_the_released_code_does(shared, tmp_path, imp
         adopt_checkpoint(checkpoint, replace(config, data=DataConfig()), tmp_path / "none.pt")
 
 
-def test_the_conf_becomes_the_configuration_of_the_checkpoint(shared, tmp_path, import_reference):
+def test_the_conf_becomes_the_configuration_of_the_checkpoint(shared, tmp_path, import_released):
     conf = tmp_path / "tiny.toml"
     conf.write_text(
         "[model]\nd_model = 32\nnum_heads = 2\nfeedforward_dim = 64\nconv_kernel = 7\nnum_layers = 6\n"
         'exit_layers = [2, 4, 6]\nparallel_exits = []\n[data]\nfeatures = "linear-mel"\nmax_duration = 77\n'
     )
     arguments, _ = released(shared, tmp_path, "early_conformer", config=conf, num_heads=2, lang_dir=tmp_path / "lang")
-    status, output = import_reference(*arguments)
+    status, output = import_released(*arguments)
     assert status == 0, output
     _, config, contents = load_model(tmp_path / "made/averaged.pt")
     assert (config.model.num_heads, config.model.vocab_size, config.data.max_duration) == (2, 24, 77.0)
     assert contents["tokens"] == Tokenizer(tmp_path / "lang").tokens
 
 
-def test_files_that_do_not_fit_are_named(shared, tmp_path, import_reference):
+def test_files_that_do_not_fit_are_named(shared, tmp_path, import_released):
     def check(message, **changed):
-        status, output = import_reference(*released(shared, tmp_path, "splitformer", **changed)[0])
+        status, output = import_released(*released(shared, tmp_path, "splitformer", **changed)[0])
         assert status == 1 and message in output, output
 
     conf = tmp_path / "other.toml"
