@@ -255,17 +255,12 @@ class Config:
         Raises:
           ConfigError: a section or key is unknown, a value has the wrong type, or values contradict each other.
         """
-        tables = {name: _renamed(name, table) for name, table in tables.items()}
-        sections = {f.name: typing.cast(type, typing.get_type_hints(cls)[f.name]) for f in dataclasses.fields(cls)}
         built = {}
-        for name, table in tables.items():
-            if not isinstance(table, Mapping):
-                raise ConfigError(f"{source}: {name} = {table!r} is outside a section; write it under [section]")
-            if name not in sections:
-                raise ConfigError(
-                    f"{source}: unknown section [{name}]{_meant(name, sections)}; sections are {', '.join(sections)}"
-                )
-            built[name] = _build(sections[name], name, table, source)
+        for name, (section, values) in _typed(tables, source).items():
+            try:
+                built[name] = section(**values)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
         return cls(**built)
 
 
@@ -285,13 +280,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       ConfigError: see `Config.from_dict`; also, a file is missing or is not TOML.
     """
     tables = _read_tables(Path(path))
+    given: dict[str, dict[str, Any]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.strip().partition(".")
         if not equals or not dot:
             raise ConfigError(f"--set {override!r}: expected section.key=value, such as optim.base_lr=0.03")
-        tables.setdefault(section, {})[name] = _parse_value(text.strip())
-    return Config.from_dict(tables, source=str(path))
+        given.setdefault(section, {})[name] = _parse_value(text.strip())
+    _typed(tables, str(path))
+    _typed(given, "--set")  # an error in an override names --set, not the conf
+    source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
+    return Config.from_dict(_merged(tables, given), source=source)
 
 
 def _read_tables(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -308,8 +307,13 @@ def _read_tables(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tables
     if path in derived:
         raise ConfigError(f"{path} is its own base, through {', '.join(map(str, derived))}")
-    merged = _read_tables(path.parent / str(base), (*derived, path))
-    for section, table in tables.items():
+    return _merged(_read_tables(path.parent / str(base), (*derived, path)), tables)
+
+
+def _merged(tables: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tables` with the values of `others` in place of theirs."""
+    merged = dict(tables)
+    for section, table in others.items():
         both = isinstance(table, Mapping) and isinstance(merged.get(section), Mapping)
         merged[section] = {**merged[section], **table} if both else table
     return merged
@@ -322,18 +326,26 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _build(kind: type, section: str, table: Mapping[str, Any], source: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        if key not in hints:
-            near = _meant(key, hints, f"{section}.")
-            raise ConfigError(f"{source}: unknown key {section}.{key}{near}; [{section}] has {', '.join(hints)}")
-        values[key] = _coerce(value, hints[key], f"{source}: {section}.{key}")
-    try:
-        return kind(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+def _typed(tables: Mapping[str, Any], source: str) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Return {section: (its class, its values in the types of the fields)}. Raises ConfigError for unknown names."""
+    sections: dict[str, type] = typing.get_type_hints(Config)
+    typed = {}
+    for name, table in tables.items():
+        table = _renamed(name, table)
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{source}: {name} = {table!r} is outside a section; write it under [section]")
+        if name not in sections:
+            raise ConfigError(
+                f"{source}: unknown section [{name}]{_meant(name, sections)}; sections are {', '.join(sections)}"
+            )
+        hints, values = typing.get_type_hints(sections[name]), {}
+        for key, value in table.items():
+            if key not in hints:
+                near = _meant(key, hints, f"{name}.")
+                raise ConfigError(f"{source}: unknown key {name}.{key}{near}; [{name}] has {', '.join(hints)}")
+            values[key] = _coerce(value, hints[key], f"{source}: {name}.{key}")
+        typed[name] = (sections[name], values)
+    return typed
 
 
 def _meant(name: str, choices: Iterable[str], prefix: str = "") -> str:

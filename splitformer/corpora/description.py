@@ -19,8 +19,8 @@ CORPUS = """\
 
 corpus_from={source}
 corpus_dir={folder}
-# What is kept of the text, and who is in which split: by a hash of the speaker, the recording or the utterance, so
-# that new ones move none. Another seed gives another division.
+# Text normalization and splits. Splits are drawn by a hash of the speaker, the recording or the utterance, so that new
+# data do not move others; another seed draws other splits.
 source_options=(
 {options}
 )
@@ -94,9 +94,12 @@ def _confs(name: str, proposal: Proposal) -> dict[str, str]:
         baseline += ["[model]", "parallel_exits = []"]
     else:
         exits = {"small": "[1, 6]", "medium": "[2, 12]"}[proposal.size]
-        splitformer += ['base = "ee-baseline.toml"', "[model]", f"parallel_exits = {exits}"]
-        epochs = [f"num_epochs = {proposal.epochs}", f"average_epochs = {max(1, proposal.epochs // 6)}"]
-        baseline += [f'base = "../../../local/conf/{proposal.size}.toml"', "[training]", *epochs]
+        base = f'base = "../../../local/conf/{proposal.size}.toml"'
+        average = max(1, proposal.epochs // 6)
+        length = ["[augment]", "specaug_warmup_epochs = 6"]
+        length += ["[training]", f"num_epochs = {proposal.epochs}", f"average_epochs = {average}"]
+        splitformer += [base, "[model]", f"parallel_exits = {exits}", *length]
+        baseline += [base, "[model]", "parallel_exits = []", *length]
     confs = {"splitformer": splitformer, "ee-baseline": baseline}
     return {f"conf/{conf}.toml": "\n".join(lines) + "\n" for conf, lines in confs.items()}
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 
 from splitformer.config import Config, ConfigError, load_config
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def write(tmp_path, text):
@@ -59,6 +66,10 @@ def test_overrides_and_missing_files_are_checked(tmp_path):
         load_config(path, ["base_lr=3"])
     with pytest.raises(ConfigError, match=r"unknown key optim\.lr"):
         load_config(path, ["optim.lr=3"])
+    with pytest.raises(ConfigError, match=r"^--set: model\.d_model = 'a' must be an integer"):
+        load_config(path, ["model.d_model=a"])
+    with pytest.raises(ConfigError, match=r"system\.toml with --set model\.d_model=7: .* must be a multiple"):
+        load_config(path, ["model.d_model=7"])
     with pytest.raises(ConfigError, match=r"there is no conf .*sistem\.toml; its folder has system"):
         load_config(tmp_path / "sistem.toml")
 
@@ -72,6 +83,20 @@ def test_a_conf_overrides_its_base(tmp_path):
     variant.write_text("base = 'variant.toml'")
     with pytest.raises(ConfigError, match="is its own base"):
         load_config(variant)
+
+
+def keys_of_bases(conf):
+    """The (section, key) that a conf sets itself, and those that its bases set."""
+    tables = tomllib.loads(conf.read_text())
+    base = tables.pop("base", None)
+    own = {(section, key) for section, table in tables.items() for key in table}
+    return own, set().union(*keys_of_bases(conf.parent / base)) if base else set()
+
+
+def test_no_shipped_conf_undoes_what_its_base_sets(shipped):
+    for path in [path for folder in shipped for path in folder.glob("conf/*.toml")]:
+        own, inherited = keys_of_bases(path)
+        assert not own & inherited, f"{path} sets {own & inherited} again"
 
 
 def test_every_shipped_conf_builds_its_model(repo_root):
