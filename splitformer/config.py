@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from splitformer.errors import UserError
+from splitformer.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -296,7 +297,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _read_tables(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the tables of `path` merged into those of its base; `derived` are the files based on it so far."""
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables: dict[str, Any] = tomllib.loads(read_text(path))
     except FileNotFoundError:
         beside = sorted(p.stem for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise ConfigError(f"there is no conf {path}; its folder has {', '.join(beside) or 'none'}") from None

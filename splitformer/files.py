@@ -71,6 +71,18 @@ def atomic_folder(path: str | Path, exclusive: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_text(path: str | Path) -> str:
+    """Return the text of a file, in UTF-8.
+
+    Raises:
+      UserError: the file is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+
+
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file.
 
@@ -78,6 +90,6 @@ def read_json(path: str | Path) -> Any:
       UserError: the file is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); remove it and create it again") from error

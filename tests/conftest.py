@@ -9,6 +9,8 @@ import pytest
 from tests.factories import make_cuts, make_lang_dir, make_texts
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("an4", "librispeech", "mini", "tedlium", "voxpopuli")
+"""corpora of this repository; egs/ may have others, which are their users' own"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def repo_root() -> Path:
     """The repository's root folder."""
     return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shipped() -> list[Path]:
+    """The folders in egs/ that this repository has; users may add others."""
+    return [REPO_ROOT / "egs" / name for name in SHIPPED]
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from splitformer.data.manifests import read_cuts
 from splitformer.data.noise import NoiseMixer
 from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
+from splitformer.errors import UserError
 from splitformer.model.subsampling import MIN_FRAMES
 
 TENSORS = ("x", "x_lens", "y", "y_lens")
@@ -146,7 +147,12 @@ def evaluation_batches(
     """Yield all cuts in their order, without augmentation; each of several ranks takes every `world_size`-th batch.
 
     A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.
+
+    Raises:
+      UserError: `max_duration` is not above 0.
     """
+    if max_duration is not None and not max_duration > 0:
+        raise UserError(f"max_duration {max_duration:g}: a batch needs more than 0 seconds of audio, such as 60")
     sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False,
                                rank=0, world_size=1)  # fmt: skip
     own = itertools.islice(sampler, rank, None, world_size)

@@ -12,7 +12,9 @@ deserialized.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,29 @@ class Manifest(Iterable[Any]):
             raise ManifestError(f"there is no manifest {path}: run prepare.sh, whose {stage} stage writes it")
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the items. Raises UnsafeManifest."""
-        for data in load_jsonl(self.path):
-            if danger := _danger(data):
-                raise UnsafeManifest(
-                    f"{self.path}: {data.get('id')} has {danger}. Nothing in a manifest is run or fetched here: store "
-                    "audio and features as files and refer to these"
-                )
-            yield deserialize_item(data)
+        """Yield the items. Raises UnsafeManifest, and ManifestError for a file that is damaged or no manifest."""
+        with _damage_named(self.path):
+            for data in load_jsonl(self.path):
+                if danger := _danger(data):
+                    raise UnsafeManifest(
+                        f"{self.path}: {data.get('id')} has {danger}. Nothing in a manifest is run or fetched here: "
+                        "store audio and features as files and refer to these"
+                    )
+                yield deserialize_item(data)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, EOFError, OSError, zlib.error) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ManifestError(
+            f"{path} is damaged, or no manifest of Lhotse in JSON lines ({reason}); give a manifest such as "
+            "train_cuts.jsonl.gz, or remove it and run prepare.sh, which writes it again"
+        ) from error
 
 
 def _danger(data: Any) -> str | None:
@@ -108,7 +125,8 @@ def read_cuts(path: str | Path) -> CutSet:
 
 def count_items(path: str | Path) -> int:
     """Return the number of items (lines) in a manifest."""
-    with open_best(Manifest(path).path, "rb") as file:
+    file_path = Manifest(path).path
+    with _damage_named(file_path), open_best(file_path, "rb") as file:
         return sum(1 for line in file if line.strip())
 
 

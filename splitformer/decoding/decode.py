@@ -21,6 +21,7 @@ from splitformer.decoding.loading import Loaded
 from splitformer.decoding.methods import METHODS
 from splitformer.decoding.searches import ExitView, HotWords, Method, Options, exit_view
 from splitformer.errors import UserError
+from splitformer.files import read_text
 from splitformer.model.asr import AsrModel
 from splitformer.model.complexity import ExitCost, complexity, transducer_heads
 from splitformer.provenance import command_line, git_commit
@@ -253,7 +254,7 @@ def read_hot_words(path: Path, boost: float, tokenizer: Tokenizer) -> HotWords:
     Raises:
       UserError: there is none, or the tokens cannot spell one.
     """
-    phrases = [phrase for line in path.read_text(encoding="utf-8").splitlines() if (phrase := line.strip())]
+    phrases = [phrase for line in read_text(path).splitlines() if (phrase := line.strip())]
     if not phrases:
         raise UserError(f"{path} holds no phrase: write one per line, or leave --hot-words out")
     for phrase in phrases:

@@ -10,6 +10,7 @@ from rapidfuzz.distance import Levenshtein
 
 from splitformer.decoding.lang import RESERVED_WORDS, UNKNOWN_WORD
 from splitformer.errors import UserError
+from splitformer.files import read_text
 
 
 def read_words(path: str | Path) -> list[str]:
@@ -19,8 +20,8 @@ def read_words(path: str | Path) -> list[str]:
       UserError: there is no word.
     """
     reserved = {*RESERVED_WORDS, UNKNOWN_WORD}
-    with open(path, encoding="utf-8") as file:
-        words = [fields[0] for line in file if (fields := line.split()) and fields[0] not in reserved]
+    lines = read_text(path).splitlines()
+    words = [fields[0] for line in lines if (fields := line.split()) and fields[0] not in reserved]
     if not words:
         raise UserError(f"{path} holds no words: write one per line")
     return words

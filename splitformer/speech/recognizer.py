@@ -253,9 +253,11 @@ def load(
     """
     if exit is not None and exit_policy is not None:
         raise UserError("an exit policy chooses among all exits: give either an exit or an exit policy")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not max_duration > 0:
+        raise UserError(f"max_duration {max_duration:g}: a batch needs more than 0 seconds of audio, such as 60")
+    device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, config, contents = load_model(checkpoint, device, exit)
-    exits, heads = config.model.exit_layers, config.model.heads
+    exits = config.model.exit_layers
     if lang_dir is not None and read_symbols(path := lang_file(lang_dir, "tokens.txt")) != contents["tokens"]:
         raise UserError(f"{path} has other tokens than {checkpoint}: give the lang_dir of the training")
     weights = {"hlg_scale": hlg_scale, "ngram_lm_scale": ngram_lm_scale, "blank_penalty": blank_penalty}
@@ -267,10 +269,7 @@ def load(
         if given or method not in (None, fitted.method):
             raise UserError(f"{exit_policy} sets the method ({fitted.method}) and its weights; leave both out")
         method = fitted.method
-    method = method or ("greedy_search" if "ctc" in heads else "transducer-greedy_search")
-    choices = [each.name for each in METHODS.values() if each.head in heads and each.name != "nbest-oracle"]
-    if method not in choices:
-        raise UserError(f"method {method}: the heads are {' and '.join(heads)}; choose among {', '.join(choices)}")
+    method = _usable_method(method, config.model.heads)
     search = make_method(method, None if lang_dir is None else Path(lang_dir), config.model.vocab_size, device)
     known = dict(search.default)
     if unknown := sorted(given.keys() - known.keys()):
@@ -289,3 +288,24 @@ def load(
         device=device,
         max_duration=max_duration,
     )
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """Return the device. Raises UserError if this machine or this torch lacks it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): choose cpu, or one of the "
+            f"{torch.cuda.device_count()} GPUs that torch sees, cuda:0 to begin with"
+        ) from error
+    return torch.device(device)
+
+
+def _usable_method(method: str | None, heads: Sequence[str]) -> str:
+    """Return `method`, or the default one for these heads. Raises UserError for one that needs another head."""
+    method = method or ("greedy_search" if "ctc" in heads else "transducer-greedy_search")
+    choices = [each.name for each in METHODS.values() if each.head in heads and each.name != "nbest-oracle"]
+    if method not in choices:
+        raise UserError(f"method {method}: the heads are {' and '.join(heads)}; choose among {', '.join(choices)}")
+    return method

@@ -256,10 +256,8 @@ LONGER = {
 }
 
 
-def test_a_corpus_is_a_short_folder_of_data(repo_root: Path) -> None:
-    folders = sorted(path.parent for path in repo_root.glob("egs/*/corpus.sh"))
-    assert {"an4", "librispeech", "mini", "tedlium", "voxpopuli"} <= {folder.name for folder in folders}
-    for folder in folders:
+def test_a_corpus_is_a_short_folder_of_data(shipped: list[Path]) -> None:
+    for folder in shipped:
         files = [folder / "corpus.sh", *sorted(folder.glob("conf/*.toml"))]
         lines = sum(len(file.read_text().splitlines()) for file in files)
         limit = LONGER.get(folder.name, WITH_A_RECIPE_OF_LHOTSE)

@@ -92,6 +92,7 @@ def test_every_exit_and_method_has_a_record_that_adds_up(decode, tmp_path):
     assert by_key["test", 2, "1best"].wer < by_key["test", 2, "greedy_search"].wer
 
 
+@pytest.mark.slow
 def test_a_transducer_is_decoded_with_all_methods_and_hot_words(decode, tmp_path):
     (tmp_path / "hot").write_text("ABBA\nCAD DAB\n")
     weights = ("--hlg-scales", "0.5", "--ngram-lm-scales", "0.5", "--blank-penalties", "0", "1")

@@ -31,6 +31,8 @@ from splitformer.training.options import RunOptions
 from tests.factories import make_cuts, make_lang_dir, make_texts
 from tests.training_runs import SYSTEM
 
+pytestmark = pytest.mark.slow
+
 LAYERS = (1, 2, 3, 4)
 EPOCHS = 26
 METHODS = ("greedy_search", "1best")

@@ -26,6 +26,8 @@ from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from tests.factories import make_lang_dir, make_texts, tone_speech
 
+pytestmark = pytest.mark.slow
+
 LAYERS = (1, 2)
 STEPS, BATCH = 140, 12
 # The program of a user, run in its own process, because sherpa-onnx ends it if metadata are missing.

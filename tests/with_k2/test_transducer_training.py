@@ -26,6 +26,7 @@ def config(num_epochs=2, ctc_only_epochs=1):
     return Config.from_dict(tables)
 
 
+@pytest.mark.slow
 def test_both_heads_learn_at_every_exit(corpus, tmp_path, caplog):
     caplog.set_level("INFO")
     Trainer(config(num_epochs=30, ctc_only_epochs=6), options(corpus, tmp_path), ALONE).train()
@@ -50,6 +51,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
         assert first[part] and all(torch.equal(first[part][name], second[part][name]) for name in first[part])
 
 
+@pytest.mark.slow
 def test_two_ranks_of_torchrun_train_both_phases(corpus, tmp_path):
     values = ['model.heads=["ctc","transducer"]', "model.decoder_dim=32", "model.joiner_dim=32"]
     values += ["loss.ctc_only_epochs=1", "loss.warm_steps=5", "loss.prune_range=4"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.memory import measure_in_new_process
 
 FEW, MANY = 300, 3000
@@ -11,6 +13,7 @@ BYTES = 400
 """Limit per utterance: the index takes 16, the ids seen before about 20, drawing an epoch about 60."""
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     steps = ["manifests", "validation", "cuts", "start"]
     few, many = (measure_in_new_process(steps, tmp_path / str(count), count)["bytes"] for count in (FEW, MANY))

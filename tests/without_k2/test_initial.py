@@ -91,6 +91,7 @@ def test_layers_to_freeze_must_exist(tmp_path: Path, caplog, count: int) -> None
         started(tmp_path, TOKENS, caplog, freeze=count)
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_and_a_resumed_run_ends_with_the_same_weights(corpus, tmp_path: Path, caplog) -> None:
     caplog.set_level(logging.INFO)
     make_checkpoint(tmp_path / "a.pt", [*TOKENS, "Z"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from egs.an4.local.words import sphinx_words
 from splitformer.corpora.manifests import Skipped, write_split
 from splitformer.corpora.recipes import files_below, recipe_pairs
 from splitformer.corpora.validation import validate_split
-from splitformer.data.manifests import ManifestError, Pair, count_items, cuts_from_manifests, read_pairs
+from splitformer.data.manifests import ManifestError, Pair, count_items, cuts_from_manifests, read_cuts, read_pairs
 from tests.corpora import write_tedlium
 
 RATE = 16000
@@ -273,3 +274,21 @@ def test_words_of_a_dictionary_are_listed_once(tmp_path: Path) -> None:
     dictionary.write_text("A AH\nB\n")
     with pytest.raises(ValueError, match=r"words\.dic:2: 'B' has no pronunciation"):
         sphinx_words(dictionary)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cuts.jsonl", b"recordings of Monday\n"),
+        ("cuts.jsonl", b'{"utterance": 1}\n'),
+        ("cuts.jsonl", b"[1, 2]\n"),
+        ("cuts.jsonl", "größer".encode("latin-1")),
+        ("cuts.jsonl.gz", b'{"id": "a"}\n'),
+        ("cuts.jsonl.gz", gzip.compress(b'{"id": "a"}\n' * 1000)[:-20]),
+    ],
+    ids=["text", "other keys", "list", "latin-1", "not packed", "truncated"],
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ManifestError, match=rf"{name} is damaged, or no manifest"):
+        list(read_cuts(tmp_path / name))

@@ -63,6 +63,7 @@ def test_the_peak_grows_with_the_batch_and_nothing_is_left(trainer, dry_run):
     assert all(parameter.grad is None for parameter in trainer.loss.parameters())
 
 
+@pytest.mark.slow
 def test_the_error_says_what_would_fit(trainer, dry_run, monkeypatch):
     data = trainer.data
     set_max_duration(data, 10_000.0)  # the whole corpus in one batch

@@ -162,6 +162,11 @@ def test_methods_and_weights(checkpoint, tmp_path) -> None:
     ):
         with pytest.raises(splitformer.UserError, match=reason):
             splitformer.load(checkpoint, **options)
+    for device in ("tpu", "cuda:99"):
+        with pytest.raises(splitformer.UserError, match=f"device '{device}' cannot be used here"):
+            splitformer.load(checkpoint, device=device)
+    with pytest.raises(splitformer.UserError, match="more than 0 seconds"):
+        splitformer.load(checkpoint, max_duration=0)
     with pytest.raises(splitformer.UserError, match="nowhere"):
         splitformer.load("nowhere.pt")
 

@@ -35,6 +35,7 @@ from tests.training_runs import command as command_of_training
 SAME_ARITHMETIC = ["--set", "model.dropout=0.0", "augment.p=0.0", "--precision", "fp32"]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one(corpus, tmp_path):
     flags = [*SAME_ARITHMETIC, "--set", "training.num_epochs=2"]
     run = train(corpus, tmp_path, tmp_path / "two", *flags, "--num-processes", "2")
@@ -188,6 +189,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(corpus, tmp_path):
 # ---- one run in a folder
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_touches_nothing(corpus, tmp_path):
     exp_dir = tmp_path / "exp"
     first = in_fork(small_config(num_epochs=500), options(corpus, exp_dir, save_minutes=0.0, num_workers=1))
@@ -227,6 +229,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
 # ---- a rank that hangs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hanging", [1, 0])
 def test_a_rank_that_hangs_is_named_by_the_others(corpus, tmp_path, hanging):
     exp_dir, log = tmp_path / "exp", tmp_path / "log"

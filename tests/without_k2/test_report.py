@@ -404,8 +404,9 @@ def test_published_figures_that_cannot_be_read(tmp_path: Path, text: str, messag
         load_published(tmp_path / "published.toml")
 
 
-def test_the_published_figures_of_the_recipes_load(repo_root: Path) -> None:
-    loaded = {path.parent.name: load_published(path) for path in repo_root.glob("egs/*/published.toml")}
+def test_the_published_figures_of_the_recipes_load(shipped: list[Path]) -> None:
+    files = [folder / "published.toml" for folder in shipped]
+    loaded = {path.parent.name: load_published(path) for path in files if path.is_file()}
     splitformer = next(each for each in loaded["librispeech"] if each.name == "Splitformer")
     assert list(splitformer.wer_per_exit) == [2, 4, 6, 8, 10, 12]
     assert splitformer.wer_per_exit[12] == {"test-clean": 4.8, "test-other": 14.7}

@@ -55,6 +55,7 @@ def uninterrupted(corpus, tmp_path_factory):
     return exp_dir / "epoch-2.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(corpus, tmp_path, uninterrupted, seed):
     opts = options(corpus, tmp_path, num_workers=1, save_minutes=0.0)

@@ -49,6 +49,9 @@ def test_the_first_field_of_each_line_is_read(tmp_path) -> None:
     path.write_text("<eps> 0\n<UNK> 1\nA 2\nTHE 3\n\n#0 4\n<s> 5\n</s> 6\n")
     assert read_words(path) == ["A", "THE"]
     path.write_text("<eps> 0\n")
+    (tmp_path / "latin.txt").write_bytes("größer\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt is not text in UTF-8"):
+        read_words(tmp_path / "latin.txt")
     with pytest.raises(UserError, match=r"words\.txt holds no words"):
         read_words(path)
     with pytest.raises(ValueError, match="empty list"):
