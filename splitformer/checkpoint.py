@@ -69,8 +69,8 @@ class _DeferredErrors:
                 self.error = error
 
 
-def load_contents(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Return what `save_checkpoint` wrote. Nothing in the file is executed.
+def load_contents(path: str | Path) -> dict[str, Any]:
+    """Return what `save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
 
     Raises:
       CheckpointError: the file is missing or damaged, or holds anything but tensors and plain containers.
@@ -83,26 +83,29 @@ def load_contents(path: str | Path, device: str | torch.device = "cpu") -> dict[
     if start and start != b"PK\x03\x04":
         raise CheckpointError(f"{path} cannot be read: it is not a checkpoint; give one such as EXP/averaged.pt")
     try:
-        stored = torch.load(path, map_location=device, weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # whose message recommends an unsafe way to load it
         raise CheckpointError(
             f"{path} cannot be read: it is damaged, or it holds more than tensors and plain values, so that this "
             "project did not write it; give a checkpoint such as EXP/averaged.pt"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: it is damaged; delete it and use an earlier one") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged ({reason}); delete it and use an earlier one"
+        ) from error
     if not isinstance(stored, dict) or not {"plain", "tensors"} <= stored.keys():
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks `plain` or `tensors`")
     return {name: json.loads(value) for name, value in stored["plain"].items()} | stored["tensors"]
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Return the contents of a model's checkpoint, with present names for the tensors of older ones.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the contents of a model's checkpoint, on the CPU, with present names for the tensors of older ones.
 
     Raises:
       CheckpointError: see `load_contents`; also, the file holds no model or no configuration.
     """
-    contents = load_contents(path, device)
+    contents = load_contents(path)
     if missing := {"model", "config"} - contents.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
     for name in ("model", "average"):
@@ -125,6 +128,7 @@ def load_model(
 
     Args:
       checkpoint: a file, or the contents of one, such as `averaged` returns.
+      device: of the model; the contents stay on the CPU.
       exit_layer: truncate the model at this exit. Layers and exits above it are dropped, and the returned
         configuration and the contents' `model` are those of the truncated model.
     Raises:
@@ -133,7 +137,7 @@ def load_model(
     if isinstance(checkpoint, Mapping):
         contents, source = dict(checkpoint), "the checkpoint"
     else:
-        contents, source = load_checkpoint(checkpoint, device), str(checkpoint)
+        contents, source = load_checkpoint(checkpoint), str(checkpoint)
     config = Config.from_dict(contents["config"], source=source)
     if exit_layer is not None:
         if exit_layer not in config.model.exit_layers:

@@ -46,7 +46,7 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     prog = prog or _program()
     kind = typing.get_type_hints(run, include_extras=True)["options"]
     config = (conf.FlagCreatePairsOff, conf.DisallowNone)
-    options = tyro.cli(kind, prog=prog, args=_gathered(arguments), config=config)
+    options = tyro.cli(kind, prog=prog, args=_gathered(arguments, _lists(kind)), config=config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         return run(options) or 0
@@ -83,18 +83,30 @@ def _program() -> str:
     return sys.argv[0] if spec is None else spec.name.rpartition(".")[2]
 
 
-def _gathered(arguments: Sequence[str]) -> list[str]:
-    """`--set a --set b` as `--set a b`: argparse would keep the last alone."""
+def _lists(kind: Any) -> set[str]:
+    """Return the options of a dataclass that take several values."""
+    hints = typing.get_type_hints(kind)
+    return {f"--{name.replace('_', '-')}" for name, hint in hints.items() if typing.get_origin(hint) in (tuple, list)}
+
+
+def _gathered(arguments: Sequence[str], lists: set[str]) -> list[str]:
+    """Return `--set a --set=b` as `--set a b`: argparse would keep the last alone. `lists`: options like --set."""
     groups: list[list[str]] = [[]]
     for place, argument in enumerate(arguments):
         if argument == "--":
             groups.append(list(arguments[place:]))
             break
-        if argument.startswith("--"):
-            same = next((group for group in groups[1:] if group[0] == argument), None)
-            if same is not None:
+        option, equals, value = argument.partition("=")
+        if option in lists:
+            same = next((group for group in groups if group[:1] == [option]), None)
+            if same is None:
+                groups.append(same := [option])
+            else:  # continue it: a group may have taken values since
                 groups.remove(same)
-            groups.append(same or [argument])
+                groups.append(same)
+            same.extend([value] if equals else [])
+        elif argument.startswith("--"):
+            groups.append([argument])
         else:
             groups[-1].append(argument)
     return [argument for group in groups for argument in group]

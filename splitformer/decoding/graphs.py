@@ -71,12 +71,12 @@ def save_graph(graph: k2.Fsa, path: str | Path) -> None:
     save_checkpoint(path, {"tensors": arcs, "ragged": ragged, "attributes": plain})
 
 
-def load_graph(path: str | Path, device: torch.device | str = "cpu") -> k2.Fsa:
+def load_graph(path: str | Path) -> k2.Fsa:
     """Return what `save_graph` wrote; nothing in the file is executed. Raises GraphError if it is no graph."""
     stage = STAGES.get(Path(path).name, "graphs")
     remedy = f"remove it, and the {stage} stage of ./prepare.sh makes it again"
     try:
-        stored = load_contents(path, device)
+        stored = load_contents(path)
     except CheckpointError as error:
         raise GraphError(f"{path} cannot be read as a graph: {remedy}") from error
     if not {"tensors", "ragged", "attributes"} <= stored.keys():

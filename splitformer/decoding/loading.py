@@ -61,6 +61,8 @@ def named_sets(option: str, items: Iterable[str]) -> dict[str, Path]:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise UserError(f"{option} {item!r}: expected NAME=PATH")
+        if name in sets:
+            raise UserError(f"{option}: {name} is given twice; give each set a name of its own")
         if next(iter(load_cuts([path])), None) is None:
             raise UserError(f"{option} {item}: there are no cuts in it; leave it out, or make it again (prepare.sh)")
         sets[name] = Path(path)

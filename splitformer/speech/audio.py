@@ -86,10 +86,12 @@ def source_of(audio: Audio, sampling_rate: int | None = None, name: str = "audio
     if audio.dtype.kind != "f" and audio.dtype not in (np.int16, np.int32):
         raise TypeError(f"samples are {audio.dtype}; expected floats from -1 to 1, int16 or int32")
     samples = np.atleast_2d(audio)
-    if samples.ndim != 2 or samples.shape[0] > max(1, samples.shape[1]):
+    if samples.ndim != 2 or samples.shape[0] < 1 or samples.shape[0] > max(1, samples.shape[1]):
         raise ValueError(f"samples have shape {audio.shape}; expected (n,) or (channels, n)")
     if sampling_rate is None:
         raise ValueError(f"sampling_rate is missing: an array does not state its own (models use {SAMPLING_RATE} Hz)")
+    if not sampling_rate > 0 or sampling_rate != int(sampling_rate):
+        raise ValueError(f"sampling_rate {sampling_rate}: expected a whole number of Hz, such as {SAMPLING_RATE}")
     return Source(name, samples, int(sampling_rate))
 
 
@@ -249,7 +251,10 @@ def open_recording(source: Source, channel: int | None = None) -> Iterator[Recor
                 audio = stack.enter_context(open(audio, "rb"))
             if not seekable:
                 copy = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(audio, copy, 1 << 20)
+                try:
+                    shutil.copyfileobj(audio, copy, 1 << 20)
+                except TypeError:
+                    raise AudioError("it is a stream of text; open it in binary mode") from None
                 copy.flush()
                 audio = copy
             if os.fstat(audio.fileno()).st_size == 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from splitformer.checkpoint import checkpoint_id, load_model
@@ -85,8 +86,8 @@ class Recognizer:
 
         A recording that cannot be read has its AudioError in its place. Arguments are those of `transcribe`.
         """
-        if isinstance(audio, (str, Path)):
-            raise TypeError(f"audio is one path, {audio!r}; expected a list of recordings")
+        if isinstance(audio, (str, Path, np.ndarray, Tensor)):
+            raise TypeError(f"audio is one {type(audio).__name__}; expected a list of recordings")
         sources = [source_of(each, sampling_rate, f"audio[{number}]") for number, each in enumerate(audio)]
         return list(self.transcripts(sources, channel, max_segment, overlap))
 

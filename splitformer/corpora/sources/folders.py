@@ -8,7 +8,15 @@ from pathlib import Path
 import lhotse.recipes
 
 from splitformer.corpora.recipes import files_below
-from splitformer.corpora.sources.base import ALL_AUDIO, LeftOut, ReadOptions, SourceRecording, UnknownForm, Utterance
+from splitformer.corpora.sources.base import (
+    ALL_AUDIO,
+    LeftOut,
+    ReadOptions,
+    SourceError,
+    SourceRecording,
+    UnknownForm,
+    Utterance,
+)
 from splitformer.corpora.sources.table import group_rows, read_table, table_rows
 from splitformer.corpora.sources.text import EncodingError, clean_id, read_lines, split_in, split_named
 from splitformer.speech.audio import AUDIO_SUFFIXES
@@ -106,6 +114,8 @@ def _read_trans(folder: Path, trans: list[Path], audio: Transcripts, options: Re
         for number, line in enumerate(read_lines(file, options.encoding), 1):
             name, _, text = line.strip().partition(" ")
             if name:
+                if "/" in name:
+                    raise SourceError(f"{file}:{number}: {name!r} is no utterance id: it has a slash")
                 path = found.pop(file.with_name(name), file.with_name(f"{name}.flac"))
                 speaker = name.partition("-")[0] if "-" in name else ""
                 row = {"audio": str(path), "text": text, "id": name, "split": split, "speaker": speaker}
