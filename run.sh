@@ -44,8 +44,8 @@ usage: ./run.sh [options]
   --methods NAME ...       decoding methods of docs/decoding.md (default: greedy_search, ctc-decoding and 1best for CTC alone;
                            all methods for a system with a transducer)
   --hlg-scales X ..., --ngram-lm-scales X ..., --blank-penalties X ...
-                           weights of the language model for CTC and for a transducer, and penalties on blanks, to choose
-                           from on the dev set; a single value means no choice, and is faster
+                           values to tune on the dev set: weights of the language model for CTC and for a transducer, and
+                           blank penalties; with one value each, nothing is tuned, which is faster
   --checkpoint FILE        decode this checkpoint instead of training one; its tokens are the bpe.model beside it, unless
                            --bpe-model is given; implies --decode-only
   --init-from FILE         start training from the weights of this checkpoint; if its tokens differ, the heads are new
@@ -189,14 +189,14 @@ run_decoding() {
 stage_early_exit() {
     local split tests=() model records sets
     if ((num_exits == 1)); then
-        log "the model has one exit, so that there is nothing to choose"
+        log "skipping exit policies: the model has a single exit"
         return
     fi
     for split in "${test_list[@]}"; do
         contains "$split" "${dev_list[@]}" || tests+=("$split=$(cuts_of "$split")")
     done
     if ((${#tests[@]} == 0)); then
-        log "exit policies are fitted on the dev sets, and there is no other test set to show them on"
+        log "skipping exit policies: no test set besides the dev sets"
         return
     fi
     model=$(fingerprint_of "$exp_dir/averaged.pt")
@@ -220,7 +220,7 @@ run_early_exit() {
             --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json" ||
         ! run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:2}" --exit-policy "$exp_dir/policy.json" \
             --output-dir "$exp_dir/early_exit" --corpus "$corpus"; then
-        log "no exit policy for these sets, see above; the report has none; to try again, remove $exp_dir/early_exit"
+        log "could not fit an exit policy (see above); the report has none; remove $exp_dir/early_exit to retry"
         touch "$exp_dir/early_exit/no-policy"
     fi
 }
@@ -249,7 +249,7 @@ run_report() {
     run_python -m splitformer.bin.report --corpus "$corpus" --exp-root "$exp_root" --dev-sets "${dev_only[@]}" "$@"
 }
 
-# The configuration says what the features are; --fbank says what computes them, if there is a choice.
+# Checks that --fbank computes the features that the configuration names.
 choose_features() {
     if [[ $features == linear-mel && ! -v "given[fbank]" ]]; then
         given[fbank]=linear-mel
@@ -262,15 +262,15 @@ choose_features() {
     place_features
 }
 
-# The configuration says how often noise is mixed in, --musan-dir where it is.
+# Checks that augment.noise_p and --musan-dir agree.
 check_noise() {
     if [[ -n $checkpoint ]] || ((first_stage > 7 || last_stage < 7)); then return; fi # nothing is trained
     if [[ $noise_p != 0.0 && -z $musan_dir ]]; then
-        option_error "this configuration's augment.noise_p is $noise_p, and there is no noise: give --musan-dir DIR, a" \
+        option_error "augment.noise_p is $noise_p, but no noise is given: add --musan-dir DIR, a" \
             "folder with MUSAN's folders music, noise and speech, or --set augment.noise_p=0"
     fi
     if [[ $noise_p == 0.0 && -n $musan_dir ]]; then
-        option_error "--musan-dir is given, and this configuration's augment.noise_p is 0, which mixes nothing in: give" \
+        option_error "--musan-dir is given, but augment.noise_p is 0, so no noise would be mixed in: add" \
             "--set augment.noise_p=0.5, for instance, or leave --musan-dir out"
     fi
 }
@@ -377,7 +377,7 @@ main() {
         option_error "--max-relative-wer is '$max_relative_wer'; it takes a number such as 0.05"
     choose_run
 
-    # An environment that the user names is not ours to set up.
+    # Skip set-up if SPLITFORMER_PYTHON is given.
     [[ -n ${SPLITFORMER_PYTHON:-} ]] || ./setup.sh
     plan_run
     choose_features

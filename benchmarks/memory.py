@@ -45,7 +45,7 @@ STEPS = {
     "cuts": "written without features",
     "start": "of training: cuts indexed, batches of an epoch drawn",
     "resumption": "of training: batches of an epoch drawn, with the index there",
-    "list": "of all cuts, which no command makes: for comparison",
+    "list": "of all cuts (for comparison)",
 }
 WORDS = ("THE", "OF", "AND", "A", "TO", "IN", "WAS", "HE", "THAT", "HIS", "IT", "WITH", "FOR", "WHICH", "BEFORE")
 WARM_UP = 200

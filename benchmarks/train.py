@@ -10,8 +10,8 @@ batch, because the load of the machine changes from turn to turn, but hardly cha
 Compare the ratios, which are medians over the turns.
 
 `--compare` also measures a network of the same shape, built in this file from torchaudio's Conformer: attention with
-dropout on its weights, torch's dropout, and a log_softmax and a CTC loss for each exit. It stands in for the released
-implementation, but it is not that. `--against TREE` measures another checkout of this repository.
+dropout on its weights, torch's dropout, and a log_softmax and a CTC loss for each exit. It approximates the
+released implementation. `--against TREE` measures another checkout of this repository.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Options:
     compile: bool = False
     """also measure each precision with torch.compile (torch 2)"""
     compare: bool = False
-    """also measure the network of torchaudio's parts"""
+    """also measure a network built from torchaudio's Conformer"""
     against: Path | None = None
     """also measure this other checkout, in float32"""
     train_cuts: tuple[Path, ...] = ()
@@ -137,7 +137,7 @@ class Variant:
     compiled: bool = False
 
     def __str__(self) -> str:
-        network = {"ours": "ours", "comparison": "torchaudio's parts", "against": "the other checkout"}[self.network]
+        network = {"ours": "ours", "comparison": "torchaudio Conformer", "against": "other checkout"}[self.network]
         return f"{network}, {self.precision}{', compiled' if self.compiled else ''}"
 
 
@@ -354,8 +354,8 @@ class Total:
 
 
 class Comparison(nn.Module):
-    """The published shape of stock parts: a Conformer of torchaudio for each block, and one of a single layer on every
-    second frame beside the blocks that have it; a linear head, log_softmax and CTC loss for each exit in turn."""
+    """The published shape from torchaudio's Conformer: one per block, and one of a single layer on every second frame
+    beside the blocks that have it; a linear head, log_softmax and CTC loss for each exit in turn."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -417,9 +417,9 @@ def report(
         f"    {command_line(ROOT)}",
         "",
         f"Ratios are to '{variants[first]}', medians of paired times; in brackets the smallest and the largest.",
-        "Processor: what loss and gradients took of the processors' time, which other programs stretch less.",
+        "CPU time of forward and backward is less sensitive to load.",
         "",
-        "| variant | loss, gradients: ratio | ms | processor: ratio | whole step: ratio | ms | frames/s | peak MB |",
+        "| variant | forward + backward (ratio) | ms | CPU time (ratio) | whole step (ratio) | ms | frames/s | peak MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for i, variant in enumerate(variants):
@@ -442,8 +442,8 @@ def report(
     share = alone.waited / (alone.waited + alone.step)
     lines += [
         "",
-        f"'{variants[0]}', by itself for {options.steps} steps, waits for data {100 * share:.1f} % of its time, with "
-        f"{options.num_workers} process(es) that load{'' if options.train_cuts else ' (random features)'}.",
+        f"'{variants[0]}', run alone for {options.steps} steps with {options.num_workers} data worker(s), spends "
+        f"{100 * share:.1f} % of its time waiting for data{'' if options.train_cuts else ' (random features)'}.",
     ]
     return lines
 

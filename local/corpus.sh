@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What both drivers know of a corpus: its description in egs/NAME/corpus.sh, and where its files lie.
+# Loads the description of a corpus, egs/NAME/corpus.sh, and sets the paths of its files, for both drivers.
 # Needs parse_options.sh and stages.sh; `called_from`, the user's working directory; `corpus`, the default.
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
@@ -93,7 +93,7 @@ run_python() {
     supervise "$python" "$@"
 }
 
-# Prints what a short program answers.
+# Runs a short program; its output is the result.
 ask_python() {
     check_python
     "$python" "$@"
@@ -145,14 +145,14 @@ load_corpus() {
     check_choice fbank lhotse kaldifeat linear-mel
     [[ -z $shar ]] || check_choice shar numpy lilcom
     [[ -z $shar || $on_the_fly == false ]] ||
-        option_error "--shar packs stored features, and --on-the-fly stores none of training data; leave one of them out"
+        option_error "--shar packs stored features, --on-the-fly stores none for training data; choose one of them"
     for each in vocab_size lm_order rescore_lm_order num_mel_bins num_jobs; do check_number "$each"; done
     for each in train_splits dev_splits test_splits; do
         [[ -n ${!each} ]] || option_error "$description sets no $each"
     done
 
     read -ra train_list <<<"$train_splits"
-    # Decoding needs of the training data only the text: for tokens, words and the language model.
+    # Decoding needs only the text of the training data, for tokens, words and the language model.
     no_training_data=false
     if [[ $decode_only == true && -n $bpe_model && -n $lm_arpa_url && -n $rescore_lm_arpa_url ]]; then
         no_training_data=true
@@ -186,20 +186,20 @@ load_corpus() {
     [[ $strict == false ]] || common_flags+=(--strict)
 }
 
-# read_description FILE: sources a corpus.sh; a new variable or function that does not begin with own_ is a misspelt one
+# read_description FILE: sources a corpus.sh; an unknown variable or function that does not begin with own_ is an error
 read_description() {
     local _known _new
     _known=$(compgen -v; compgen -A function)
     # shellcheck source=/dev/null
     source "$1"
     _new=$( (compgen -v; compgen -A function) | grep -vxF "$_known" | grep -vE '^(own_|_|[A-Z_]+$)' | head -n 1 || :)
-    [[ -z $_new ]] || die "$1 sets '$_new', which nothing reads.$(did_you_mean "$_new" "${corpus_options[@]}" \
+    [[ -z $_new ]] || die "$1: unknown variable '$_new'.$(did_you_mean "$_new" "${corpus_options[@]}" \
         corpus_dir corpus_source corpus_from source_options lhotse_recipe lm_arpa_url rescore_lm_arpa_url default_config \
         subsets subset_tag download_corpus prepare_manifests extra_words)" \
-        "local/corpus.sh lists the names; those of the corpus's own begin with own_"
+        "local/corpus.sh lists the variables; a corpus's own begin with own_"
 }
 
-# Sets where features lie; run.sh calls it again when it knows what its configuration needs.
+# Sets the folders of features; run.sh calls it again after it has read the configuration.
 place_features() {
     fbank_dir=$data_dir/fbank
     [[ $fbank == lhotse ]] || fbank_dir+=_$fbank
@@ -211,7 +211,7 @@ state_of() {
     if [[ -d $1 ]]; then
         find -L "$1" -type f -printf '%P %s %T@\n' | LC_ALL=C sort | sha256sum | cut -c 1-16
     else
-        [[ -f $1 ]] || die "there is no $1, which egs/$corpus/corpus.sh names; restore it, or describe the corpus again"
+        [[ -f $1 ]] || die "there is no $1, the source in egs/$corpus/corpus.sh; restore it, or run local/new_corpus.sh again"
         checksum "$1"
     fi
 }

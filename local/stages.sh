@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2154  # parse_options.sh sets the options
-# Bookkeeping of the drivers: which stages run, what exists already, and how progress is reported.
+# Selects and runs stages, skips finished artefacts, and logs progress.
 #
-# An artefact is made once. Beside it lies a file (`.NAME.done`, or `.done` inside a folder) with the fingerprint of what it
+# An artefact is made once. Beside it is a file (`.NAME.done`, or `.done` inside a folder) with the fingerprint of what it
 # was made from: options and checksums of inputs. The file is written last, after the artefact was moved into place. If the
-# fingerprint is the same in the next run, nothing is done; if it differs, the artefact is made again.
+# fingerprint is the same in the next run, nothing is done; if it differs, the artefact is rebuilt.
 
 # A log file cannot redraw a progress bar: print one line every 20 seconds.
 [[ -t 2 ]] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-20}
@@ -85,7 +85,7 @@ make_artefact() {
             log "$path exists already"
             return
         fi
-        log "$path was made from other inputs; making it again"
+        log "$path was made from other inputs; rebuilding it"
     fi
     rm -f "$done_file"
     mkdir -p "$(dirname "$path")"

@@ -56,12 +56,12 @@ declare -gA own_archive_md5=(
     [train-clean-5]=5df7d4e78065366204ca6845bb08f490
 )
 
-# A split that is there already is used as it is. One that is unpacked here appears when it is complete.
+# Existing splits are reused; new ones are unpacked into a temporary folder and renamed.
 download_corpus() {
     local split resource
     for split in "${splits[@]}"; do
         if [[ -d $corpus_dir/$split ]]; then
-            log "$corpus_dir/$split is there"
+            log "$corpus_dir/$split exists"
             continue
         fi
         [[ -v "own_archive_md5[$split]" ]] || die "LibriSpeech has no split '$split'; it has: ${!own_archive_md5[*]}"

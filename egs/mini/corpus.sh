@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # variables are shared with the drivers
-# Spoken commands, questions, numbers and dates that espeak-ng speaks: offline, in a minute, the same everywhere.
-# Its files lie as LibriSpeech's do, and Lhotse's recipe for LibriSpeech reads them. See README.md.
+# Commands, questions, numbers and dates synthesised with espeak-ng; deterministic, and made in a minute.
+# The files have LibriSpeech's layout, which Lhotse's recipe for LibriSpeech reads. See README.md.
 
 own_seed=42
 corpus_source="egs/mini/corpus.toml $(checksum egs/mini/corpus.toml) seed $own_seed"

@@ -14,17 +14,17 @@ vocab_size=256
 speed_perturb=true
 default_config=splitformer
 
-# An unpacked release that is there already is used as it is.
+# An existing release is reused.
 download_corpus() {
     if [[ -d $corpus_dir ]]; then
-        log "$corpus_dir is there"
+        log "$corpus_dir exists"
         return
     fi
     run_python local/fetch_archive.py --url https://www.openslr.org/resources/51/TEDLIUM_release-3.tgz \
         --archive "$download_dir/TEDLIUM_release-3.tgz" --member TEDLIUM_release-3 --unpack "$corpus_dir"
 }
 
-# As Kaldi's recipe has the text: no [NOISE], no <unk>, and "they 're" is one word.
+# The text as in Kaldi's recipe: no [NOISE], no <unk>, and "they 're" is one word.
 prepare_manifests() {
     manifests_from_recipe "$@" --folder "legacy/$1" --recipe-options normalize_text=kaldi
 }

@@ -81,7 +81,7 @@ def test_every_stage_runs_on_the_corpus_own_layout_and_a_second_time_nothing(pre
     work, (first, second), unchanged = prepared[corpus]
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0 and unchanged, second.stdout + second.stderr
-    assert all("exists already" in line or "stage" in line or "no other test set" in line for line in
+    assert all("exists already" in line or "stage" in line or "no test set besides" in line for line in
                second.stdout.splitlines()[:-1]), second.stdout  # fmt: skip
     [results] = work.rglob("RESULTS.md")
     text = results.read_text()
@@ -110,11 +110,11 @@ def test_sessions_are_cut_by_the_times_of_the_table(prepared) -> None:
 
 def test_a_corpus_without_a_test_set_reports_its_dev_set(prepared) -> None:
     work, (first, _), _ = prepared["librispeech"]
-    assert "there is no other test set" in first.stdout
+    assert "no test set besides the dev sets" in first.stdout
     assert "dev-clean-2" in next(work.rglob("RESULTS.md")).read_text()
 
 
-# ------------------------------------------------------------------------------------------- own data, as docs/new_corpus.md says
+# -------------------------------------------------------------------- own data, by the commands of docs/new_corpus.md
 
 
 def recipe_in(folder: Path, repo_root: Path) -> Path:

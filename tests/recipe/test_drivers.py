@@ -222,13 +222,13 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "augment.noise_p=0.5"], "augment.noise_p is 0.5, and there is no noise: give --musan-dir DIR"),
-        (["--musan-dir", "egs"], "augment.noise_p is 0, which mixes nothing in: give --set augment.noise_p=0.5"),
+        (["--set", "augment.noise_p=0.5"], "augment.noise_p is 0.5, but no noise is given: add --musan-dir DIR"),
+        (["--musan-dir", "egs"], "augment.noise_p is 0, so no noise would be mixed in: add --set augment.noise_p=0.5"),
         (["--musan-dir", "nowhere"], "--musan-dir: there is no folder"),
         (["--shar", "zip"], "--shar is 'zip'; choose one of: numpy lilcom"),
         (["--precision", "fp8"], "--precision is 'fp8'; choose one of: auto bf16 fp16 fp32"),
         (["--accum-grad", "0"], "--accum-grad is '0'; it takes an integer from 1 up"),
-        (["--shar", "numpy", "--on-the-fly"], "leave one of them out"),
+        (["--shar", "numpy", "--on-the-fly"], "choose one of them"),
     ],
 )
 def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, arguments: list, message: str) -> None:
@@ -280,7 +280,7 @@ def test_a_model_with_one_exit_has_no_policies(driver, tmp_path: Path) -> None:
     """The recipe goes on without them; with two exits, it asks for the model."""
     stage = ["--work-dir", tmp_path, "--stage", "early_exit", "--stop-stage", "early_exit", "--set"]
     one = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[2]", "model.parallel_exits=[2]")
-    assert one.returncode == 0 and "the model has one exit, so that there is nothing to choose" in one.stdout
+    assert one.returncode == 0 and "skipping exit policies: the model has a single exit" in one.stdout
     two = driver("run.sh", *stage, "model.num_layers=2", "model.exit_layers=[1, 2]", "model.parallel_exits=[2]")
     assert two.returncode == 1 and "averaged.pt; stage 'average' makes it" in two.stderr
 
@@ -288,8 +288,8 @@ def test_a_model_with_one_exit_has_no_policies(driver, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("token_tpye=char", "sets 'token_tpye', which nothing reads. Did you mean token_type?"),
-        ("prepare_manifest() { :; }", "sets 'prepare_manifest', which nothing reads. Did you mean prepare_manifests?"),
+        ("token_tpye=char", "unknown variable 'token_tpye'. Did you mean token_type?"),
+        ("prepare_manifest() { :; }", "unknown variable 'prepare_manifest'. Did you mean prepare_manifests?"),
         ("own_url=x; own_fetch() { :; }", ""),
     ],
 )

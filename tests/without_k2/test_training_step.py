@@ -287,7 +287,7 @@ def test_the_benchmark_measures_what_is_asked_for(tmp_path):
     assert done.returncode == 0, done.stderr
     text = output.read_text()
     found = rows(text)
-    assert list(found) == ["ours, fp32", *(["torchaudio's parts, fp32"] if compare else [])]
+    assert list(found) == ["ours, fp32", *(["torchaudio Conformer, fp32"] if compare else [])]
     for _, ms, _, _, whole_ms, frames, _ in found.values():
         assert int(ms) <= int(whole_ms)
         assert int(frames) == pytest.approx(400 / int(whole_ms) * 1000, rel=0.1), "2 x 2 s in each step"
@@ -302,7 +302,7 @@ def test_the_benchmark_measures_training_on_cuts(corpus, tmp_path):
     done = benchmark(tmp_path, "--precision", "fp32", "--train-cuts", cuts, "--lang-dir", lang_dir)
     assert done.returncode == 0, done.stderr
     assert list(rows(done.stdout)) == ["ours, fp32"]
-    assert f"of {cuts.name}" in done.stdout and "waits for data" in done.stdout
+    assert f"of {cuts.name}" in done.stdout and "waiting for data" in done.stdout
 
 
 @pytest.mark.parametrize(
