@@ -245,7 +245,7 @@ def averaged(exp_dir: str | Path, epoch: int | None = None, avg: int | None = No
 
     Args:
       epoch: last epoch of the average (default: the newest).
-      avg: number of epochs (default: the configuration's training.average_epochs); at most `epoch` are averaged.
+      avg: number of epochs (default: the configuration's training.average_epochs, or all if there are fewer).
     Raises:
       CheckpointError: a checkpoint that is needed is missing or cannot be read.
     """
@@ -261,9 +261,10 @@ def averaged(exp_dir: str | Path, epoch: int | None = None, avg: int | None = No
 
     epoch = max(found) if epoch is None else epoch
     last = load(epoch)
-    avg = min(Config.from_dict(last["config"]).training.average_epochs if avg is None else avg, epoch)
-    if avg < 1:
-        raise CheckpointError(f"--avg is {avg} and must be at least 1 epoch")
+    if avg is None:
+        avg = min(Config.from_dict(last["config"]).training.average_epochs, epoch)
+    if not 1 <= avg <= epoch:
+        raise CheckpointError(f"--avg {avg} with --epoch {epoch}: 1 to {epoch} epochs can be averaged")
     before: dict[str, Any] = {"average": last["average"], "average_step": 0} if avg == epoch else load(epoch - avg)
     if last["average_step"] > before["average_step"]:
         model = average_between(before["average"], before["average_step"], last["average"], last["average_step"])

@@ -52,8 +52,10 @@ def run(options: Options) -> None:
     output = options.output or options.checkpoint.parent / "policy.json"
     fitted.save(output)
     on = fitted.fitted_on
-    result = ", ".join(f"{key} {value:.4g}" for key, value in on["unseen_speakers"].items())
-    log.info("%s for %s: %s%s", options.policy, target, on["setting"], f"; on unseen speakers {result}" * bool(result))
+    log.info("%s for %s: %s", options.policy, target, on["setting"])
+    for unseen in ("speakers", "utterances"):
+        if result := on.get(f"unseen_{unseen}"):
+            log.info("on unseen %s: %s", unseen, ", ".join(f"{key} {value:.4g}" for key, value in result.items()))
     print(output)
 
 

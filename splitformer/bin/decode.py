@@ -18,7 +18,7 @@ from splitformer.cli import command
 from splitformer.decoding.decode import decode_sets, read_hot_words, system_name
 from splitformer.decoding.loading import check_features, load_for_decoding, named_sets
 from splitformer.decoding.methods import methods_of
-from splitformer.decoding.searches import Weights, make_methods
+from splitformer.decoding.searches import NOT_TUNED, Weights, make_methods
 from splitformer.early_exit.decode import check_settled, decode_early
 from splitformer.errors import UserError
 
@@ -52,7 +52,7 @@ class Options:
     tune_set: str | None = None
     """name of the set of --cuts on which weights are chosen"""
     hlg_scales: tuple[float, ...] = ()
-    """weights of the language model to choose from, for CTC (1: as it was estimated)"""
+    """weights of the language model to choose from, for CTC (1: unscaled)"""
     ngram_lm_scales: tuple[float, ...] = ()
     """weights of the language model to choose from, for a transducer"""
     blank_penalties: tuple[float, ...] = ()
@@ -80,6 +80,9 @@ def run(options: Options) -> None:
     if options.checkpoint and (options.epoch is not None or options.avg is not None):
         raise UserError("--epoch and --avg choose checkpoints of --exp-dir; leave them out, or give --exp-dir")
     weights = {name: getattr(options, name) for name in Weights._fields if getattr(options, name)}
+    if options.tune_set is None and (several := [name for name, values in weights.items() if len(values) > 1]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in several)
+        raise UserError(f"{names}: several values to choose from; name the set to choose on with --tune-set, or give one")
     sets = named_sets("--cuts", options.cuts)
     if options.exit_policy:
         run_with_policy(options, options.exit_policy, sets, weights)
@@ -97,7 +100,7 @@ def run(options: Options) -> None:
         options.lang_dir,
         loaded.tokenizer.vocab_size,
         device,
-        Weights(**weights),
+        Weights(**weights) if options.tune_set else NOT_TUNED._replace(**weights),
         hot_words,
         options.word_list,
     )

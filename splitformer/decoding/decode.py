@@ -50,7 +50,8 @@ def decode_sets(
 
     Args:
       sets: {name: path of the cuts}.
-      tune_set: the set on which options are chosen; it is decoded first. Without it, methods use their defaults.
+      tune_set: the set on which options are chosen; it is decoded first. Without it, a method with one variant uses that, others
+        their default.
       corpus, system: as the records name them.
       max_duration: seconds of audio in a batch.
     Raises:
@@ -71,7 +72,11 @@ def decode_sets(
         progress = tqdm(batches, desc=f"{task} {test_set}", unit="batch", disable=None, leave=False)
         return decode_cuts(model, progress, some, options_of, tokenizer.decode, device)
 
-    chosen = {(layer, name): method_of[name].default for layer, name in keys}
+    leader_of = {name: method_of[method.follows or name] for name, method in method_of.items()}
+    chosen = {
+        (layer, name): leader_of[name].variants[0] if len(leader_of[name].variants) == 1 else method_of[name].default
+        for layer, name in keys
+    }
     for test_set in sorted(sets, key=lambda name: name != tune_set):
         decoded: dict[Key, Decoded] = {}
         remaining = methods
@@ -80,7 +85,7 @@ def decode_sets(
             variants = {(layer, name): method_of[name].variants for layer, name in keys}
             decoded = decode(test_set, "choosing weights on", leaders, variants)
             best = best_options(decoded)
-            chosen = {(layer, name): best[layer, method_of[name].follows or name] for layer, name in keys}
+            chosen = {(layer, name): best[layer, leader_of[name].name] for layer, name in keys}
             remaining = [method for method in methods if method.follows]
         if remaining:
             decoded |= decode(test_set, "decoding", remaining, {key: [options] for key, options in chosen.items()})
@@ -230,7 +235,7 @@ def timed(device: torch.device, call: Callable[[], T]) -> tuple[T, float]:
 
 
 def best_options(decoded: Mapping[Key, Decoded]) -> dict[tuple[int, str], Options]:
-    """Return for each exit and method the options with the fewest errors, of equals those nearest to no effect."""
+    """Return for each exit and method the options with the fewest errors; ties go to the neutral value."""
     best: dict[tuple[int, str], tuple[int, float, Options]] = {}
     for (layer, name, options), result in decoded.items():
         # a weight of 1 and a penalty of 0 have no effect

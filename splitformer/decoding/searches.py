@@ -1,9 +1,9 @@
-"""Search methods bound to what they read: `make_methods` makes them from their names.
+"""Search methods with their resources: `make_methods` makes them from their names.
 
 `method.run(view, options)` searches one batch at one exit. Options change the result, such as the weight of a language
 model or a blank penalty; `variants` lists those that are tried on the tune set.
 
-The methods in this module need torch alone. Those that search graphs are in graph_searches.py and need k2.
+The methods in this module do not need k2. Those that search graphs are in graph_searches.py and need k2.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Options = tuple[tuple[str, float], ...]
 
 
 class ExitView(NamedTuple):
-    """One batch at one exit, as a search reads it."""
+    """One batch at one exit, the input of a search."""
 
     lengths: Tensor
     """(N,) output frames"""
@@ -122,9 +122,13 @@ class Weights(NamedTuple):
     hlg_scales: Sequence[float] = (0.3, 0.5, 0.7, 1.0, 1.4)
     """of the language model relative to CTC's log-probabilities"""
     ngram_lm_scales: Sequence[float] = (0.1, 0.2, 0.35, 0.5)
-    """of the language model relative to the transducer's, which has learned one of its own"""
+    """of the language model relative to the transducer's internal LM"""
     blank_penalties: Sequence[float] = (0.0, 1.0, 2.0)
-    """nats; of equal results the one nearest to no penalty is chosen"""
+    """nats; with equal results, the value nearest to 0 is chosen"""
+
+
+NOT_TUNED = Weights((1.0,), Weights().ngram_lm_scales[:1], (0.0,))
+"""without a tune set"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Fitting an exit policy to a table of exits, so that it meets a target.
 
-A calibration set runs through all exits once. Its `ExitTable` keeps statistics, errors and costs, so that what a policy
-would do is arithmetic, and thousands of settings cost seconds.
+A calibration set runs through all exits once. Its `ExitTable` keeps statistics, errors and costs, so that the result of
+a policy is computed without the model, and thousands of settings take seconds.
 
 A threshold for each exit, chosen freely for the fewest errors on a hundred utterances, overfits: exits that are better
 than deeper ones by chance are taken everywhere. Instead, a logistic regression over all exits makes a statistic s
@@ -10,7 +10,7 @@ comparable between them,
     logit P(a deeper exit has fewer errors) = a_exit + w f(s),
 
 with one slope for all exits, and an intercept for each that is drawn towards a common one (pooled Platt scaling). One
-probability p for all exits then gives a threshold for each: leave where a_exit + w f(s) <= logit p. The curve of WER
+probability p for all exits then gives a threshold for each: exit where a_exit + w f(s) <= logit p. The curve of WER
 against cost therefore has one free number, the setting, which is chosen by cross-validation over speakers.
 """
 
@@ -138,7 +138,7 @@ class Family(NamedTuple):
 
     fit: learns all else from a table, and returns the policy of a setting.
     settings: from the deepest, with which all utterances reach the last exit, to the shallowest.
-    describe: puts a setting in words.
+    describe: formats a setting.
     """
 
     name: str
@@ -211,7 +211,7 @@ def _learned_policies(table: ExitTable, names: Sequence[str]) -> Callable[[float
 
 
 def _budget_policies(table: ExitTable, cost: Cost) -> Callable[[float], Policy]:
-    """Return thresholds with which a given share of the utterances, the most certain, leaves at each exit.
+    """Return thresholds with which a given share of the utterances, the most certain, exits at each exit.
 
     The shares are exponential weights exp(-rate * cost), with the rate at which their mean cost is the budget: of all
     distributions over exits with this cost the one of the largest entropy. EERO (Valade, Hebiri and Gay, UAI 2025) has
@@ -224,11 +224,11 @@ def _budget_policies(table: ExitTable, cost: Cost) -> Callable[[float], Policy]:
         shares = exponential_weights(costs, budget)
         active, limits = torch.ones(len(table), dtype=torch.bool), {}
         for place, layer in enumerate(table.layers[:-1]):
-            leaving = round(float(shares[: place + 1].sum()) * len(table)) - int((~active).sum())
-            if leaving > 0:
+            exiting = round(float(shares[: place + 1].sum()) * len(table)) - int((~active).sum())
+            if exiting > 0:
                 here = uncertainty[active, place].sort().values
-                limits[layer] = float(here[min(leaving, len(here)) - 1])
-                active &= uncertainty[:, place] > limits[layer]  # utterances with equal values leave together
+                limits[layer] = float(here[min(exiting, len(here)) - 1])
+                active &= uncertainty[:, place] > limits[layer]  # utterances with equal values exit together
             if not active.any():
                 break
         return Threshold(statistic, limits)
@@ -334,10 +334,15 @@ class Fitted(NamedTuple):
     rtf: float
 
 
+def split_by(table: ExitTable) -> Literal["speakers", "utterances"]:
+    """Return what the folds of cross-validation separate: speakers, if there are three or more and all are known."""
+    return "speakers" if len(set(table.speakers)) >= 3 and "" not in table.speakers else "utterances"
+
+
 def folds(table: ExitTable, most: int = 10) -> list[Tensor]:
-    """Return masks (U,) that partition the utterances, by speaker where three or more and all are known."""
+    """Return masks (U,) that partition the utterances; see `split_by`."""
     speakers = sorted(set(table.speakers))
-    if len(speakers) < 3 or "" in speakers:
+    if split_by(table) == "utterances":
         groups = [number % min(most, len(table)) for number in range(len(table))]
     else:
         groups = [speakers.index(speaker) % min(most, len(speakers)) for speaker in table.speakers]
@@ -348,7 +353,8 @@ def folds(table: ExitTable, most: int = 10) -> list[Tensor]:
 def calibrate(table: ExitTable, family: Family, targets: Sequence[Target]) -> list[Fitted]:
     """Fit the family's policy to `table`, and for each target choose the setting that meets it.
 
-    Every setting is judged by cross-validation: on utterances of speakers that the fit has not seen.
+    Every setting is judged by cross-validation: on utterances of speakers that the fit has not seen, or on other
+    utterances if there are too few speakers (`split_by`).
 
     For max_relative_wer only the errors that early exits add are counted. Errors that they remove elsewhere do not make
     up for them: on a small set an earlier exit is better by chance as often as it is worse, and for other utterances on

@@ -1,4 +1,4 @@
-"""Decoding with an exit policy: each utterance leaves the encoder at the exit that the policy chooses."""
+"""Decoding with an exit policy, which chooses an exit for each utterance."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def decode_with_policy(
 
 
 def macs_with_policy(model: AsrModel, num_mel_bins: int, head: str, seconds: float) -> tuple[dict[int, float], float]:
-    """Return {layer: MACs per second of audio for utterances that leave there}, and those of the last exit alone.
+    """Return {layer: MACs per second of audio for utterances that exit there}, and those of the last exit alone.
 
     Whatever the search, a policy reads the CTC heads of all exits on the way. `seconds`: length of an utterance.
     """

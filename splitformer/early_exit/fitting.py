@@ -16,7 +16,7 @@ from splitformer.checkpoint import checkpoint_id
 from splitformer.decoding.decode import chosen_search
 from splitformer.decoding.loading import Loaded, check_features, load_for_decoding, named_sets, speakers_of
 from splitformer.decoding.searches import Method, Options, make_method
-from splitformer.early_exit.calibration import Target, calibrate, make_family
+from splitformer.early_exit.calibration import Target, calibrate, make_family, split_by
 from splitformer.early_exit.collect import collect
 from splitformer.early_exit.exit_table import ExitTable
 from splitformer.early_exit.names import POLICIES, WITHOUT_CTC
@@ -168,7 +168,7 @@ def fit_policy(calibration: Calibration, name: str, target: Target, checkpoint: 
             "speakers": sorted(set(table.speakers) - {""}),
             "target": str(target),
             "setting": setting,
-            "unseen_speakers": result,
+            f"unseen_{split_by(table)}": result,
             "machine": platform.processor() or platform.machine(),
             "commit": git_commit(ROOT),
             "command": command_line(ROOT),

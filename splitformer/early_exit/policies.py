@@ -1,10 +1,11 @@
-"""Exit policies: decide after each exit which utterances leave the encoder there.
+"""Exit policies: decide at each exit which utterances exit there.
 
 A policy reads uncertainty statistics of the exits that an utterance has passed. `Meter` measures them while a batch
 runs through the encoder. An `ExitTable` holds them for all exits of a set, so that the result of a policy can be
-computed without running the model again. Both ask the same `stops`.
+computed without running the model again. Both call the same `stops`.
 
-An exit is named by the encoder layer that it follows. The last exit is not asked: all remaining utterances leave there.
+An exit is named by the encoder layer that it follows. There is no decision at the last exit: all
+remaining utterances exit there.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class Policy:
         raise NotImplementedError
 
     def stops(self, layer: int, statistics: Statistics) -> Tensor:
-        """Return (n,) true where an utterance leaves at the exit after `layer`; `statistics` are (n, e) each."""
+        """Return (n,) true where an utterance exits after `layer`; `statistics` are (n, e) each."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Fixed(Policy):
-    """All utterances leave at the first exit at or above `layer`."""
+    """All utterances exit at the first exit at or above `layer`."""
 
     kind = "fixed"
     needs = ("frames",)
@@ -54,11 +55,11 @@ class Fixed(Policy):
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """Utterances leave where a statistic is at most the exit's threshold; at an exit without one none leaves.
+    """Utterances exit where a statistic is at most the exit's threshold; without a threshold none exits.
 
     With `entropy` the policy of HuBERT-EE (arXiv 2204.06328), with `posterior` and `nbest_posterior` those of
-    arXiv 2309.09546. These use one threshold for all exits. Here each exit has its own, because a shallow exit is less
-    certain of what it has right.
+    arXiv 2309.09546. These use one threshold for all exits. Here each exit has its own, because shallow exits are less
+    certain of correct results.
     """
 
     kind = "threshold"
@@ -75,7 +76,7 @@ class Threshold(Policy):
 
 @dataclass(frozen=True)
 class Patience(Policy):
-    """Utterances leave where `consecutive` disagreements in a row are at most the threshold of the present exit.
+    """Utterances exit where `consecutive` disagreements in a row are at most the threshold of the present exit.
 
     PABEE (arXiv 2006.04152) with edit distances in place of equal classes (arXiv 2211.08989).
     """
@@ -125,7 +126,7 @@ def feature(name: str, value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Learned(Regression, Policy):
-    """Utterances leave where the probability that a deeper exit has fewer errors is at most `probability`."""
+    """Utterances exit where the probability that a deeper exit has fewer errors is at most `probability`."""
 
     kind = "learned"
     probability: float
@@ -143,7 +144,7 @@ class Learned(Regression, Policy):
 
 @dataclass(frozen=True)
 class Deadline(Policy):
-    """Utterances leave where no deeper exit would give its words within `seconds` after the batch started.
+    """Utterances exit where no deeper exit would give its words within `seconds` after the batch started.
 
     `encoder` holds for each layer (a, b): a + b * frames seconds from the start to the exit's log-probabilities.
     `answer` holds the same from there to the words. Both were measured on one machine. Where it runs slower than

@@ -17,7 +17,7 @@ Stops = Callable[[Tensor, ExitOutput, "Tensor | None"], Tensor]
 
 
 class Exited(NamedTuple):
-    """Utterances that leave the encoder together, at one exit."""
+    """Utterances that exit together, at one exit."""
 
     rows: Tensor
     """(n,) their places in the batch that went in"""
@@ -26,30 +26,30 @@ class Exited(NamedTuple):
     log_probs: Tensor | None
     """(n, T', V) of the CTC head, None for a model without one"""
     nan_exits: Tensor
-    """(n,) number of exits of each that were passed over because their output held a NaN"""
+    """(n,) number of exits of each that were skipped because their output contained NaN"""
 
 
 def exit_early(model: AsrModel, x: Tensor, x_lens: Tensor, stops: Stops) -> Iterator[Exited]:
-    """Run each utterance up to the exit at which `stops` says so; the batch shrinks as utterances leave it.
+    """Run each utterance up to the exit at which `stops` is true; the batch shrinks as utterances exit.
 
-    An utterance without an output frame leaves at the first exit, and all that remain leave at the last one. Where an
-    exit's output holds a NaN, the utterance continues to the next exit. If no deeper exit is free of NaN either, the
-    utterance leaves with its last exit that was; if there is none, with the NaN of the last exit.
+    An utterance without an output frame exits at the first exit, and all remaining ones at the last. Where an exit's
+    output contains NaN, the utterance continues to the next exit. If all deeper exits contain NaN too, its result is
+    that of its last exit without NaN, or of the last exit if there is none.
 
     Args:
       x, x_lens: features (N, T, C) and their lengths (N,).
       stops: decides which utterances exit. It is not called at the last exit, nor for utterances that are empty or
-        whose output holds a NaN.
+        whose output contains NaN.
     Yields:
-      the utterances that leave, exit by exit; each utterance once.
+      the utterances that exit, exit by exit; each utterance once.
     """
     rows = torch.arange(x.size(0), device=x.device)
     nan_exits = torch.zeros_like(rows)
-    last_good: dict[int, Exited] = {}  # {row: its last exit without NaN}, for rows that have met only NaN since
+    last_good: dict[int, Exited] = {}  # {row: its last exit without NaN}, for rows with only NaN since
     exits = model.encoder(x, x_lens)
     before: Exited | None = None
     active: Tensor | None = None
-    was_broken = torch.ones_like(rows, dtype=torch.bool)  # the first exit has none before it to go back to
+    was_broken = torch.ones_like(rows, dtype=torch.bool)  # the first exit has no earlier result
     while len(rows):
         exit_output = exits.send(active)
         log_probs = model.ctc_log_probs(exit_output) if "ctc" in model.heads else None
@@ -68,9 +68,9 @@ def exit_early(model: AsrModel, x: Tensor, x_lens: Tensor, stops: Stops) -> Iter
             return
 
         exiting = exit_output.lengths == 0
-        for asked in _some(now, ~broken & ~exiting):
-            stop = stops(asked.rows, asked.exit_output, asked.log_probs)
-            exiting |= torch.isin(rows, asked.rows[stop])
+        for usable in _some(now, ~broken & ~exiting):
+            stop = stops(usable.rows, usable.exit_output, usable.log_probs)
+            exiting |= torch.isin(rows, usable.rows[stop])
         yield from _some(now, exiting)
         if exiting.any():
             active = (~exiting).nonzero().flatten()
@@ -102,5 +102,5 @@ def _select(exited: Exited, mask: Tensor) -> Exited:
 
 
 def has_nan(x: Tensor, lengths: Tensor) -> Tensor:
-    """(N,), true where a valid frame of x (N, T', D) holds a NaN."""
+    """(N,), true where a valid frame of x (N, T', D) contains NaN."""
     return (x.isnan().any(dim=2) & valid_frames(lengths, x.size(1))).any(dim=1)

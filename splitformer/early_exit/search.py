@@ -1,4 +1,4 @@
-"""Searching a batch whose utterances leave the encoder at the exits that a policy chooses."""
+"""Searching a batch whose utterances exit where a policy decides."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def test_bad_arguments_name_the_choices(driver, script: str, arguments: list[str
     assert result.returncode == 2 and message in result.stderr, result.stderr
 
 
-def test_bad_configurations_are_told_before_any_work(driver, tmp_path: Path) -> None:
+def test_bad_configurations_are_reported_before_any_work(driver, tmp_path: Path) -> None:
     result = driver("run.sh", "--work-dir", tmp_path, "--config", "nonesuch")
     assert result.returncode == 2 and "unknown config 'nonesuch'; egs/mini/conf has: " in result.stderr
     result = driver("run.sh", "--work-dir", tmp_path, "--set", "model.nonesuch=1")

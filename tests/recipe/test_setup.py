@@ -46,7 +46,7 @@ def test_a_second_call_does_nothing(repo_root: Path) -> None:
     assert made.stat().st_mtime_ns == before
 
 
-def test_a_failed_set_up_leaves_no_mark_and_no_rubbish(copy: Path) -> None:
+def test_failed_setup_cleans_up(copy: Path) -> None:
     (copy / "requirements/torch2.lock").write_text("no-such-package @ file:///no/such-1.0-py3-none-any.whl\n")
     for _ in range(2):  # a failure is not remembered as a success either
         done = set_up(copy, "--torch2")

@@ -117,7 +117,7 @@ def test_bad_options_are_named(bash, arguments: list[str], message: str) -> None
     assert result.returncode == 2 and message in result.stderr and not result.stdout
 
 
-def test_what_was_given_stands_above_what_a_corpus_says(bash) -> None:
+def test_command_line_overrides_corpus(bash) -> None:
     result = bash(
         'parse_options "$@"; name=corpus strict=false; reapply_options; echo "$name $strict"', "--name", "mine"
     )

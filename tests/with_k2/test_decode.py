@@ -132,11 +132,21 @@ def test_epochs_are_averaged_on_the_fly(decode):
         assert (b.errors, b.system, b.epoch, b.avg, b.seed) == (a.errors, "system", 8, 1, 7)
 
 
+def test_without_a_tune_set_one_value_is_used_as_given(decode):
+    cases = ((), 1.0, 0.0), (("--hlg-scales", "0.5"), 0.5, 0.0), (("--blank-penalties", "1"), 1.0, 1.0)
+    for arguments, scale, penalty in cases:
+        status, errors, by_key = decode(*arguments, "--methods", "1best", "--exit", "1")
+        assert status == 0, errors
+        used = by_key["test", 1, "1best"].config["decoding"]
+        assert (used["hlg_scale"], used["blank_penalty"]) == (scale, penalty)
+
+
 def test_mistakes_are_named(decode, trained, tmp_path):
     for arguments, message in (
         (("--tune-set", "held-out"), "--tune-set held-out is not among --cuts: test, dev"),
         (("--methods", "modified_beam_search"), "modified_beam_search: the model has ctc heads; choose among"),
         (("--exp-dir", trained / "system-seed7"), "give either --checkpoint FILE or --exp-dir DIR"),
+        (("--hlg-scales", "0.5", "1"), "--hlg-scales: several values to choose from; name the set"),
         (("--avg", "3"), "--epoch and --avg choose checkpoints of --exp-dir"),
         (("--exit", "7"), "has no exit after layer 7"),
     ):

@@ -28,7 +28,7 @@ def test_the_recipe_can_run_here(repo_root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "version", "remedy"), [("lhotse", "1.33.0", "lhotse==1.32.1"), ("numpy", "2.1.0", "'numpy<2'")]
 )
-def test_versions_that_do_not_go_with_this_torch(
+def test_incompatible_versions_are_reported(
     repo_root: Path, tmp_path: Path, name: str, version: str, remedy: str
 ) -> None:
     info = tmp_path / f"{name}-{version}.dist-info"
@@ -36,5 +36,5 @@ def test_versions_that_do_not_go_with_this_torch(
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     done = doctor(repo_root, tmp_path)
     assert done.returncode == 1
-    assert f"PROBLEM: {name} {version} does not go with torch" in done.stdout
+    assert f"PROBLEM: {name} {version} is incompatible with torch" in done.stdout
     assert remedy in done.stdout

@@ -130,8 +130,8 @@ def test_alignment_equals_enumeration():
     ("tokens", "message"),
     [
         ([[1]], "tokens of 1 utterances for log_probs of 2"),
-        ([[1], [0]], r"\[0\] of utterance 1 leave 1\.\.3"),
-        ([[4], [1]], r"\[4\] of utterance 0 leave 1\.\.3"),
+        ([[1], [0]], r"\[0\] of utterance 1 are outside 1\.\.3"),
+        ([[4], [1]], r"\[4\] of utterance 0 are outside 1\.\.3"),
         ([[1], [2, 2]], "the 2 tokens of utterance 1 have no alignment with its 2 output frames"),
     ],
 )

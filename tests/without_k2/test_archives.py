@@ -109,10 +109,10 @@ def test_only_the_member_is_unpacked(tmp_path: Path) -> None:
 def test_a_damaged_archive_leaves_nothing(tmp_path: Path) -> None:
     archive = make_tar(tmp_path / "a.tar.gz", {f"top/{n}": np.random.default_rng(n).bytes(5000) for n in range(5)})
     archive.write_bytes(archive.read_bytes()[:12_000])
-    with pytest.raises(ArchiveError, match="truncated or no archive"):
+    with pytest.raises(ArchiveError, match="is not a complete archive"):
         unpack_tar(archive, "top", tmp_path / "top")
     archive.write_bytes(b"<html>not found</html>")
-    with pytest.raises(ArchiveError, match="truncated or no archive"):
+    with pytest.raises(ArchiveError, match="is not a complete archive"):
         unpack_tar(archive, "top", tmp_path / "top")
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
 
@@ -149,7 +149,7 @@ def test_nothing_is_written_outside(tmp_path: Path, entry: dict[str, bytes | tar
     inside = tmp_path / "inside"
     inside.mkdir()
     archive = make_tar(inside / "a.tar.gz", {"top/good": b"1", **entry})
-    with pytest.raises(ArchiveError, match="no archive to trust"):
+    with pytest.raises(ArchiveError, match="unsafe archive"):
         unpack_tar(archive, "top", inside / "top")
     assert [p.name for p in tmp_path.rglob("*")] == ["inside", "a.tar.gz"]
 

@@ -434,7 +434,7 @@ def curve(family: Family, table: ExitTable) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("name", [*BY_PROBABILITY, "deadline", "fixed"])
-def test_with_each_setting_utterances_leave_no_later_than_with_the_one_before(name):
+def test_each_setting_exits_no_later_than_the_one_before(name):
     outcomes = curve(make_family(name), TABLE)
     assert outcomes[0].taken.tolist() == [len(LAYERS) - 1] * len(TABLE)
     for deep, shallow in itertools.pairwise(outcomes):
@@ -475,7 +475,7 @@ def test_a_budget_is_met_up_to_rounding(cost):
         assert (shares.cumsum(0) - expected.cumsum(0)).abs().max() <= 0.5 / len(TABLE) + 1e-9
 
 
-def test_with_a_budget_the_most_certain_leave():
+def test_with_a_budget_the_most_certain_exit():
     taken = outcome(make_family("budget").fit(TABLE)(0.6), TABLE).taken
     for place in range(len(LAYERS) - 1):
         uncertainty = TABLE.statistics["nbest_posterior"][:, place]
@@ -494,7 +494,7 @@ def test_a_budget_without_nbest_lists_reads_posteriors():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5])
-def test_equally_certain_utterances_leave_together(levels):
+def test_equally_certain_utterances_exit_together(levels):
     """So ties may undercut a budget; it is exceeded by no more than the rounding."""
     ranks = TABLE.statistics["nbest_posterior"].argsort(dim=0).argsort(dim=0)
     uncertainty = (ranks * levels // len(TABLE)).double()
@@ -508,7 +508,7 @@ def test_equally_certain_utterances_leave_together(levels):
         for place in range(len(LAYERS) - 1):
             here, later = (set(uncertainty[which, place].tolist()) for which in (taken == place, taken > place))
             assert not here & later
-    if levels == 1:  # all leave where one has to
+    if levels == 1:  # all exit where one has to
         assert {len(set(outcome(policies(b), table).taken.tolist())) for b in (1.0, 0.7, 0.4)} == {1}
 
 
@@ -748,7 +748,7 @@ def test_two_utterances_are_enough_to_fit(name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_last_exit_without_errors(name):
-    """No share of no errors may be added; utterances that are right earlier may still leave earlier."""
+    """No share of no errors may be added; utterances that are right earlier may still exit earlier."""
     table = make_table(12, speakers=4)
     errors = table.errors.clone()
     errors[:, -1] = 0.0

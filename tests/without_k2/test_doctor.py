@@ -1,4 +1,4 @@
-"""`bin/doctor` against environments with real faults: blocked imports, and packages that do not fit."""
+"""`bin/doctor` against environments with real problems: blocked imports, and packages that do not fit."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def test_threshold():
 @pytest.mark.parametrize(
     ("consecutive", "expected"),
     [
-        # {exit: which of the rows below leave}
+        # {exit: which of the rows below exit}
         (1, {1: [], 2: [0, 1], 3: [0, 3], 4: [0, 1, 3, 4]}),
         (2, {1: [], 2: [], 3: [0], 4: [0, 3]}),
         (3, {1: [], 2: [], 3: [], 4: [0]}),
@@ -274,7 +274,7 @@ def test_patience(consecutive, expected):
     for layer, rows in expected.items():
         stops = policy.stops(layer, {"disagreement": history[:, :layer]})
         assert stops.nonzero().flatten().tolist() == rows, layer
-    # the present exit's threshold applies to all comparisons; without one nothing leaves
+    # the present exit's threshold applies to all comparisons; without one none exits
     assert policy.stops(5, {"disagreement": history}).tolist() == [False] * 5
     if consecutive == 2:
         wider = Patience({4: 0.3}, 2)

@@ -230,7 +230,7 @@ def test_one_speaker_and_words_that_look_like_tags_are_noted(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------------ splits
 
 
-def test_added_utterances_move_none() -> None:
+def test_splits_are_stable_when_data_is_added() -> None:
     rule = SplitRule("utterance", 3, 0.1, 0.2)
     names = [f"utterance {i}" for i in range(3000)]
     before = {name: rule.drawn(name) for name in names[:1000]}

@@ -187,7 +187,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"cut\.arpa"):
         read_arpa(tmp_path / "cut.arpa")
     (tmp_path / "page.arpa").write_text("<html>not found</html>\n")
-    with pytest.raises(ValueError, match="no complete ARPA"):
+    with pytest.raises(ValueError, match="not a complete ARPA"):
         read_arpa(tmp_path / "page.arpa")
 
 

@@ -1,4 +1,4 @@
-"""The layout's rules as tests: which module may import what, and what may not stand in the library at all."""
+"""The layout's rules as tests: which module may import what, and forbidden names in the library."""
 
 from __future__ import annotations
 
@@ -152,11 +152,11 @@ def is_library_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def faults(source: str, module: str, package: str) -> list[str]:
+def violations(source: str, module: str, package: str) -> list[str]:
     """What `module`, whose text is `source`, imports against its tier."""
     name = tier_of(module)
     if name is None:
-        return [f"{module} stands in no tier: add it to TIERS, and to docs/architecture.md"]
+        return [f"{module} is in no tier: add it to TIERS, and to docs/architecture.md"]
     tier = TIERS[name]
     wrong = []
     for imported in imports(ast.parse(source), package):
@@ -180,7 +180,7 @@ def test_imports_stay_within_the_tier(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
     if file.name == "__init__.py" and not source.strip():
         return
-    assert faults(source, module, package) == []
+    assert violations(source, module, package) == []
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_imports_stay_within_the_tier(file: Path) -> None:
     ],
 )
 def test_a_wrong_import_is_seen(module: str, source: str) -> None:
-    assert len(faults(source, module, module.rpartition(".")[0])) == 1
+    assert len(violations(source, module, module.rpartition(".")[0])) == 1
 
 
 @pytest.mark.parametrize("tier", [name for name in TIERS if name not in NEED_K2])
@@ -222,7 +222,7 @@ def test_modules_import_with_nothing_but_their_tiers_packages(tier: str) -> None
     assert done.returncode == 0, done.stderr
 
 
-def test_k2_is_not_imported_on_approval() -> None:
+def test_no_optional_k2_import() -> None:
     """No `try: import k2`: a module needs k2 or it does not."""
     for file in python_files("splitformer", "local", "egs", "tests"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -254,7 +254,7 @@ def corpus_traces(text: str, names: set[str], paths: bool = True) -> list[str]:
     ids=lambda f: str(f.relative_to(ROOT)),
 )
 def test_the_library_knows_no_corpus_and_no_path(file: Path) -> None:
-    """What belongs to one corpus stands in egs/, and where its files lie only the shell knows."""
+    """What belongs to one corpus is in egs/, and only shell scripts hold corpus paths."""
     assert corpus_traces(file.read_text(encoding="utf-8"), corpus_names(), paths=file.suffix == ".py") == []
 
 

@@ -59,7 +59,7 @@ def test_points_are_those_of_fixed_exits_oracle_and_policies(curves):
         own = [point for point in curves.points if point.policy == name]
         assert 5 <= len(own) <= 14 and len({point.setting for point in own}) == len(own)
         macs = [point.macs_per_second for point in own]
-        if name != "budget":  # which utterances leave changes with the budget, and so do their lengths
+        if name != "budget":  # which utterances exit changes with the budget, and so do their lengths
             assert macs == sorted(macs, reverse=True)
         assert own[0].layers == LAYERS[-1] and own[0].wer == curves.points[len(LAYERS) - 1].wer
         assert own[0].macs_per_second > curves.points[len(LAYERS) - 1].macs_per_second  # the heads of passed exits
