@@ -207,21 +207,25 @@ stage_early_exit() {
         run_early_exit --test-cuts "${tests[@]}"
 }
 
-# The recipe continues without exit policies if they cannot be fitted: the tables need none.
+# The recipe continues without exit policies if they cannot be fitted to these sets (status 3): the tables need none.
 run_early_exit() {
-    local calibration common
+    local calibration common status=0
     calibration="${dev_list[0]}=$(cuts_of "${dev_list[0]}")"
     common=(--checkpoint "$exp_dir/averaged.pt" --lang-dir "$lang_dir")
     rm -rf "$exp_dir/early_exit"
     mkdir -p "$exp_dir/early_exit"
-    if ! run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" "$@" \
-            --output-dir "$exp_dir/early_exit" --corpus "$corpus" ||
-        ! run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" "$@" \
-            --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json" ||
-        ! run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:2}" --exit-policy "$exp_dir/policy.json" \
-            --output-dir "$exp_dir/early_exit" --corpus "$corpus"; then
+    rm -f "$exp_dir/policy.json"
+    run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" "$@" \
+        --output-dir "$exp_dir/early_exit" --corpus "$corpus" &&
+        run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" "$@" \
+            --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json" &&
+        run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:2}" --exit-policy "$exp_dir/policy.json" \
+            --output-dir "$exp_dir/early_exit" --corpus "$corpus" || status=$?
+    if ((status == 3)); then
         log "could not fit an exit policy (see above); the report has none; remove $exp_dir/early_exit to retry"
         touch "$exp_dir/early_exit/no-policy"
+    elif ((status > 0)); then
+        die "exit policies were not fitted, see above"
     fi
 }
 

@@ -20,28 +20,32 @@ die() {
     exit 1
 }
 
-# supervise COMMAND...: runs a command in a process group of its own and returns its status. SIGTERM and Ctrl-C are passed
-# on to the group, and the driver exits when the command has ended: training saves its state first.
+# supervise COMMAND...: runs a command in a session of its own, which the signals of the terminal do not reach, and returns
+# its status. SIGTERM, Ctrl-C and a closed terminal end the command by SIGTERM, and the driver exits when it has ended:
+# training saves its state first. A second Ctrl-C kills it.
 supervise() {
     local status=0 group signal=''
-    set -m
-    "$@" &
+    setsid -- "$@" &
     group=$!
-    set +m
-    trap 'signal=TERM; kill -TERM -- "-$group" 2>/dev/null || :' TERM
-    trap 'signal=INT; kill -INT -- "-$group" 2>/dev/null || :' INT
+    trap 'signal=TERM; send TERM "$group"' TERM HUP QUIT
+    trap 'if [[ $signal == INT ]]; then send KILL "$group"; else signal=INT; send TERM "$group"; fi' INT
     while :; do # a signal ends `wait`, not the command
         status=0
         wait "$group" || status=$?
         kill -0 "$group" 2>/dev/null || break
     done
-    trap - TERM INT
-    [[ -z $signal ]] || kill -TERM -- "-$group" 2>/dev/null || : # children that the command left behind
+    trap - TERM HUP QUIT INT
+    [[ -z $signal ]] || send TERM "$group" # children that the command left behind
     case $signal in
         TERM) log "stopped by SIGTERM; the same command resumes"; exit 143 ;;
         INT) log "stopped by Ctrl-C; the same command resumes"; exit 130 ;;
     esac
     return "$status"
+}
+
+# send SIGNAL PID: signals a process group; just after the start, before setsid has made it, the process
+send() {
+    kill "-$1" -- "-$2" 2>/dev/null || kill "-$1" "$2" 2>/dev/null || :
 }
 
 # select_stages NAME...: the names of all stages, in order; reads the options stage and stop_stage (numbers or names)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tyro import conf as conf
@@ -34,8 +35,8 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     The docstring of the dataclass is the description in `--help`, and the string under each field is its help. Options
     are named after the fields: `exp_dir` is `--exp-dir`. An option that takes several values may be repeated.
 
-    A `UserError`, an `OSError` about a file or a full disk, and a missing package of an extra are printed in one line:
-    the status is 1. Any other exception keeps its traceback.
+    A `UserError`, an `OSError` about a file or a full disk, and a missing package are printed in one line: the status
+    is that of the error, 1 for most. Any other exception keeps its traceback.
 
     Args:
       run: its parameter `options` is annotated with a dataclass; it returns the exit status, None for 0.
@@ -46,7 +47,7 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     prog = prog or _program()
     kind = typing.get_type_hints(run, include_extras=True)["options"]
     config = (conf.FlagCreatePairsOff, conf.DisallowNone)
-    options = tyro.cli(kind, prog=prog, args=_gathered(arguments, _lists(kind)), config=config)
+    options = tyro.cli(_for_help(kind), prog=prog, args=_gathered(arguments, _lists(kind)), config=config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         return run(options) or 0
@@ -58,6 +59,7 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
         return INTERRUPTED
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        return error.status
     except OSError as error:
         if error.filename is None and error.errno not in DISK_FULL:
             raise
@@ -70,11 +72,32 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     return 1
 
 
+def _for_help(kind: type) -> type:
+    """Return a subclass of the dataclass whose `--help` shows no default of None or (): the help of the field says it."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    replaced: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+        if field.default is None or field.default == ():
+            hint = Annotated[hint, conf.arg(help_behavior_hint="")]
+            replaced.append((field.name, hint, dataclasses.field(default=field.default)))
+        elif dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            quiet = _for_help(plain)
+            hint = quiet if plain is hint else Annotated.__class_getitem__((quiet, *hint.__metadata__))
+            replaced.append((field.name, hint, dataclasses.field(kw_only=field.kw_only)))
+    namespace = {"__doc__": kind.__doc__}
+    return dataclasses.make_dataclass(kind.__name__, replaced, bases=(kind,), frozen=True, namespace=namespace)
+
+
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """How to install what an import lacks; None if no extra of this package brings it."""
+    """Return how to install what an import lacks; None for a module of this package."""
     package = (error.name or "").partition(".")[0]
+    if package in ("", "splitformer"):
+        return None
     extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
-    return None if extra is None else f"this command needs {package}: pip install 'splitformer[{extra}]'"
+    what = package if extra is None else f"'splitformer[{extra}]'"
+    return f"this command needs {package}: pip install {what}"
 
 
 def _program() -> str:

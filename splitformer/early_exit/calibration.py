@@ -31,6 +31,7 @@ from splitformer.early_exit.exit_table import ExitTable, Outcome, fixed, outcome
 from splitformer.early_exit.names import POLICIES
 from splitformer.early_exit.policies import (
     FLOOR,
+    CannotFit,
     Deadline,
     Fixed,
     Learned,
@@ -362,13 +363,13 @@ def calibrate(table: ExitTable, family: Family, targets: Sequence[Target]) -> li
     For a cost it is the deepest setting that costs no more than the target.
 
     Raises:
-      UserError: fewer than two utterances, no reference words, or a cost below that of the cheapest setting.
+      CannotFit: fewer than two utterances, no reference words, or a cost below that of the cheapest setting.
     """
     if len(table) < 2:
-        raise UserError(f"the calibration set has {len(table)} utterance(s); give at least two, better hundreds")
+        raise CannotFit(f"the calibration set has {len(table)} utterance(s); give at least two, better hundreds")
     words, audio = float(table.ref_words.sum()), float(table.audio_seconds.sum())
     if words == 0:
-        raise UserError("the calibration set has no reference words; check the text of its supervisions")
+        raise CannotFit("the calibration set has no reference words; check the text of its supervisions")
     settings = family.settings(table)
     unseen, last_unseen = _cross_validated(table, family, settings)
     last, policies = fixed(table, table.layers[-1]), family.fit(table)
@@ -387,7 +388,7 @@ def calibrate(table: ExitTable, family: Family, targets: Sequence[Target]) -> li
             return max(0, (over[0] if over else len(settings)) - 1)
         within = (costs[target.kind] <= target.value + 1e-9).nonzero().flatten().tolist()
         if not within:
-            raise UserError(
+            raise CannotFit(
                 f"no setting of {family.name} costs at most {target}; the cheapest costs "
                 f"{float(costs[target.kind].min()):.3g}: raise the target, or choose another policy"
             )

@@ -20,7 +20,7 @@ from splitformer.early_exit.calibration import Target, calibrate, make_family, s
 from splitformer.early_exit.collect import collect
 from splitformer.early_exit.exit_table import ExitTable
 from splitformer.early_exit.names import POLICIES, WITHOUT_CTC
-from splitformer.early_exit.policies import FittedPolicy, check_disjoint
+from splitformer.early_exit.policies import CannotFit, FittedPolicy, check_disjoint
 from splitformer.errors import UserError
 from splitformer.provenance import command_line, git_commit
 
@@ -112,9 +112,9 @@ def load_calibration(options: CalibrationOptions, policies: Sequence[str] = ()) 
 
 
 def check_calibration_set(name: str, cuts: Path, tests: Mapping[str, Path]) -> dict[str, str]:
-    """Return {test set: warning or ""}; raise UserError where a test set is, or shares too much with, the set."""
+    """Return {test set: warning or ""}; raise CannotFit where a test set is, or shares too much with, the set."""
     if name in tests or re.search("(?<![a-z])test(?![a-z])", name.lower()):
-        raise UserError(
+        raise CannotFit(
             f"{name} is a test set: a policy cannot be evaluated on what it was fitted to. Calibrate on a dev set "
             "(--cuts dev=PATH)"
         )

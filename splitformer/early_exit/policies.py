@@ -183,6 +183,12 @@ class PolicyError(UserError):
     """A policy that cannot be read, or that was fitted for something else."""
 
 
+class CannotFit(UserError):
+    """No policy can be fitted to these sets, or shown on them. The recipe then continues without one."""
+
+    status = 3
+
+
 @dataclass(frozen=True)
 class FittedPolicy:
     """The contents of policy.json: a policy, and what it was fitted for and on.
@@ -224,7 +230,9 @@ class FittedPolicy:
 
     @classmethod
     def load(cls, path: str | Path) -> FittedPolicy:
-        """Read policy.json. Raise PolicyError, naming the file, if it holds no policy."""
+        """Read policy.json. Raise PolicyError, naming the file, if it is missing or holds no policy."""
+        if not Path(path).is_file():
+            raise PolicyError(f"there is no exit policy {path}: bin/calibrate fits one")
         try:
             values = read_json(path)
             described = dict(values.pop("policy"))
@@ -260,7 +268,7 @@ def check_disjoint(
     Returns:
       the warning, or "".
     Raises:
-      UserError: the sets share an utterance, or some of the known speakers but not all.
+      CannotFit: the sets share an utterance, or some of the known speakers but not all.
     """
     known = set(speakers) - {""}
     shared = known & set(test_speakers.values())
@@ -272,7 +280,7 @@ def check_disjoint(
         )
     for what, names in (("utterances", same), ("speakers", shared)):
         if names:
-            raise UserError(
+            raise CannotFit(
                 f"{fitted_on} and {test} share {len(names)} {what} ({', '.join(sorted(names)[:5])}): a policy cannot "
                 "be evaluated on what it was fitted to; calibrate on a set of other speakers"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitformer.early_exit.calibration import Family, Target, calibrate
 from splitformer.early_exit.exit_table import ExitTable, Outcome, fixed, oracle, outcome
-from splitformer.early_exit.policies import check_disjoint
+from splitformer.early_exit.policies import CannotFit, check_disjoint
 from splitformer.errors import UserError
 from splitformer.report.records import BudgetPoint, Saving, TradeoffPoint
 
@@ -60,15 +60,15 @@ def tradeoff(
       draws: number of bootstrap samples.
       progress: wraps the families, to show a progress bar.
     Raises:
-      UserError: the tables share utterances or speakers (`check_disjoint`) or have different exits, or the test set has
-        no reference words.
+      CannotFit: the tables share utterances or speakers (`check_disjoint`), or the test set has no reference words.
+      UserError: the tables have different exits.
     """
     speakers = dict(zip(test.utterances, test.speakers))
     check_disjoint("the calibration set", calibration.utterances, calibration.speakers, "the test set", speakers)
     if calibration.layers != test.layers:
         raise UserError(f"tables of different exits: {calibration.layers} and {test.layers}")
     if float(test.ref_words.sum()) == 0:
-        raise UserError("the test set has no reference words; check the text of its supervisions")
+        raise CannotFit("the test set has no reference words; check the text of its supervisions")
     sample = Sample.draw(test, draws, seed)
     exits = Curve("fixed", [f"layer {layer}" for layer in test.layers], [fixed(test, layer) for layer in test.layers])
     points, savings, budgets = sample.points(exits) + sample.points(_oracle_curve(test)), [], []

@@ -124,15 +124,16 @@ def test_command_line_overrides_corpus(bash) -> None:
     assert result.stdout == "mine false\n"
 
 
-@pytest.mark.parametrize(("signal_name", "status"), [("TERM", 143), ("INT", 130)])
+@pytest.mark.parametrize(("signal_name", "status"), [("TERM", 143), ("INT", 130), ("HUP", 143)])
 def test_a_signal_to_the_driver_reaches_what_it_runs_and_waits_for_it(
     repo_root: Path, tmp_path: Path, signal_name: str, status: int
 ) -> None:
     """The command saves its state when it is asked to stop; a child of its own ends with it."""
     script = f"""
-    save() {{ sleep 0.5; touch "{tmp_path}/saved"; exit {status}; }}
-    work() {{ trap save TERM INT; sleep 60 & touch "{tmp_path}/started"; wait; }}
-    supervise work
+    save() {{ sleep 0.5; touch "{tmp_path}/saved"; exit 143; }}
+    work() {{ trap save TERM; sleep 60 & touch "{tmp_path}/started"; wait; }}
+    export -f save work
+    supervise bash -c work
     echo after
     """
     driver = subprocess.Popen(
@@ -150,5 +151,5 @@ def test_a_signal_to_the_driver_reaches_what_it_runs_and_waits_for_it(
 
 def test_a_command_of_a_stage_fails_as_it_would_alone(bash) -> None:
     assert bash("supervise true; echo after").stdout == "after\n"
-    failed = bash("fail() { return 7; }; supervise fail; echo after")
+    failed = bash("supervise bash -c 'exit 7'; echo after")
     assert failed.returncode == 7 and not failed.stdout
