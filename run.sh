@@ -279,12 +279,21 @@ check_noise() {
     fi
 }
 
+# check_checkpoint NAME: the file that the option names is a checkpoint, which torch writes as a zip archive
+check_checkpoint() {
+    [[ -f ${!1} ]] || option_error "--${1//_/-}: there is no ${!1}"
+    [[ $(head -c 2 "${!1}" | tr -d '\0') == PK ]] ||
+        option_error "--${1//_/-}: ${!1} is no checkpoint; give one such as EXP/averaged.pt"
+}
+
 # Reads the options that concern checkpoints of other runs.
 choose_checkpoints() {
     local beside
+    [[ -z $checkpoint || -z $init_from ]] ||
+        option_error "--checkpoint decodes without training, --init-from trains; give one of them"
     if [[ -n $checkpoint ]]; then
         checkpoint=$(absolute_path "$checkpoint")
-        [[ -f $checkpoint ]] || option_error "--checkpoint: there is no $checkpoint"
+        check_checkpoint checkpoint
         decode_only=true
         beside=$(dirname "$checkpoint")/bpe.model
         if [[ -z $bpe_model && -f $beside ]]; then bpe_model=$beside; fi
@@ -295,8 +304,7 @@ choose_checkpoints() {
     check_number freeze_encoder_layers empty
     if [[ -n $init_from ]]; then
         init_from=$(absolute_path "$init_from")
-        [[ -f $init_from ]] || option_error "--init-from: there is no $init_from"
-        [[ -z $checkpoint ]] || option_error "--checkpoint decodes without training, --init-from trains; give one of them"
+        check_checkpoint init_from
         initial=init-$(checksum "$init_from" | cut -c 1-8)
         initial_flags=(--init-from "$init_from")
     elif [[ -n $freeze_encoder_layers ]]; then
@@ -314,6 +322,7 @@ choose_run() {
     config=${config:-$default_config}
     if [[ $config == *.toml ]]; then
         config_path=$(absolute_path "$config")
+        [[ -f $config_path ]] || option_error "--config: there is no $config_path"
         config=$(basename "$config" .toml)
     else
         config_path=egs/$corpus/conf/$config.toml
@@ -377,8 +386,8 @@ main() {
     check_number seed zero
     for name in num_processes num_workers accum_grad; do check_number "$name" empty; done
     [[ -z $precision ]] || check_choice precision auto bf16 fp16 fp32
-    [[ $max_relative_wer =~ ^[0-9]*\.?[0-9]+$ ]] ||
-        option_error "--max-relative-wer is '$max_relative_wer'; it takes a number such as 0.05"
+    ((${#seed} <= 18)) || option_error "--seed $seed: at most 18 digits"
+    for name in max_relative_wer hlg_scales ngram_lm_scales blank_penalties; do check_decimals "$name"; done
     choose_run
 
     # Skip set-up if SPLITFORMER_PYTHON is given.

@@ -92,6 +92,15 @@ check_choice() {
     contains "${!name}" "$@" || option_error "--${name//_/-} is '${!name}'; choose one of: $*"
 }
 
+# check_decimals NAME: every value is a decimal number, 0 or more
+check_decimals() {
+    local -n _values=$1
+    local _each
+    for _each in "${_values[@]}"; do
+        [[ $_each =~ ^[0-9]*\.?[0-9]+$ ]] || option_error "--${1//_/-} is '$_each'; it takes numbers such as 0.5"
+    done
+}
+
 # check_number NAME [empty] [zero]: the value is a positive integer; `empty` allows no value, `zero` allows 0
 check_number() {
     local name=$1 pattern='^[1-9][0-9]*$' range="an integer from 1 up"

@@ -265,8 +265,11 @@ def test_bad_configurations_are_reported_before_any_work(driver, tmp_path: Path)
     assert result.returncode == 2 and "--methods nonesuch: the model has ctc heads; choose among" in result.stderr
     for option, value, message in (
         ("--policy", "nonesuch", f"--policy nonesuch: choose one of {', '.join(POLICIES)}"),
-        ("--max-relative-wer", "x", "--max-relative-wer is 'x'; it takes a number such as 0.05"),
-        ("--max-relative-wer", "-0.1", "--max-relative-wer is '-0.1'; it takes a number such as 0.05"),
+        ("--max-relative-wer", "x", "--max-relative-wer is 'x'; it takes numbers such as 0.5"),
+        ("--max-relative-wer", "-0.1", "--max-relative-wer is '-0.1'; it takes numbers such as 0.5"),
+        ("--hlg-scales", "a", "--hlg-scales is 'a'; it takes numbers such as 0.5"),
+        ("--checkpoint", "README.md", "README.md is no checkpoint; give one such as EXP/averaged.pt"),
+        ("--config", "absent.toml", "absent.toml"),
         ("--seed", "-1", "--seed is '-1'; it takes an integer from 0 up"),
         ("--graphs", "HLG", "--graphs is an option of prepare.sh"),
         ("--freeze-encoder-layers", "2", "freezes layers with random weights unless --init-from is given"),
