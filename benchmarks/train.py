@@ -419,7 +419,8 @@ def report(
         f"Ratios are to '{variants[first]}', medians of paired times; in brackets the smallest and the largest.",
         "CPU time of forward and backward is less sensitive to load.",
         "",
-        "| variant | forward + backward (ratio) | ms | CPU time (ratio) | whole step (ratio) | ms | frames/s | peak MB |",
+        "| variant | forward + backward (ratio) | ms | CPU time (ratio) | whole step (ratio) | ms | frames/s "
+        "| peak MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for i, variant in enumerate(variants):
@@ -442,8 +443,8 @@ def report(
     share = alone.waited / (alone.waited + alone.step)
     lines += [
         "",
-        f"'{variants[0]}', run alone for {options.steps} steps with {options.num_workers} data worker(s), spends "
-        f"{100 * share:.1f} % of its time waiting for data{'' if options.train_cuts else ' (random features)'}.",
+        f"'{variants[0]}', run alone for {options.steps} steps with {options.num_workers} data worker(s), "
+        f"spends {100 * share:.1f} % of its time waiting for data{'' if options.train_cuts else ' (random features)'}.",
     ]
     return lines
 

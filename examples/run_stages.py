@@ -1,4 +1,4 @@
-"""Recognise speech stage by stage and stop when an exit policy says so, with numpy and onnxruntime alone.
+"""Recognise speech stage by stage and stop where an exit policy decides, with numpy and onnxruntime alone.
 
     python examples/run_stages.py --stages DIR [--policy policy.json] [--int8] speech.wav [more.wav ...]
 

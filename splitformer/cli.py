@@ -47,7 +47,7 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
     prog = prog or _program()
     kind = typing.get_type_hints(run, include_extras=True)["options"]
     config = (conf.FlagCreatePairsOff, conf.DisallowNone)
-    options = tyro.cli(_for_help(kind), prog=prog, args=_gathered(arguments, _lists(kind)), config=config)
+    options: Any = tyro.cli(_for_help(kind), prog=prog, args=_gathered(arguments, _lists(kind)), config=config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         return run(options) or 0
@@ -73,18 +73,22 @@ def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = 
 
 
 def _for_help(kind: type) -> type:
-    """Return a subclass of the dataclass whose `--help` shows no default of None or (): the help of the field says it."""
+    """Return a subclass of the dataclass whose `--help` omits defaults of None and (); the fields' help names them."""
     hints = typing.get_type_hints(kind, include_extras=True)
     replaced: list[tuple[str, Any, Any]] = []
+    annotated: Any = Annotated  # mypy takes Annotated[...] with computed markers for an error
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
         if field.default is None or field.default == ():
             hint = Annotated[hint, conf.arg(help_behavior_hint="")]
             replaced.append((field.name, hint, dataclasses.field(default=field.default)))
+        elif typing.get_origin(plain) is tuple and plain is not hint:  # positional
+            hint = Annotated[hint, conf.arg(help_behavior_hint="")]
+            replaced.append((field.name, hint, dataclasses.field(kw_only=field.kw_only)))
         elif dataclasses.is_dataclass(plain) and isinstance(plain, type):
             quiet = _for_help(plain)
-            hint = quiet if plain is hint else Annotated.__class_getitem__((quiet, *hint.__metadata__))
+            hint = quiet if plain is hint else annotated.__getitem__((quiet, *hint.__metadata__))
             replaced.append((field.name, hint, dataclasses.field(kw_only=field.kw_only)))
     namespace = {"__doc__": kind.__doc__}
     return dataclasses.make_dataclass(kind.__name__, replaced, bases=(kind,), frozen=True, namespace=namespace)

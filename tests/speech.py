@@ -1,4 +1,4 @@
-"""What the tests of transcription share: tones with pauses, and small models with random weights that output letters."""
+"""Helpers of the transcription tests: tones with pauses, and small models with random weights that output letters."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Options:
     epoch: int | None = None
     """last epoch of the average (default: the newest)"""
     avg: int | None = None
-    """number of epochs (default: training.average_epochs of the configuration)"""
+    """number of epochs (default: training.average_epochs; training keeps that many and one more)"""
     output: Path | None = None
     """checkpoint to write (default: EXP_DIR/averaged.pt)"""
 

@@ -38,7 +38,7 @@ class Options:
     epoch: int | None = None
     """of --exp-dir: last epoch of the average (default: the newest)"""
     avg: int | None = None
-    """of --exp-dir: number of epochs to average (default: the configuration's training.average_epochs)"""
+    """of --exp-dir: epochs to average (default: training.average_epochs; training keeps that many and one more)"""
     cuts: tuple[str, ...]
     """sets to decode, as NAME=PATH"""
     lang_dir: Path

@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     for problem in problems:
         print(f"\n{'PROBLEM' if problem.fatal else 'note'}: {problem.what}\n  remedy: {problem.remedy}")
     fatal = sum(problem.fatal for problem in problems)
-    verdict = f"cannot run here: {fatal} of the above must be mended" if fatal else "can run here"
+    verdict = f"cannot run here: fix the {fatal} problem{'s' * (fatal > 1)} above" if fatal else "can run here"
     print(f"\nThe recipe {verdict}.")
     return 1 if fatal else 0
 
@@ -121,10 +121,10 @@ def check_versions(versions: dict[str, str]) -> list[Problem]:
             problems.append(Problem(f"{name} was built for torch {built}, this is {torch}", remedy, fatal=name == "k2"))
     lhotse, numpy = versions.get("lhotse", ""), versions.get("numpy", "")
     if release(torch) < (2,) and release(lhotse) > (1, 32, 1):
-        what = f"lhotse {lhotse} does not go with torch {torch}: its samplers do not start"
+        what = f"lhotse {lhotse} is incompatible with torch {torch}: its samplers fail"
         problems.append(Problem(what, f"install lhotse==1.32.1, the last for torch 1.13, or {SETUP}"))
     if release(torch) < (2, 3) and release(numpy) >= (2,):
-        what = f"numpy {numpy} does not go with torch {torch}, which was built against numpy 1"
+        what = f"numpy {numpy} is incompatible with torch {torch}, which was built against numpy 1"
         problems.append(Problem(what, f"install 'numpy<2', or {SETUP}"))
     return problems
 

@@ -27,7 +27,7 @@ class Options:
     """
 
     audio: Positional[tuple[str, ...]]
-    """files; folders; .jsonl lists of recordings; - for standard input. After --, names that begin with a dash"""
+    """files; folders; .jsonl lists of recordings; - for standard input. Put -- before names that begin with a dash"""
     checkpoint: Path
     """EXP/averaged.pt, or the checkpoint of an epoch"""
     exit: int | None = None
@@ -96,16 +96,17 @@ def run(options: Options) -> int:
         for result in recognizer.transcripts(sources, options.channel, options.max_segment, options.overlap, progress):
             if isinstance(result, AudioError):
                 failed += 1
-                progress.write(f"transcribe: {printable(str(result))}", file=sys.stderr)
+                progress.write(f"splitformer transcribe: {printable(str(result))}", file=sys.stderr)
                 continue
             if not result.segments:
-                why = f"{result.seconds:g} s are shorter than one output frame, so that there are no words"
-                progress.write(f"transcribe: {printable(result.name)}: {why}", file=sys.stderr)
+                why = f"no words: {result.seconds:g} s are shorter than one output frame"
+                progress.write(f"splitformer transcribe: {printable(result.name)}: {why}", file=sys.stderr)
             file.write(written(result, options.format, with_name=not one_file))
             file.flush()
     if failed:
         done = len(sources) - failed
-        print(f"transcribe: {failed} of {len(sources)} could not be transcribed, {done} are done", file=sys.stderr)
+        message = f"{failed} of {len(sources)} could not be transcribed, {done} are done"
+        print(f"splitformer transcribe: {message}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -108,7 +108,7 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
                 raise ArchiveError(f"{archive} has no files in {member}/")
             _make_links(links, temporary, archive)
     except DAMAGED as error:
-        raise ArchiveError(f"{archive} is truncated or no archive ({error}); remove it and fetch it again") from error
+        raise ArchiveError(f"{archive} is not a complete archive ({error}); remove it and fetch it again") from error
     return count
 
 
@@ -116,11 +116,11 @@ def _path_inside(entry: tarfile.TarInfo, member: str, archive: Path) -> PurePosi
     """Return the entry's path below `member`, None if it is elsewhere. Raises ArchiveError for an unsafe entry."""
     path = PurePosixPath(entry.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ArchiveError(f"{archive}: the entry {entry.name!r} would be outside; this is no archive to trust")
+        raise ArchiveError(f"{archive}: the entry {entry.name!r} would be outside the target; unsafe archive")
     if not path.is_relative_to(member):
         return None
     if not (entry.isfile() or entry.isdir() or entry.issym()):
-        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device; no archive to trust")
+        raise ArchiveError(f"{archive}: the entry {entry.name!r} is a hard link or a device; unsafe archive")
     return path.relative_to(member)
 
 
@@ -132,7 +132,7 @@ def _make_links(links: dict[Path, str], root: Path, archive: Path) -> None:
             path.symlink_to(leads_to)
     for path, leads_to in links.items():  # after all are made: one may lead through another
         if Path(leads_to).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
-            raise ArchiveError(f"{archive}: the link {path.name!r} leads outside; this is no archive to trust")
+            raise ArchiveError(f"{archive}: the link {path.name!r} leads outside the target; unsafe archive")
 
 
 def unpack_gzip(archive: str | Path, target: str | Path) -> None:

@@ -127,7 +127,7 @@ def estimate_ngrams(sentences: Iterable[Sequence[str]], order: int, extra_words:
             probs[ngram] = seen + backoffs[history] * probs[ngram[1:]]
 
     log10_probs = {ngram: math.log10(prob) for ngram, prob in probs.items()}
-    log10_probs[(BOS,)] = NO_PROBABILITY  # readers want it among the unigrams
+    log10_probs[(BOS,)] = NO_PROBABILITY  # readers expect it among the unigrams
     return NgramModel(order, log10_probs, {ngram: math.log10(weight) for ngram, weight in backoffs.items()})
 
 
@@ -137,7 +137,7 @@ def _counts(sentences: Iterable[Sequence[str]], order: int) -> dict[int, Counter
     for sentence in sentences:
         for reserved in (BOS, EOS):
             if reserved in sentence:
-                raise UserError(f"{reserved} is a sentence's edge and cannot be a word of: {' '.join(sentence)}")
+                raise UserError(f"{reserved} is reserved and cannot be a word of: {' '.join(sentence)}")
         words = (BOS, *sentence, EOS)
         for end in range(2, len(words) + 1):
             # the longest n-gram that ends here is counted; the shorter ones follow from the longer ones below
@@ -236,5 +236,5 @@ def read_arpa(path: str | Path) -> NgramModel:
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {line!r} is out of place: {error}") from None
     if section != "\\end\\" or dict(found) != {n: count for n, count in announced.items() if count}:
-        raise UserError(f"{path} is no complete ARPA file: it announces {announced} n-grams and has {dict(found)}")
+        raise UserError(f"{path} is not a complete ARPA file: it announces {announced} n-grams and has {dict(found)}")
     return NgramModel(max(announced), log10_probs, log10_backoffs)

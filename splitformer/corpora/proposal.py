@@ -36,9 +36,9 @@ class Choices:
     digits: Literal["keep", "reject"] | None = None
     """reject: leave out utterances with digits"""
     split_by: Literal["speaker", "recording", "utterance"] | None = None
-    """what must not be divided between splits"""
+    """unit kept within one split"""
     split_seed: int | None = None
-    """another seed gives another division"""
+    """another seed draws other splits"""
     dev_share: float | None = None
     """share of the hours, 0 to 0.5"""
     test_share: float | None = None
@@ -161,7 +161,7 @@ def _split_rule(usable: list[SurveyedUtterance], choices: Choices, reasons: dict
     elif needed <= len(recordings) < len(divided):
         key, reasons["split"] = "recording", f"{reasons['split']}, and recordings have several utterances"
     if not dev and not test:
-        reasons["split"] = "the source says so"
+        reasons["split"] = "given by the source"
         return SplitRule(key, choices.split_seed or 0, 0.0, 0.0)
     rule = SplitRule(key, choices.split_seed or 0, dev, test)
     if choices.split_seed is not None:
@@ -219,10 +219,10 @@ def _warnings(found: Survey, kept: list[SurveyedUtterance], hours: float, alphab
         if again := sum(text in trained for text in texts[name]):
             warnings.append(f"{again} transcripts of {name} are also in train, which lowers its WER")
     if len(found.speakers) == 1:
-        warnings.append("there is one speaker: a system trained on one voice does not know others")
+        warnings.append("there is one speaker: the system will not generalize to other speakers")
     if hours < 1:
         time = _time(3600 * hours)
-        warnings.append(f"{time} to train on are little: ./run.sh --init-from CHECKPOINT starts from a trained model")
+        warnings.append(f"only {time} of training data: ./run.sh --init-from CHECKPOINT starts from a trained model")
     if unseen := alphabet - {char for text in trained for char in text}:
         warnings.append(f"characters of dev or test that train does not have: {' '.join(sorted(unseen)[:40])}")
     words = [word for each in kept for word in each.text.split()]
@@ -282,7 +282,7 @@ def _render_proposal(proposal: Proposal) -> list[str]:
         f"  --case {rules.case} ({reasons['case']})",
         f"  --punctuation {rules.punctuation} ({reasons['punctuation']})",
         f"  --digits {rules.digits} ({reasons['digits']})",
-        f"  alphabet then: {_alphabet(each.text for each in proposal.utterances)}",
+        f"  alphabet after normalization: {_alphabet(each.text for each in proposal.utterances)}",
         f"  --token-type {proposal.token_type}{size} ({reasons['tokens']})",
         f"  --split-by {proposal.split_rule.split_by} ({reasons['split']})",
     ]

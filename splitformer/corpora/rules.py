@@ -30,19 +30,19 @@ JOINERS = "\u200c\u200d"
 APOSTROPHES = "'’ʼ"
 TAG = re.compile(r"^(<.*>|\[.*\]|\{.*\})$")
 MISREAD = re.compile("[\x80-\x9f\ufffd]")
-"""Characters that text has only after it was read in a wrong encoding."""
+"""Characters that indicate a wrong encoding."""
 
 
 @dataclass(frozen=True)
 class TextRules:
-    """What is done to transcripts. All are normalized (NFC), and lose invisible characters and repeated spaces."""
+    """Rules for transcripts. All are normalized (NFC), and lose invisible characters and repeated spaces."""
 
     case: Literal["keep", "lower", "upper"] = "keep"
     """convert letters to this case"""
     punctuation: Literal["keep", "drop"] = "keep"
     """drop: remove punctuation, symbols and tags such as [noise]; dashes separate words, apostrophes in words stay"""
     digits: Literal["keep", "reject"] = "keep"
-    """reject: leave out utterances with digits, which do not tell how numbers are spoken"""
+    """reject: leave out utterances with digits, whose pronunciation is ambiguous"""
 
     def apply(self, text: str) -> str:
         """Return the normalized text."""
@@ -89,9 +89,9 @@ def has_digits(text: str) -> bool:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Who is in which split. The source's dev and test sets are kept; the rest is divided by a hash.
+    """Train, dev and test splits. The source's dev and test sets are kept; the rest is divided by a hash.
 
-    The hash depends on the seed and on one name alone: utterances that are added later move none.
+    The hash depends on the seed and on one name alone: adding utterances does not move others.
     """
 
     split_by: Literal["speaker", "recording", "utterance"] = "utterance"

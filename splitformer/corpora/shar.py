@@ -30,7 +30,7 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: Packing, shard_cu
         values, and the neighbours differ when whole features are packed instead of chunks.
     Raises:
       ManifestError: there is no cut, or one has no features.
-      UserError: lilcom is not installed, or would round most energies without a logarithm to nothing.
+      UserError: lilcom is not installed, or too coarse for energies without a logarithm.
     """
     if packing == "lilcom" and not is_module_available("lilcom"):
         raise UserError("lilcom is not installed: use the environment that ./setup.sh makes, or packing numpy")
@@ -39,7 +39,7 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: Packing, shard_cu
     if first is None or not first.has_features:
         raise ManifestError(f"{cuts}: no cuts with features to export; the fbank stage of prepare.sh makes them")
     if packing == "lilcom" and features_of(first) == "linear-mel":
-        raise UserError(f"{cuts} has energies without a logarithm, which lilcom spoils: choose packing numpy")
+        raise UserError(f"{cuts} has energies without a logarithm, lilcom is too coarse for: choose packing numpy")
     count = 0
     with (
         atomic_folder(folder, exclusive=True) as temporary,

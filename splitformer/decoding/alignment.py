@@ -27,7 +27,7 @@ def ctc_alignment(log_probs: Tensor, lengths: Tensor, tokens: Sequence[Sequence[
         raise ValueError(f"tokens of {len(tokens)} utterances for log_probs of {batch}: give one sequence for each")
     for utterance, sequence in enumerate(tokens):
         if not all(0 < token < vocab_size for token in sequence):
-            raise ValueError(f"tokens {list(sequence)} of utterance {utterance} leave 1..{vocab_size - 1}")
+            raise ValueError(f"tokens {list(sequence)} of utterance {utterance} are outside 1..{vocab_size - 1}")
     if batch == 0:
         return []
 

@@ -32,13 +32,12 @@ class Beam:
     max_active_states: int
 
 
-# Each state of the standard topology leads to all others. Few of them are kept, so that an untrained model, for which
-# all tokens are alike, costs seconds and not gigabytes (256 tokens, 800 frames, one core: 1 s; with search_beam 8 and
-# 1000 states 2.3 s, and 13 s and 4.6 GB where all log-probabilities are equal).
+# Each state of the standard topology leads to all others. Few are kept, to bound time and memory with an untrained
+# model. Measured once, at commit 6143de2 (256 tokens, 800 frames, one core): 1 s; with search_beam 8 and 1000 states,
+# 13 s and 4.6 GB where all log-probabilities are equal.
 CTC_BEAM = Beam(search_beam=4.0, output_beam=0.5, min_active_states=1, max_active_states=50)
-# The words of search_beam 30 and 20000 states in a sixth to a third of the time, at hlg_scale 0.2 to 1: 100 words,
-# 3-gram, half-trained exits (WER 33 to 48 %), 98 utterances, 6000 frames in 0.4 to 2.5 s on one core. Words begin to
-# change at search_beam 8.
+# Measured once, at commit 3b2c95d (100 words, 3-gram, half-trained exits): the words of search_beam 30 and 20000 states
+# in a sixth to a third of the time, at hlg_scale 0.2 to 1. Words begin to change at search_beam 8.
 HLG_BEAM = Beam(search_beam=15.0, output_beam=1.0, min_active_states=30, max_active_states=3000)
 # For n-best lists and rescoring: competitors of the best path remain in the lattice.
 NBEST_BEAM = replace(HLG_BEAM, output_beam=8.0)

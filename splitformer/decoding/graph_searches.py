@@ -64,7 +64,7 @@ class GraphSearches:
                 return nbest(lattice)
             if name == "nbest-oracle":
                 return nbest(lattice, references=view.references)
-            # G gets the weight that HLG has in the lattice, whose candidates are then those that matter
+            # G is weighted as HLG was in this lattice, which was pruned with that weight
             if name == "nbest-rescoring":
                 return nbest_rescoring(lattice, g, lattice.scale)
             if name == "whole-lattice-rescoring":
@@ -83,7 +83,7 @@ class GraphSearches:
         weights = self._resources.weights
         default: Options = (("hlg_scale", 1.0), ("blank_penalty", 0.0))
         variants = grid(hlg_scale=weights.hlg_scales, blank_penalty=weights.blank_penalties)
-        if name == "nbest-oracle":  # it would choose by the references
+        if name == "nbest-oracle":  # tuning it would use the references
             variants = (default,)
         return Method(name, run, variants, default, lattice_uncertainty=run_with_uncertainty)
 
@@ -95,7 +95,7 @@ class GraphSearches:
         if name == "fast_beam_search_nbest_LG":
             graph = self._graph("LG.pt")
             make_lattice = functools.partial(transducer_lattice, words=self._words, beam=LG_BEAM)
-            variants = grid(ngram_lm_scale=resources.weights.ngram_lm_scales)  # costly: no choice of a penalty
+            variants = grid(ngram_lm_scale=resources.weights.ngram_lm_scales)  # no penalties: too slow
         elif name == "fast_beam_search" and resources.context is not None:
             graph, recorded = context_graph_fsa(resources.context), resources.context_record
         else:

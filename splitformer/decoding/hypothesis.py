@@ -90,7 +90,7 @@ def _check_lengths(lengths: Tensor, frames_of: Tensor, name: str) -> None:
     if lengths.is_floating_point():
         raise ValueError(f"lengths is {lengths.dtype}; expected whole output frames (an integer type)")
     if batch and (int(lengths.min()) < 0 or int(lengths.max()) > frames):
-        raise ValueError(f"lengths {lengths.tolist()} leave 0..{frames}, the output frames of {name}")
+        raise ValueError(f"lengths {lengths.tolist()} are outside 0..{frames}, the output frames of {name}")
 
 
 def check_no_nan(values: Tensor, inside: Tensor, name: str) -> None:

@@ -33,8 +33,8 @@ class NearestWords:
     def __init__(self, words: Iterable[str]) -> None:
         self._words = list(dict.fromkeys(words))
         if not self._words:
-            raise ValueError("an empty list has no nearest word")
-        self._nearest = {word: word for word in self._words}  # grows: what a model misspells, it misspells often
+            raise ValueError("the word list is empty")
+        self._nearest = {word: word for word in self._words}  # a cache
 
     def __call__(self, words: Sequence[str]) -> list[str]:
         """Return the words, each that the list lacks replaced by its nearest one."""

@@ -118,7 +118,7 @@ class Recognizer:
                     raise source
                 job.name = source.name
                 with open_recording(source, channel) as recording:
-                    levels = recording.levels()  # reads all of it: of a damaged recording nothing is searched
+                    levels = recording.levels()  # reads all samples, which detects damage before decoding
                     job.seconds = levels.seconds
                     if progress is not None:
                         progress.total += levels.seconds

@@ -327,7 +327,7 @@ class Trainer:
         sums, finite = self._accumulate(micro_batches, (self.options.seed, epoch, batch), step, tokens)
         self.precision.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.optim.clip_grad_norm)
-        # all ranks get the same numbers, and so decide alike
+        # all ranks get the same numbers, so they take the same branch
         *per_exit, loss, frames, unreadable, stops, not_finite, norm_value = torch.cat(
             [self.ranks.sum(sums), norm.detach().view(1)]
         ).tolist()

@@ -22,7 +22,7 @@ from splitformer.files import atomic_write
 from splitformer.training.saving import TO_RESUME
 
 ALONE = ("loading", "validating", "saving")
-"""Activities in which a rank waits for nobody, while others may wait for it."""
+"""Non-collective activities: others may wait for a rank in one of them, but it waits for none."""
 HUNG = 70
 """Exit status of a rank that stops waiting."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def test_the_readme_example_runs_as_installed(installed: Path, repo_root: Path, 
     assert ends[0][0] == 0.0 and ends[-1][1] == pytest.approx(30.0, abs=0.01)
     assert {line.split()[-1] for line in lines} == {"4"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["averaged.pt", "meeting.wav"], "no files are written"
+
+
+HELP_OF = sorted(path.stem for path in (Path(__file__).parents[2] / "splitformer/bin").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", HELP_OF)
+def test_help_states_one_default_per_option(name: str, repo_root: Path) -> None:
+    shown = run([sys.executable, "-m", f"splitformer.bin.{name}", "--help"], repo_root).stdout
+    entries = re.split(r" (?=--[a-z])", " ".join(re.sub("[│╭╮╰╯─]", " ", shown).split()))
+    assert len(entries) > 2
+    for entry in entries:
+        assert "(default: None)" not in entry and "(default: )" not in entry and entry.count("(default") <= 1, entry
 
 
 def test_the_command_lists_its_sub_commands_and_runs_them(installed: Path, tmp_path: Path) -> None:

@@ -54,5 +54,5 @@ def test_the_first_field_of_each_line_is_read(tmp_path) -> None:
         read_words(tmp_path / "latin.txt")
     with pytest.raises(UserError, match=r"words\.txt holds no words"):
         read_words(path)
-    with pytest.raises(ValueError, match="empty list"):
+    with pytest.raises(ValueError, match="word list is empty"):
         NearestWords([])
