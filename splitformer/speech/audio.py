@@ -216,7 +216,8 @@ class _FileRecording(Recording):
                     position += len(block)
                     yield block
             except soundfile.LibsndfileError as error:
-                raise AudioError(f"it is corrupt after {position / self.rate:g} s ({_reason(error)})") from error
+                start, end = position / self.rate, min(position + size, self._stop) / self.rate
+                raise AudioError(f"it is corrupt between {start:g} and {end:g} s ({_reason(error)})") from error
         if position < self._stop < math.inf:
             stated, read = self._stop / self.rate, position / self.rate
             raise AudioError(f"it is cut off: {stated:g} s are stated, {read:g} s can be read")
