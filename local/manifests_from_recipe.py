@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         limit=options.limit_utterances,
     )
     count = write_split(pairs, options.recordings, options.supervisions)
-    print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
+    print(f"{options.supervisions}: {count} utterances written, {len(skipped)} of the source left out")
 
 
 if __name__ == "__main__":

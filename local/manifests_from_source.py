@@ -52,7 +52,7 @@ def run(options: Options) -> None:
         decode=options.check_audio == "all",
     )
     count = write_split(pairs, options.recordings, options.supervisions)
-    print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
+    print(f"{options.supervisions}: {count} utterances written, {len(skipped)} of the source left out")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Options:
 def run(options: Options) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     count, seconds, skipped = validate_split(options.recordings, options.supervisions, strict=options.strict)
-    print(f"{options.supervisions}: {count} utterances, {seconds / 3600:.2f} hours, {len(skipped)} skipped")
+    hours = seconds / 3600
+    print(f"{options.supervisions}: {count} utterances, {hours:.2f} hours after validation, {len(skipped)} removed")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     skipped = Skipped(options.strict)
     count = write_split(sphinx_pairs(options, skipped), options.recordings, options.supervisions)
-    print(f"{options.supervisions}: {count} utterances, {len(skipped)} skipped")
+    print(f"{options.supervisions}: {count} utterances written, {len(skipped)} of the source left out")
 
 
 def sphinx_pairs(options: Options, skipped: Skipped) -> Iterator[Pair]:
