@@ -9,6 +9,7 @@ from pathlib import Path
 
 from splitformer.corpora.proposal import Proposal
 from splitformer.corpora.sources import ReadOptions, SourceError
+from splitformer.corpora.sources.base import absolute_path
 from splitformer.files import atomic_folder, atomic_write
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -39,23 +40,23 @@ default_config=splitformer
 
 
 def check_name(name: str, folder: Path, force: bool) -> None:
-    """Raise SourceError for an invalid name, or if its folder exists and `force` is not given."""
+    """Raise SourceError for an invalid name, a corpus of another origin, or one that exists, unless `force`."""
     if not NAME.fullmatch(name):
         raise SourceError(f"{name!r} is not a name for a corpus: use at most 64 of a to z, digits, - and _")
     if not folder.exists():
         return
     corpus = folder / "corpus.sh"
+    if corpus.is_file() and MADE_BY not in corpus.read_text(encoding="utf-8"):
+        raise SourceError(f"{corpus} exists and was not made by new_corpus.sh; choose another name")
     if not force:
         raise SourceError(f"{folder} exists; choose another name, or replace its corpus.sh and confs by --force")
-    if corpus.is_file() and MADE_BY not in corpus.read_text(encoding="utf-8"):
-        raise SourceError(f"{corpus} was not made by new_corpus.sh, and is not replaced; choose another name")
 
 
 def description(
     name: str, source: Path, proposal: Proposal, options: ReadOptions | None = None, decode: bool = False
 ) -> dict[str, str]:
     """Return {path in the corpus's folder: contents}. decode: whether preparation checks all samples of the audio."""
-    source = source.absolute()
+    source = absolute_path(source)
     if "\n" in str(source):
         raise SourceError(f"{str(source)!r} has a line break in its name: rename it")
     corpus = CORPUS.format(
@@ -81,7 +82,7 @@ def _source_options(proposal: Proposal, options: ReadOptions, decode: bool) -> l
     for name in ("audio_dir", "speakers", "encoding", "audio_column", "text_column", "speaker_column"):
         value = getattr(options, name)
         if value is not None:
-            value = value.absolute() if isinstance(value, Path) else value
+            value = absolute_path(value) if isinstance(value, Path) else value
             lines.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     return lines + ["--skip-missing"] * options.skip_missing
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from splitformer.config import DataConfig
 from splitformer.corpora.rules import TAG, SplitRule, TextRules, choose_seed, has_digits
 from splitformer.corpora.sources import SourceError
 from splitformer.corpora.survey import SHOWN, Places, Survey, SurveyedUtterance, check_enough, show_places
@@ -134,7 +135,7 @@ def _text_rules(found: Survey, choices: Choices, reasons: dict[str, str]) -> Tex
     if numbers:
         remedy = "write them as they are spoken to keep these too" if few else "too many to leave out"
         share = 100 * numbers / len(texts)
-        reasons["digits"] = f"{numbers} utterances ({share:.1f} %) have numbers in digits; {remedy}"
+        reasons["digits"] = f"numbers in digits in {_number(numbers, 'utterance')} ({share:.1f} %); {remedy}"
     return TextRules(
         choices.case or ("lower" if upper and lower else "keep"),
         choices.punctuation or ("drop" if marks else "keep"),
@@ -153,7 +154,10 @@ def _split_rule(usable: list[SurveyedUtterance], choices: Choices, reasons: dict
     recordings = {each.recording for each in divided}
     needed = 1 + (dev > 0) + (test > 0)
     key: Literal["speaker", "recording", "utterance"] = "utterance"
-    reasons["split"] = f"there are {len(speakers)} speakers" if speakers else "the speakers are unknown"
+    reasons["split"] = f"only {_number(len(speakers), 'speaker')}" if speakers else "the speakers are unknown"
+    if choices.split_by == "speaker" and not speakers and needed > 1:
+        remedy = "name their column by --speaker-column, or use --speakers folders if folders of audio are speakers"
+        raise SourceError(f"--split-by speaker: the speakers are unknown; {remedy}")
     if choices.split_by:
         key, reasons["split"] = choices.split_by, "your choice"
     elif len(speakers) >= needed:
@@ -215,9 +219,11 @@ def _warnings(found: Survey, kept: list[SurveyedUtterance], hours: float, alphab
     for name in ("dev", "test"):
         if shared := sorted(map(str, speakers["train"] & speakers[name])):
             some = ", ".join(shared[:SHOWN])
-            warnings.append(f"{len(shared)} speakers of {name} are also in train, which lowers its WER: {some}")
+            count = _number(len(shared), "speaker")
+            warnings.append(f"{name} shares {count} with train, which lowers its WER: {some}")
         if again := sum(text in trained for text in texts[name]):
-            warnings.append(f"{again} transcripts of {name} are also in train, which lowers its WER")
+            count = _number(again, "transcript")
+            warnings.append(f"{name} shares {count} with train, which lowers its WER")
     if len(found.speakers) == 1:
         warnings.append("there is one speaker: the system will not generalize to other speakers")
     if hours < 1:
@@ -231,7 +237,7 @@ def _warnings(found: Survey, kept: list[SurveyedUtterance], hours: float, alphab
         warnings.append(f"words are long, as in a script without spaces: {remedy}")
     tags = Counter(word for each in found.utterances for word in each.utterance.text.split() if TAG.match(word))
     if tags:
-        most = ", ".join(f"{tag} {count} times" for tag, count in tags.most_common(SHOWN))
+        most = ", ".join(f"{tag} {_number(count, 'time')}" for tag, count in tags.most_common(SHOWN))
         warnings.append(f"words that look like tags: {most}; --punctuation drop removes them")
     return warnings
 
@@ -241,8 +247,11 @@ def _warnings(found: Survey, kept: list[SurveyedUtterance], hours: float, alphab
 
 def render(found: Survey, proposal: Proposal) -> str:
     """Return the survey and the proposal as text."""
-    lines = [*_render_survey(found), "Left out:"]
-    lines += _render_places(proposal.left_out) or ["  nothing"]
+    lines = [*_render_survey(found), "Left out (utterances):"]
+    limit = DataConfig.max_utterance_seconds
+    long = sum(each.seconds > limit for each in proposal.utterances if each.split == "train")
+    dropped = [f"  {long} longer than {limit:g} s: training leaves them out (data.max_utterance_seconds)"] * (long > 0)
+    lines += [*_render_places(proposal.left_out), *dropped] or ["  nothing"]
     low, high = proposal.rates
     lines.append(f"Suspicious transcripts (kept; {low:g} to {high:g} characters per second are plausible):")
     lines += _render_places({"slower": proposal.slow, "faster": proposal.fast}) or ["  none"]
@@ -258,10 +267,11 @@ def _render_survey(found: Survey) -> list[str]:
     utterances = found.utterances
     lengths = sorted(each.seconds for each in utterances)
     resampled = set(found.sampling_rates) != {SAMPLING_RATE}
+    recordings = _number(found.recordings, "recording")
     return [
         f"{found.source} ({found.kind})",
-        f"  {len(utterances)} utterances in {found.recordings} recordings, {_time(found.seconds)}",
-        *([f"  ignored: {found.num_missing} recordings whose file does not exist"] if found.num_missing else []),
+        f"  {_number(len(utterances), 'utterance')} in {recordings}, {_time(found.seconds)}",
+        *([f"  ignored for lack of a file: {_number(found.num_missing, 'recording')}"] if found.num_missing else []),
         f"  speakers: {_speakers(found)}",
         f"  sampling rates: {_counts(found.sampling_rates, ' Hz')}"
         + (f"; all are resampled to {SAMPLING_RATE} Hz" if resampled else ""),
@@ -290,7 +300,8 @@ def _render_proposal(proposal: Proposal) -> list[str]:
         members = [each for each in proposal.utterances if each.split == name]
         speakers = {each.utterance.speaker for each in members} - {None}
         time = _time(math.fsum(each.seconds for each in members))
-        lines.append(f"    {name}: {len(members)} utterances, {time}, {len(speakers) or 'unknown'} speakers")
+        voices = _number(len(speakers), "speaker") if speakers else "unknown speakers"
+        lines.append(f"    {name}: {_number(len(members), 'utterance')}, {time}, {voices}")
     conf = {
         "small": f"6 layers, {proposal.epochs} epochs",
         "medium": f"12 layers of 144 dimensions, {proposal.epochs} epochs",
@@ -304,6 +315,10 @@ def _render_places(kinds: dict[str, Places]) -> list[str]:
     return [f"  {kind}: {len(places)}\n{show_places(places, '    ')}" for kind, places in kinds.items() if places]
 
 
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _time(seconds: float) -> str:
     return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
@@ -313,7 +328,7 @@ def _show(each: SurveyedUtterance) -> str:
 
 
 def _counts(counter: Counter[int], unit: str = "") -> str:
-    return ", ".join(f"{value}{unit} in {count} recordings" for value, count in counter.most_common())
+    return ", ".join(f"{value}{unit} in {_number(count, 'recording')}" for value, count in counter.most_common())
 
 
 def _speakers(found: Survey) -> str:
@@ -321,12 +336,13 @@ def _speakers(found: Survey) -> str:
     if not speakers:
         return "unknown"
     unknown = len(found.utterances) - speakers.total()
-    rest = f"; {unknown} utterances have none" if unknown else ""
-    return f"{len(speakers)}, with {min(speakers.values())} to {max(speakers.values())} utterances{rest}"
+    rest = f"; unknown for {_number(unknown, 'utterance')}" if unknown else ""
+    fewest, most = min(speakers.values()), max(speakers.values())
+    return f"{len(speakers)}, with {f'{fewest} to ' if fewest < most else ''}{_number(most, 'utterance')}{rest}"
 
 
 def _alphabet(texts: Iterable[str]) -> str:
     chars = Counter(char for text in texts for char in text if not char.isspace())
     most = [char for char, _ in chars.most_common(80)]
     more = f" and {len(chars) - len(most)} more" if len(chars) > len(most) else ""
-    return f"{len(chars)} characters: {''.join(sorted(most))}{more}"
+    return f"{_number(len(chars), 'character')}: {' '.join(sorted(most))}{more}"

@@ -128,11 +128,15 @@ def _checked_audio(read: Source, check: CheckAudio | None, found: Survey) -> lis
     decoded = check_audio([recordings[number] for number in chosen], decode=True)
     for number, result in tqdm(zip(chosen, decoded), desc="audio", total=len(chosen), unit=" recordings"):
         results[number] = result
-    damaged = sum(isinstance(results[number], LeftOut) for number in chosen)
     found.decoded_all = check != "headers" and len(chosen) == len(seconds)
-    found.audio_check = f"{len(chosen)} of {len(seconds)} files were decoded, and {damaged} of them are damaged"
-    if not found.decoded_all:
-        found.audio_check += "; of the others, headers and ends were read (--check-audio all decodes all)"
+    damaged = sum(isinstance(each, LeftOut) and each.kind == "damaged audio" for each in results)
+    checked = damaged + sum(isinstance(each, Recording) for each in results)
+    found.audio_check = f"{checked} files, {damaged} of them damaged"
+    if found.decoded_all:
+        found.audio_check += "; all were decoded"
+    else:
+        found.audio_check += f"; {len(chosen)} were decoded, of the others headers and ends were read "
+        found.audio_check += "(--check-audio all decodes all)"
     return results
 
 

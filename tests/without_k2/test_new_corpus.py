@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -13,6 +14,7 @@ import soundfile
 
 from local.manifests_from_source import run as manifests_from_source
 from local.new_corpus import run as new_corpus
+from local.validate_cuts import run as validate_cuts
 from splitformer.cli import command
 from splitformer.config import load_config
 from splitformer.corpora.description import description, write_folder
@@ -69,7 +71,7 @@ def test_a_partial_download_is_an_option(tmp_path: Path) -> None:
         survey(table)
     options = ReadOptions(skip_missing=True)
     found = survey(table, options)
-    assert "ignored: 27 recordings" in render(found, propose(found)) and len(found.utterances) == 13
+    assert "ignored for lack of a file: 27 recordings" in render(found, propose(found)) and len(found.utterances) == 13
     assert "--skip-missing" in description("own", table, propose(found), options)["corpus.sh"]
     skipped = Skipped(strict=True)
     assert len(pairs_of(table, skipped=skipped, skip_missing=True)) == 13 and not skipped.reasons
@@ -87,7 +89,7 @@ def test_how_much_audio_is_decoded_is_a_choice(tmp_path: Path, monkeypatch: pyte
         write_audio(tmp_path / f"{number:02d}.flac", 3.0).with_suffix(".txt").write_text(TEXTS[number % 4])
     damage(tmp_path / "07.flac")
     found = survey(tmp_path)
-    assert "20 of 20 files were decoded, and 1 of them are damaged" in found.audio_check and found.decoded_all
+    assert found.audio_check == "20 files, 1 of them damaged; all were decoded" and found.decoded_all
     assert Path(found.left_out["damaged audio"][0][0]).name == "07.txt:1"
     assert "--check-audio all" in description("own", tmp_path, propose(found), decode=True)["corpus.sh"]
     skipped = Skipped()
@@ -98,8 +100,12 @@ def test_how_much_audio_is_decoded_is_a_choice(tmp_path: Path, monkeypatch: pyte
     assert len(headers.utterances) == 20 and "--check-audio all" in headers.audio_check and not headers.decoded_all
     monkeypatch.setattr("splitformer.corpora.survey.DECODED_HOURS", 30 / 3600)
     sample = survey(tmp_path)
-    assert sample.audio_check.startswith("10 of 20 files were decoded") and not sample.decoded_all
-    assert survey(tmp_path, check="all").decoded_all
+    assert sample.audio_check.startswith("20 files, ") and "; 10 were decoded, of the" in sample.audio_check
+    assert not sample.decoded_all and survey(tmp_path, check="all").decoded_all
+    (tmp_path / "11.flac").write_bytes(b"fLaC, or so it says")  # found by its header
+    found = survey(tmp_path, check="all")
+    assert found.audio_check == "20 files, 2 of them damaged; all were decoded"
+    assert "damaged audio: 2" in render(found, propose(found))
 
 
 def test_a_span_beyond_its_recording(tmp_path: Path) -> None:
@@ -175,13 +181,49 @@ def table_of(tmp_path: Path, texts: list[str], speakers: int = 5) -> Path:
     return tmp_path / "t.tsv"
 
 
+def test_the_survey_says_what_training_leaves_out(tmp_path: Path) -> None:
+    table = table_of(tmp_path, TEXTS * 5)
+    found = survey(table)
+    assert "longer than" not in render(found, propose(found))
+    for number in (3, 8, 13):  # one of every split, perhaps
+        write_audio(tmp_path / f"{number}.wav", 26.0)
+    text = "audio\ttext\tsplit\n" + "".join(
+        f"{number}.wav\t{TEXTS[number % 4]}\t{['train', 'dev', 'test'][max(0, number - 17)]}\n" for number in range(20)
+    )
+    table.write_text(text)
+    found = survey(table)
+    text = render(found, propose(found))
+    assert "  3 longer than 25 s: training leaves them out (data.max_utterance_seconds)" in text
+    assert "  nothing" not in text
+
+
+def test_counts_and_alphabets_read_well(tmp_path: Path) -> None:
+    table = table_of(tmp_path, ["it's on", *TEXTS * 3, "open the door"], speakers=1)
+    found = survey(table)
+    text = render(found, propose(found, Choices(split_by="utterance")))
+    assert "speakers: 1, with 14 utterances" in text and "train: " in text
+    assert re.search(r"dev: 1 utterance, .* 1 speaker$", text, re.MULTILINE)
+    assert "dev shares 1 speaker with train" in text
+    assert re.search(r"alphabet after normalization: \d+ characters: ' a c d", text)
+    assert not re.search(r"\b1 (utterances|speakers|recordings|times|transcripts)\b", text)
+    assert propose(found).reasons["split"] == "only 1 speaker"
+
+
+def test_splits_by_unknown_speakers_are_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path, header="audio\ttext\tSprecher")
+    with pytest.raises(SourceError, match=r"--split-by speaker: the speakers are unknown; .*--speaker-column"):
+        propose(survey(table), Choices(split_by="speaker"))
+    found = survey(table, ReadOptions(speaker_column="Sprecher"))
+    assert propose(found, Choices(split_by="speaker")).split_rule.split_by == "speaker"
+
+
 def test_text_rules_are_proposed(tmp_path: Path) -> None:
     table = table_of(tmp_path, ["Yes, please.", "No!", "Open it", "There are 12 of them", *["all right"] * 16])
     found = survey(table)
     proposal = propose(found)
     assert proposal.text_rules == TextRules("lower", "drop", "reject")
     assert [Path(where).name for where, _ in proposal.left_out["digits"]] == ["t.tsv:5"]
-    assert "1 utterances (5.0 %) have numbers in digits" in proposal.reasons["digits"]
+    assert "numbers in digits in 1 utterance (5.0 %)" in proposal.reasons["digits"]
     assert (proposal.token_type, proposal.size) == ("char", "small")
     kept = propose(found, Choices(case="upper", punctuation="keep", digits="keep", token_type="bpe", vocab_size=40))
     assert kept.utterances[0].text == "YES, PLEASE." and not kept.left_out
@@ -222,7 +264,7 @@ def test_one_speaker_and_words_that_look_like_tags_are_noted(tmp_path: Path) -> 
     found = survey(table)
     proposal = propose(found, Choices(punctuation="keep"))
     text = render(found, proposal)
-    assert "there is one speaker" in text and "tags: [noise] 1 times" in text
+    assert "there is one speaker" in text and "tags: [noise] 1 time;" in text
     assert proposal.split_rule.split_by == "utterance"
     assert {each.split for each in proposal.utterances} == {"train", "dev", "test"}
 
@@ -294,6 +336,26 @@ def test_every_proposal_is_a_short_description_that_bash_reads(tmp_path: Path, r
     assert not (tmp_path / "run").exists()
 
 
+def test_paths_are_written_without_parent_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symbolic links stay, except where `..` after one leads elsewhere."""
+    (tmp_path / "work").mkdir()
+    table = write_table(tmp_path / "data/deep/own")
+    (tmp_path / "link").symlink_to("data/deep/own")
+    monkeypatch.chdir(tmp_path / "work")
+    proposal = propose(survey(table))
+
+    def corpus_from(source: str) -> str:
+        files = description("own", Path(source), proposal, ReadOptions(audio_dir=Path("../data")))
+        assert f"--audio-dir {tmp_path}/data\n" in files["corpus.sh"]
+        return files["corpus.sh"].split("corpus_from=")[1].splitlines()[0]
+
+    assert corpus_from("../data/deep/own/table.tsv") == str(table)
+    assert corpus_from("../link") == str(tmp_path / "link")
+    assert corpus_from("../link/..") == str(tmp_path / "data/deep")
+    with pytest.raises(SourceError, match=f"^{tmp_path}/none does not exist$"):
+        survey("../none")
+
+
 def test_existing_corpora_are_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, egs = write_table(tmp_path), tmp_path / "egs"
 
@@ -318,13 +380,26 @@ def test_existing_corpora_are_replaced_only_by_force(tmp_path: Path, capsys: pyt
     assert status == 0 and "--case upper" in (egs / "own/corpus.sh").read_text()
     assert (egs / "own/notes").read_text() == "mine"
     (egs / "own/corpus.sh").write_text("token_type=char\n")
-    for name, message in (("own", "was not made by new_corpus.sh"), ("../x", "is not a name for a corpus")):
-        status, output = call(name, "--force")
-        assert status == 1 and message in output
+    for force in ([], ["--force"]):
+        status, output = call("own", *force)
+        assert status == 1 and "was not made by new_corpus.sh" in output and "--force" not in output
+    status, output = call("../x", "--force")
+    assert status == 1 and "is not a name for a corpus" in output
     status, output = call("other", "--dev-share", "0.7")
     assert status == 1 and "--dev-share and --test-share are from 0 to 0.5, not 0.7" in output
     status, output = call("other", source=tmp_path / "none.tsv")
     assert status == 1 and not (egs / "other").exists()
+
+
+def test_both_counts_of_a_split_say_what_they_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path, rows=12)
+    (tmp_path / "clips/ü 5.wav").unlink()
+    files = ["--recordings", str(tmp_path / "r.jsonl"), "--supervisions", str(tmp_path / "s.jsonl")]
+    shares = ["--dev-share", "0", "--test-share", "0"]
+    assert command(manifests_from_source, ["--from", str(table), "--split", "train", *shares, *files]) == 0
+    assert "s.jsonl: 11 utterances written, 1 of the source left out" in capsys.readouterr().out
+    assert command(validate_cuts, files) == 0
+    assert re.search(r"s\.jsonl: 11 utterances, .* hours after validation, 0 removed", capsys.readouterr().out)
 
 
 def test_preparation_takes_the_options_of_the_description(tmp_path: Path) -> None:

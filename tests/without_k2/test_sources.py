@@ -355,6 +355,8 @@ def test_the_layout_of_common_voice(tmp_path: Path) -> None:
     assert Counter(split for _, _, split, *_ in found.values()) == {"train": 4, "dev": 2, "test": 2}
     assert found["common_voice_xx_dev1"] == ('"close the window', "dev1", "dev", None, None)
     assert [len(pairs_of(folder, split)) for split in ("train", "dev", "test")] == [4, 2, 2]
+    with pytest.raises(SourceError, match=rf"13 audio files and no transcript: .*; did you mean {folder}\?$"):
+        read_source(tmp_path)
     # one of its tables
     assert len(utterances(folder / "other.tsv")) == 2 and len(pairs_of(folder / "other.tsv")) == 2
     only = write_common_voice(tmp_path / "yy", {"validated": 3})
@@ -377,6 +379,13 @@ def test_the_layout_of_trans_txt(tmp_path: Path) -> None:
     assert len(pairs_of(tmp_path, "dev")) == 3
 
 
+def test_an_utterance_id_with_a_slash_is_refused(tmp_path: Path) -> None:
+    write_audio(tmp_path / "1-2-0000.flac")
+    write_lines(tmp_path / "1-2.trans.txt", "1-2-0000 YES", "../1-2-0001 NO")
+    with pytest.raises(SourceError, match=r"1-2\.trans\.txt:2: '\.\./1-2-0001'.*slash"):
+        read_source(tmp_path)
+
+
 def test_a_folder_without_transcripts(tmp_path: Path) -> None:
     write_audio(tmp_path / "a b.wav")
     with pytest.raises(SourceError, match=r"1 audio files and no transcript: put a b\.txt beside a b\.wav"):
@@ -384,7 +393,7 @@ def test_a_folder_without_transcripts(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="has no audio files"):
         read_source(tmp_path / "empty")
-    with pytest.raises(SourceError, match=r"(?s)none does not exist.*SOURCE is one of"):
+    with pytest.raises(SourceError, match=r"none does not exist$"):
         read_source(tmp_path / "none")
     (tmp_path / "wav.scp").write_text("a a.wav\n")
     with pytest.raises(SourceError, match="no file `text`"):
@@ -487,6 +496,8 @@ def test_damaged_audio_is_found(tmp_path: Path, name: str, how: str, decode: boo
     good, error = check_audio([*whole, *damaged], decode)
     assert isinstance(good, Recording) and isinstance(error, LeftOut)
     assert error.kind == "damaged audio" and re.search(rf"{name}: it is (cut off|corrupt)", error.reason)
+    if how == "zeroed":
+        assert "corrupt between 0 and 10 s" in error.reason
 
 
 def test_a_wav_file_of_unknown_length_is_whole(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,6 +35,14 @@ class UnknownForm(SourceError):
 
     def __init__(self, problem: str) -> None:
         super().__init__(f"{problem}.\n{FORMS}")
+        self.problem = problem
+
+
+def absolute_path(path: Path) -> Path:
+    """Return an absolute path without `..`. Symbolic links stay, unless removing `..` would lead elsewhere."""
+    shortest = Path(os.path.abspath(path))
+    same = not path.exists() or (shortest.exists() and shortest.samefile(path))
+    return shortest if same else path.resolve()
 
 
 class LeftOut(NamedTuple):
@@ -66,7 +75,7 @@ class ReadOptions:
 
     def base(self, default: Path) -> Path:
         """Return the folder that relative paths start from."""
-        return default if self.audio_dir is None else self.audio_dir.absolute()
+        return default if self.audio_dir is None else absolute_path(self.audio_dir)
 
 
 @dataclass(frozen=True)
