@@ -11,6 +11,7 @@ from pathlib import Path
 
 from splitformer.cli import command
 from splitformer.config import load_config
+from splitformer.errors import UserError
 from splitformer.training.launch import launch
 from splitformer.training.options import RunOptions
 
@@ -34,6 +35,8 @@ class Options(RunOptions):
 
 
 def run(options: Options) -> int | None:
+    if options.num_processes < 1:
+        raise UserError(f"--num-processes {options.num_processes} must be at least 1")
     config = load_config(options.config, options.set)
     if options.num_processes > 1 and "RANK" not in os.environ:
         return launch(options.num_processes)

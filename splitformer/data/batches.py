@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,4 +158,24 @@ def evaluation_batches(
     sampler = SimpleCutSampler(cuts, max_duration=max_duration, max_cuts=max_cuts, shuffle=False, drop_last=False,
                                rank=0, world_size=1)  # fmt: skip
     own = itertools.islice(sampler, rank, None, world_size)
-    yield from DataLoader(SpeechDataset(tokenizer), sampler=own, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(SpeechDataset(tokenizer), sampler=own, batch_size=None, num_workers=num_workers,
+                        worker_init_fn=ignore_stop_signals)  # fmt: skip
+    yield from quiet_iterator(loader)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Let a loading process live on when a whole process group is asked to stop: the run saves first, and ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def quiet_iterator(loader: DataLoader) -> Iterator[Batch]:
+    """Return `iter(loader)` without torch's handler for SIGCHLD.
+
+    The handler raises the death of a loading process in the middle of whatever runs, such as an optimizer step.
+    Without it, the next request for a batch raises within seconds.
+    """
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator

@@ -30,7 +30,7 @@ ends, which takes one sample more than that half."""
 
 @dataclass(frozen=True)
 class FbankOptions:
-    """What determines the features.
+    """Parameters of the features.
 
     extractor: "lhotse" (lhotse.Fbank), "kaldifeat" (lhotse.KaldifeatFbank, the same features, on the GPU if there is
       one), or "linear-mel" (LinearMel), the front end of the published code.

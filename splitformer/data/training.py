@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from splitformer.config import AugmentConfig, Config, ConfigError
-from splitformer.data.batches import Batch, SpeechDataset, cut_files, load_cuts
+from splitformer.data.batches import Batch, SpeechDataset, cut_files, ignore_stop_signals, load_cuts, quiet_iterator
 from splitformer.data.cut_index import CutIndex, DataError, TrainingFilter, index_cuts
 from splitformer.data.features import fbank_options
 from splitformer.data.noise import NoiseFilter, NoiseMixer
@@ -160,9 +158,10 @@ class TrainingData:
                 batch_size=None,
                 num_workers=self.options.num_workers,
                 pin_memory=torch.cuda.is_available(),
+                worker_init_fn=ignore_stop_signals,
             )
             try:
-                for batch in _quiet_iterator(loader):
+                for batch in quiet_iterator(loader):
                     done += 1
                     yield batch
                 return
@@ -192,21 +191,8 @@ def _spec_augment(augment: AugmentConfig, epoch: int) -> SpecAugment:
     )
 
 
-def _quiet_iterator(loader: DataLoader) -> Iterator[Batch]:
-    """Return `iter(loader)` without torch's handler for SIGCHLD.
-
-    The handler raises the death of a loading process in the middle of whatever runs, such as an optimizer step.
-    Without it, the next request for a batch raises within seconds.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-    return iterator
-
-
 class MicroBatch(NamedTuple):
-    """What one rank takes of a global batch at a time."""
+    """The part of a global batch that one rank processes at a time."""
 
     cuts: np.ndarray
     """numbers of the cuts"""

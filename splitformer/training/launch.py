@@ -11,8 +11,8 @@ import sys
 import time
 from types import FrameType
 
-GRACE_SECONDS = 5.0
-"""Time for the other ranks to end after one has failed."""
+GRACE_SECONDS = 30.0
+"""Time for the other ranks to end after one has failed; the main rank may be saving."""
 
 
 def launch(num_processes: int) -> int:
@@ -42,6 +42,8 @@ def launch(num_processes: int) -> int:
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(subprocess.Popen(command, env={"OMP_NUM_THREADS": "1"} | os.environ | shared | place))
+    if signals:  # that came before all ranks were there
+        forward(signal.SIGTERM, None)
     first, status = _wait(processes)
     if status < 0 and not signals:
         name = signal.Signals(-status).name

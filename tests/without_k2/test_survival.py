@@ -86,15 +86,15 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(corpus, tmp_path,
 @pytest.mark.parametrize(("processes", "name"), [(1, "SIGTERM"), (2, "SIGTERM"), (2, "SIGINT")])
 def test_a_signal_saves_the_state_and_ends_the_run_with_one_line(corpus, tmp_path, processes, name):
     exp_dir = tmp_path / "exp"
-    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0", "--num-processes", processes]
+    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0", "--num-processes", processes, "--num-workers", 2]
     run = subprocess.Popen(
         command(corpus, tmp_path, exp_dir, *flags), stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True
     )
     wait_for(lambda: newest_first(exp_dir))
-    if name == "SIGINT":
-        os.killpg(run.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
-    else:
+    if processes == 1:
         run.terminate()
+    else:  # Ctrl-C and run.sh signal every process of the group, those that load data too
+        os.killpg(run.pid, getattr(signal, name))
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 143, stderr
     *_, last = stderr.splitlines()
