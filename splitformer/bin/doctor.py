@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong and what to do about it; the recipe cannot run with a `fatal` one."""
+    """A problem and its remedy; the recipe cannot run with a `fatal` one."""
 
     what: str
     remedy: str

@@ -18,7 +18,7 @@ from splitformer.files import atomic_folder, atomic_write
 
 CHUNK = 1 << 20
 DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a damaged archive raises."""
+"""Exceptions raised by reading a damaged archive."""
 
 
 class ArchiveError(UserError):

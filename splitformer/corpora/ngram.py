@@ -29,7 +29,7 @@ from splitformer.files import atomic_write
 
 BOS, EOS = "<s>", "</s>"
 NO_PROBABILITY = -99.0
-"""What ARPA files write for log10(0): `<s>` is never predicted."""
+"""log10(0) in ARPA files: `<s>` is never predicted."""
 
 Ngram = tuple[str, ...]
 

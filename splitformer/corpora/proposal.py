@@ -54,7 +54,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Proposal:
-    """How a recipe uses a source.
+    """Proposal of text rules, splits, tokens and conf for a source.
 
     left_out: {kind: places}, by the survey and by the text rules.
     size: "small", "medium" or "large", the conf; epochs: of the first two.

@@ -303,7 +303,7 @@ TargetKind = Literal["max_relative_wer", "layers", "macs", "rtf", "deadline_ms"]
 
 @dataclass(frozen=True)
 class Target:
-    """What a policy is fitted to.
+    """The target of fitting a policy.
 
     max_relative_wer: the errors that early exits may add, as a share of the last exit's errors.
     layers: mean layer; macs: share of the last exit's multiply-accumulates; rtf: real-time factor. At most these.

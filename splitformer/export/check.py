@@ -34,7 +34,7 @@ class CheckBatch(NamedTuple):
 
 @dataclass
 class Comparison:
-    """How far the outputs of a file are from PyTorch's, over all valid frames added so far.
+    """Differences of a file's outputs from PyTorch's, over all valid frames added so far.
 
     has_symbols: the outputs are scores of symbols, of which the best is compared.
     difference: largest absolute difference.

@@ -67,7 +67,7 @@ def _converted(kind: Any, value: Any, source: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SetRecord(Record):
-    """What all records of a test set have in common."""
+    """The fields that all records of a test set share."""
 
     corpus: str
     system: str
@@ -176,7 +176,7 @@ class TradeoffPoint(Record):
 
 @dataclass(frozen=True)
 class Saving(Record):
-    """What a policy saves relative to the last exit, with a setting that was chosen on the calibration set.
+    """Savings of a policy relative to the last exit, with a setting that was chosen on the calibration set.
 
     Shares are relative to the last exit: 0.03 is 3 %.
     """

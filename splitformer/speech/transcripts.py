@@ -16,7 +16,7 @@ from splitformer.speech.segmentation import Word, join_words
 Format = Literal["text", "jsonl", "srt", "ctm"]
 WORD_BEGIN = "▁"
 UNKNOWN_WORD = "⁇"
-"""What sentencepiece writes for an unknown token."""
+"""Sentencepiece's text for an unknown token."""
 
 # A subtitle fits on a screen and can be read in time: two lines of 42 characters, at most 7 seconds.
 CUE_SECONDS, CUE_LINE, CUE_LINES, CUE_PAUSE = 7.0, 42, 2, 1.0

@@ -27,7 +27,7 @@ VOCABULARY_MODULES = ("ctc_heads.", "decoder.", "joiners.")
 
 @dataclass(frozen=True)
 class Initial:
-    """What a run started from; kept in `exp_dir/initial.json`."""
+    """The weights that a run started from; kept in `exp_dir/initial.json`."""
 
     checkpoint: str | None = None
     """`checkpoint_id`; None if the weights were random"""

@@ -11,7 +11,7 @@ PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run reads and writes, and how it is carried out; the configuration decides what is trained."""
+    """Paths and resources of a run; the configuration holds the hyperparameters."""
 
     exp_dir: Path
     """folder for epoch-N.pt, training.jsonl and tensorboard/"""

@@ -1,4 +1,4 @@
-"""How far a run has come: what each step did, the sums of an epoch, and the state saved in every checkpoint."""
+"""Progress of a run: the results of each step, the sums of an epoch, and the state saved in every checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, over all ranks. Losses are per label token."""
+    """The result of one step over all ranks. Losses are per label token."""
 
     loss: float
     loss_per_exit: list[float]

@@ -1,4 +1,4 @@
-"""What a run writes about itself: training.jsonl, TensorBoard, the log, and batches without finite gradients."""
+"""Logs of a run: training.jsonl, TensorBoard, the log, and batches without finite gradients."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ HUNG = 70
 
 @dataclass
 class RankState:
-    """What a rank wrote last."""
+    """The last state that a rank wrote."""
 
     rank: int
     host: str

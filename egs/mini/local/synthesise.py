@@ -89,7 +89,7 @@ class SplitSpec:
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What the corpus is made of. Ranges are (lowest, highest), and drawn for each speaker."""
+    """Specification of the corpus. Ranges are (lowest, highest), and drawn for each speaker."""
 
     sentence: str
     """name of the rule that every sentence starts with"""
