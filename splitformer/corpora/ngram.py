@@ -56,7 +56,7 @@ class NgramModel:
           KeyError: the word is not in the vocabulary.
         """
         if word == BOS or (word,) not in self.log10_probs:
-            raise KeyError(f"{word!r} is no word of this language model")
+            raise KeyError(f"{word!r} is not a word of this language model")
         ngram = (*history[max(0, len(history) - self.order + 1) :], word)
         backoff = 0.0
         while ngram not in self.log10_probs:

@@ -22,7 +22,7 @@ from splitformer.corpora.sources.base import LeftOut, Utterance
 FEWEST = 10
 """A source with fewer usable utterances is refused."""
 SHOWN = 5
-"""How many examples are shown of each problem."""
+"""Number of examples shown for each problem."""
 DECODED_HOURS = 20.0
 """Hours that are decoded completely; of larger sources, a sample of this size."""
 
@@ -43,7 +43,7 @@ class SurveyedUtterance(NamedTuple):
 
 @dataclass
 class Survey:
-    """What a source contains.
+    """The contents of a source.
 
     left_out: {kind: places}.
     repeated, contradictory: pairs of places with the same audio, and the same text or not.
@@ -170,7 +170,7 @@ def _check_amount(found: Survey, too_long: float) -> None:
     if 2 * len(no_audio) > total:
         raise SourceError(
             f"{found.source}: {len(no_audio)} of {total} utterances have no usable audio:\n{show_places(no_audio)}\n"
-            "--audio-dir DIR says what relative paths start from; --skip-missing ignores files that do not exist"
+            "--audio-dir DIR sets the folder of relative paths; --skip-missing ignores files that do not exist"
         )
     if too_long > 0.1 * (too_long + found.seconds):
         raise SourceError(

@@ -101,7 +101,7 @@ def import_tokenizer(
     Returns:
       for each of our units its number in the foreign model, None for a new unit.
     Raises:
-      UserError: the file is no sentencepiece model or one of another size, the blank_id is not in it, or two pieces
+      UserError: the file is not a sentencepiece model or one of another size, the blank_id is not in it, or two pieces
         become one in this case.
     """
     model = protobuf.ModelProto()  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def import_tokenizer(
         model.ParseFromString(Path(model_path).read_bytes())
         foreign = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except (ValueError, RuntimeError, DecodeError) as error:
-        raise UserError(f"{model_path} is no sentencepiece model ({error})") from error
+        raise UserError(f"{model_path} is not a sentencepiece model ({error})") from error
     size = len(model.pieces)
     if size != num_units:
         raise UserError(

@@ -95,7 +95,7 @@ def _members(archive: Path) -> Iterator[tuple[str, Features | None]]:
                 content = tar.extractfile(manifest)
                 features = deserialize_item(decode_json_line(content.read().decode("utf-8"))) if content else None
                 if not isinstance(features, Features):
-                    raise ManifestError(f"{archive}: {manifest.name} is no features manifest")
+                    raise ManifestError(f"{archive}: {manifest.name} is not a features manifest")
                 features.storage_type, features.storage_path = TarMemberReader.name, str(archive)
                 features.storage_key = f"{data.offset_data}:{data.size}:{path.suffix}"
                 yield cut_id, features

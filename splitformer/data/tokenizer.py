@@ -55,7 +55,7 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
-        raise UserError(f"{path} is no sentencepiece model ({error})") from error
+        raise UserError(f"{path} is not a sentencepiece model ({error})") from error
     for piece_id, expected in enumerate((BLANK, SOS_EOS, UNKNOWN)):
         piece = model.id_to_piece(piece_id)
         if piece != expected:

@@ -28,7 +28,7 @@ def read_words(path: str | Path) -> list[str]:
 
 
 class NearestWords:
-    """Maps words to the nearest words of a list by edit distance (Levenshtein); of equals to the first of the list."""
+    """Maps words to the nearest words of a list by edit distance (Levenshtein); ties go to the first of the list."""
 
     def __init__(self, words: Iterable[str]) -> None:
         self._words = list(dict.fromkeys(words))

@@ -73,7 +73,7 @@ class ExitTable:
             table = cls(layers=tuple(values.pop("layers")), **names, **_from_json(values))
             table.check()
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} holds no table of exits ({error!r}); make it again with bin/tradeoff") from error
+            raise UserError(f"{path} is not a table of exits ({error!r}); make it again with bin/tradeoff") from error
         return table
 
     def check(self) -> None:

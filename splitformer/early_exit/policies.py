@@ -243,7 +243,7 @@ class FittedPolicy:
             values |= {"exit_layers": tuple(values["exit_layers"]), "options": _from_json(values["options"])}
             return cls(policy=policy, **values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PolicyError(f"{path} is no exit policy ({error}); make it with bin/calibrate") from error
+            raise PolicyError(f"{path} is not an exit policy ({error}); make it with bin/calibrate") from error
 
 
 def _from_json(value: Any) -> Any:

@@ -78,7 +78,7 @@ class ExportOptions:
 
 
 def export_model(options: ExportOptions) -> None:
-    """Write every file that is asked for, compare it with PyTorch and print the result.
+    """Write every requested file, compare it with PyTorch and print the result.
 
     Raise a UserError for options that do not go together, input that cannot be read, or a file that is wrong.
     """

@@ -96,7 +96,7 @@ def source_of(audio: Audio, sampling_rate: int | None = None, name: str = "audio
 
 
 class Levels(NamedTuple):
-    """How loud a recording is, hop by hop."""
+    """Loudness of a recording per hop."""
 
     decibels: np.ndarray
     """(hops,), float32, relative to full scale; a constant offset does not count"""

@@ -1,4 +1,4 @@
-"""The recordings that a command is asked to transcribe: files, folders, lists of recordings, standard input.
+"""The recordings to transcribe: files, folders, lists of recordings, standard input.
 
 Names are data: files are opened, and names are never run or expanded. Entries of lists whose audio a command or a
 download would produce are refused.

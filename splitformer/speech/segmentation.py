@@ -68,7 +68,7 @@ def check_limits(max_segment: float, overlap: float) -> None:
 
 
 def _pause(decibels: np.ndarray, first: int, shortest: int, silence: float) -> int | None:
-    """Return the hop in the middle of the longest pause in (hops,) from `first` on, the last of equals; or None."""
+    """Return the hop in the middle of the longest pause in (hops,) from `first` on (the last if equal), or None."""
     quiet_level, loud_level = np.percentile(decibels, (10, 95))
     threshold = silence
     if loud_level - quiet_level >= CONTRAST:

@@ -39,7 +39,7 @@ GIB = 2**30
 
 
 class DoesNotFit(UserError):
-    """The largest batches need more memory than there is; the message says what would fit."""
+    """The largest batches need more memory than there is; the message proposes batches that fit."""
 
 
 class Shape(NamedTuple):

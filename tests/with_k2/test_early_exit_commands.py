@@ -429,7 +429,7 @@ def test_decoding_refuses_a_policy_that_does_not_fit(folder, experiment, decode,
     for damaged in (whole[:100], "", "[]", whole.replace('"threshold"', '"guess"'), whole.replace('"method"', '"m"')):
         policy.write_text(damaged)
         status, stderr = decode("--exit-policy", policy, out=out)
-        assert status == 1 and "some.json is no exit policy" in stderr and "with bin/calibrate" in stderr, stderr
+        assert status == 1 and "some.json is not an exit policy" in stderr and "with bin/calibrate" in stderr, stderr
     status, stderr = decode("--exit-policy", tmp_path / "nowhere.json", out=out)
     assert status == 1 and "nowhere.json" in stderr
     assert not out.exists(), "a refused decoding has written something"

@@ -455,7 +455,7 @@ def test_other_json_is_refused(change, reason, tmp_path):
     path = tmp_path / "policy.json"
     fitted().save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(PolicyError, match=rf"policy\.json is no exit policy .*{reason}.*bin/calibrate"):
+    with pytest.raises(PolicyError, match=rf"policy\.json is not an exit policy .*{reason}.*bin/calibrate"):
         FittedPolicy.load(path)
 
 
@@ -464,7 +464,7 @@ def test_damaged_files_are_refused(content, tmp_path):
     path = tmp_path / "policy.json"
     fitted().save(path)
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-    with pytest.raises(PolicyError, match=r"policy\.json is no exit policy .*bin/calibrate"):
+    with pytest.raises(PolicyError, match=r"policy\.json is not an exit policy .*bin/calibrate"):
         FittedPolicy.load(path)
 
 

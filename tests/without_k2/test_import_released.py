@@ -57,7 +57,7 @@ def test_imported_tokens_can_be_taken_elsewhere_and_foreign_ones_cannot(tmp_path
     with pytest.raises(UserError, match="there is no"):
         take_tokenizer(tmp_path / "absent", tmp_path / "none")
     (tmp_path / "text").write_text("no model")
-    with pytest.raises(ValueError, match="text is no sentencepiece model"):
+    with pytest.raises(ValueError, match="text is not a sentencepiece model"):
         take_tokenizer(tmp_path / "text", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -69,7 +69,7 @@ def test_bad_tokens_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"blank 16: .* has units 0 to 15"):
         import_tokenizer(tmp_path / "theirs.model", tmp_path / "lang", 16, blank_id=16)
     (tmp_path / "text").write_text("no model")
-    with pytest.raises(ValueError, match="text is no sentencepiece model"):
+    with pytest.raises(ValueError, match="text is not a sentencepiece model"):
         import_tokenizer(tmp_path / "text", tmp_path / "lang", 16)
     assert not (tmp_path / "lang").exists()
 

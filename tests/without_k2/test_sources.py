@@ -431,7 +431,7 @@ def test_audio_of_commands_and_addresses_is_refused(tmp_path: Path, kind: str) -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"a_supervisions\.jsonl:1: this is no JSON"),
+        ("{", r"a_supervisions\.jsonl:1: this is not JSON"),
         ('{"id": "u"}', r"a_supervisions\.jsonl:1: the line lacks 'start'"),
         (
             '{"id": "u", "recording_id": "none", "start": 0, "duration": 1}',

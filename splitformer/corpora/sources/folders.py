@@ -115,7 +115,7 @@ def _read_trans(folder: Path, trans: list[Path], audio: Transcripts, options: Re
             name, _, text = line.strip().partition(" ")
             if name:
                 if "/" in name:
-                    raise SourceError(f"{file}:{number}: {name!r} is no utterance id: it has a slash")
+                    raise SourceError(f"{file}:{number}: {name!r} is not an utterance id: it contains a slash")
                 path = found.pop(file.with_name(name), file.with_name(f"{name}.flac"))
                 speaker = name.partition("-")[0] if "-" in name else ""
                 row = {"audio": str(path), "text": text, "id": name, "split": split, "speaker": speaker}

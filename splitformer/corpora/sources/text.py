@@ -59,7 +59,7 @@ def json_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, d
         try:
             item = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError) as error:
-            raise UnknownForm(f"{path}:{number}: this is no JSON line ({error})") from error
+            raise UnknownForm(f"{path}:{number}: this is not JSON ({error})") from error
         if not isinstance(item, dict):
             raise UnknownForm(f"{path}:{number}: expected a JSON object, as Lhotse and NeMo write it")
         if item:
