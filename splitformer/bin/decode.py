@@ -82,7 +82,7 @@ def run(options: Options) -> None:
     weights = {name: getattr(options, name) for name in Weights._fields if getattr(options, name)}
     if options.tune_set is None and (several := [name for name, values in weights.items() if len(values) > 1]):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in several)
-        raise UserError(f"{names}: several values to choose from; name the set to choose on with --tune-set, or give one")
+        raise UserError(f"{names}: several values to choose from; name the set to choose on with --tune-set")
     sets = named_sets("--cuts", options.cuts)
     if options.exit_policy:
         run_with_policy(options, options.exit_policy, sets, weights)

@@ -50,8 +50,8 @@ def decode_sets(
 
     Args:
       sets: {name: path of the cuts}.
-      tune_set: the set on which options are chosen; it is decoded first. Without it, a method with one variant uses that, others
-        their default.
+      tune_set: the set on which options are chosen; it is decoded first. Without it, a method uses its only
+        variant, or its default.
       corpus, system: as the records name them.
       max_duration: seconds of audio in a batch.
     Raises:

@@ -86,7 +86,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(corpus, tmp_path,
 @pytest.mark.parametrize(("processes", "name"), [(1, "SIGTERM"), (2, "SIGTERM"), (2, "SIGINT")])
 def test_a_signal_saves_the_state_and_ends_the_run_with_one_line(corpus, tmp_path, processes, name):
     exp_dir = tmp_path / "exp"
-    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0", "--num-processes", processes, "--num-workers", 2]
+    flags = ["--set", "training.num_epochs=500", "--save-minutes", 0, "--num-processes", processes, "--num-workers", 2]
     run = subprocess.Popen(
         command(corpus, tmp_path, exp_dir, *flags), stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True
     )
