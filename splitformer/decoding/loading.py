@@ -12,6 +12,7 @@ import torch
 from splitformer.checkpoint import load_model
 from splitformer.config import Config
 from splitformer.data.batches import load_cuts
+from splitformer.data.features import EXTRACTOR_FOR, features_of
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.lang import lang_file
 from splitformer.errors import UserError
@@ -77,9 +78,9 @@ def speakers_of(cuts: Path) -> dict[str, str]:
 def check_features(cuts: Path, config: Config) -> None:
     """Raise UserError if the stored features are not of the kind that the model was trained on."""
     first = next(iter(load_cuts([cuts])), None)
-    kind = first.features.type if first is not None and first.has_features else None
-    if kind is not None and (kind == "linear-mel") != (config.data.features == "linear-mel"):
+    stored, wanted = None if first is None else features_of(first), config.data.features
+    if stored not in (None, wanted):
         raise UserError(
-            f"{cuts} has {kind} features, and the model was trained with data.features = {config.data.features}: "
-            "prepare the set with --fbank " + ("linear-mel" if kind != "linear-mel" else "lhotse")
+            f"{cuts} has {stored} features, and the model was trained with data.features = {wanted}: prepare the set "
+            f"with --fbank {EXTRACTOR_FOR[wanted]}"
         )
