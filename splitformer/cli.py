@@ -88,7 +88,8 @@ def _for_help(kind: type) -> type:
             replaced.append((field.name, hint, dataclasses.field(kw_only=field.kw_only)))
         elif dataclasses.is_dataclass(plain) and isinstance(plain, type):
             quiet = _for_help(plain)
-            hint = quiet if plain is hint else annotated.__getitem__((quiet, *hint.__metadata__))
+            parts = (quiet, *getattr(hint, "__metadata__", ()))
+            hint = quiet if plain is hint else annotated[parts]
             replaced.append((field.name, hint, dataclasses.field(kw_only=field.kw_only)))
     namespace = {"__doc__": kind.__doc__}
     return dataclasses.make_dataclass(kind.__name__, replaced, bases=(kind,), frozen=True, namespace=namespace)
