@@ -119,7 +119,7 @@ def test_other_json_is_refused(change, tmp_path):
     path = tmp_path / "dev.json"
     make_table(5).save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(UserError, match=r"dev\.json holds no table .*make it again"):
+    with pytest.raises(UserError, match=r"dev\.json is not a table of exits .*make it again"):
         ExitTable.load(path)
 
 
