@@ -273,7 +273,7 @@ def test_policy_json_names_model_search_and_calibration_set(folder, experiment, 
 @pytest.mark.parametrize("name", ["test", "test-clean", "an4_test", "TEST_other", "test2"])
 def test_a_test_set_is_refused_for_calibration(experiment, calibrate, tmp_path, name):
     status, stderr = calibrate("--output", tmp_path / "policy.json", dev=f"{name}=dev", tests=())
-    assert status == 1 and f"{name} is a test set" in stderr and "--cuts dev=PATH" in stderr
+    assert status == 3 and f"{name} is a test set" in stderr and "--cuts dev=PATH" in stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -298,13 +298,13 @@ def test_sets_that_overlap_are_refused(folder, experiment, calibrate, run, tmp_p
         (("test=unknown_speaker",), "dev and test share 1 utterances (dev-000)"),
     ):
         status, stderr = calibrate("--output", tmp_path / "policy.json", tests=tests)
-        assert status == 1 and message in stderr, stderr
+        assert status == 3 and message in stderr, stderr
         assert "calibrate on a set of other speakers" in stderr or "Calibrate on a dev set" in stderr
         flags = ["--checkpoint", experiment / "averaged.pt", "--lang-dir", folder / "lang_char", "--corpus", "tones"]
         flags += ["--cuts", f"dev={folder}/dev_cuts.jsonl.gz", "--output-dir", tmp_path, "--test-cuts"]
         named = (item.split("=") for item in tests)
         status, stderr = run("tradeoff", *flags, *(f"{name}={folder}/{stem}_cuts.jsonl.gz" for name, stem in named))
-        assert status == 1 and message in stderr, stderr
+        assert status == 3 and message in stderr, stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -324,7 +324,7 @@ def test_splits_of_one_speaker_get_a_warning(folder, experiment, calibrate, deco
     record = EarlyExitRecord.load(tmp_path / "my_test-entropy.json")
     assert "my_test has all 1 speakers of dev" in record.warning and sum(record.exits.values()) == 12
     status, stderr = decode("--exit-policy", policy, sets=("my_dev",), out=tmp_path / "refused")
-    assert status == 1 and "share 12 utterances" in stderr
+    assert status == 3 and "share 12 utterances" in stderr
 
     flags = ["--checkpoint", experiment / "averaged.pt", "--lang-dir", folder / "lang_char", "--corpus", "tones"]
     flags += ["--cuts", f"dev={folder}/my_dev_cuts.jsonl.gz", "--test-cuts", f"test={folder}/my_test_cuts.jsonl.gz"]
@@ -347,7 +347,7 @@ def test_a_calibration_set_that_is_too_small(folder, experiment, calibrate, run,
     CutSet.from_cuts(cuts[:1]).to_file(folder / "one_cuts.jsonl.gz")
     flags = ("--method", "greedy_search", "--output", tmp_path / "policy.json")
     status, stderr = calibrate(*flags, dev="dev=one")
-    assert status == 1 and stderr.startswith("calibrate: the calibration set has 1 utterance"), stderr
+    assert status == 3 and stderr.startswith("calibrate: the calibration set has 1 utterance"), stderr
     CutSet.from_cuts(cuts[:2]).to_file(folder / "two_cuts.jsonl.gz")
     for policy in POLICIES:
         status, stderr = calibrate(*flags, "--policy", policy, dev="dev=two")
