@@ -363,7 +363,8 @@ def calibrate(table: ExitTable, family: Family, targets: Sequence[Target]) -> li
     For a cost it is the deepest setting that costs no more than the target.
 
     Raises:
-      CannotFit: fewer than two utterances, no reference words, or a cost below that of the cheapest setting.
+      CannotFit: fewer than two utterances, or no reference words.
+      UserError: a cost below that of the cheapest setting.
     """
     if len(table) < 2:
         raise CannotFit(f"the calibration set has {len(table)} utterance(s); give at least two, better hundreds")
@@ -388,7 +389,7 @@ def calibrate(table: ExitTable, family: Family, targets: Sequence[Target]) -> li
             return max(0, (over[0] if over else len(settings)) - 1)
         within = (costs[target.kind] <= target.value + 1e-9).nonzero().flatten().tolist()
         if not within:
-            raise CannotFit(
+            raise UserError(
                 f"no setting of {family.name} costs at most {target}; the cheapest costs "
                 f"{float(costs[target.kind].min()):.3g}: raise the target, or choose another policy"
             )
