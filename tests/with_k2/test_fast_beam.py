@@ -16,7 +16,14 @@ from splitformer.corpora.lexicon import prepare_lang
 from splitformer.corpora.ngram import EOS, NgramModel, estimate_arpa
 from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.fast_beam import FAST_BEAM, FastBeam, transducer_lattice
-from splitformer.decoding.graphs import compile_lg, context_graph_fsa, load_graph, save_graph, trivial_graph, with_end_symbol
+from splitformer.decoding.graphs import (
+    compile_lg,
+    context_graph_fsa,
+    load_graph,
+    save_graph,
+    trivial_graph,
+    with_end_symbol,
+)
 from splitformer.decoding.greedy import transducer_greedy_search
 from splitformer.decoding.lang import read_symbols
 from splitformer.decoding.lattice import Lattice
