@@ -6,11 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 usage() {
     cat <<END
-usage: ./tests/run.sh [--fast | --torch2] [tests/...] [pytest options]
+usage: ./tests/run.sh [--fast | --torch2 | --k2-contract] [tests/...] [pytest options]
 
   (no option)   every check, in both environments
   --fast        lint, types and the fast tests in .venv: what one runs while coding
   --torch2      the tests that need no k2, in .venv-torch2, with a current torch
+  --k2-contract what this project expects of k2, in seconds: for a k2 of your own, in the interpreter that
+                SPLITFORMER_PYTHON names (default: .venv), which needs pytest
   tests/...     these tests alone
 
 All checks run even if one fails; the exit status says whether any did.
@@ -50,6 +52,11 @@ case "${1:-}" in
         $contains_tests || set -- tests/without_k2 "$@"
         ./setup.sh --torch2 || exit
         check "tests with a current torch" run_tests .venv-torch2 "$@"
+        ;;
+    --k2-contract)
+        [[ -n ${SPLITFORMER_PYTHON:-} ]] || ./setup.sh || exit
+        check "what this project expects of k2" "${SPLITFORMER_PYTHON:-.venv/bin/python}" -m pytest -q \
+            tests/with_k2/test_k2_contract.py tests/with_k2/test_fast_beam.py "${@:2}"
         ;;
     --fast)
         ./setup.sh || exit

@@ -4,10 +4,10 @@ After Kang et al., "Fast and parallel decoding for transducer" (arXiv 2211.00484
 k2's RnntDecodingStreams keeps the paths. A state is a decoder context together with a state of the graph; a blank stays
 in the same state. `Lattice.one_best` of such a lattice is icefall's fast_beam_search, `most_probable` its n-best forms.
 
-**The end of an utterance.** k2 lets a path leave through a final arc of the graph instead of its last frame, and writes
-that arc into the lattice without its score: the last frame would be ignored and the final scores not counted. Every
-utterance therefore gets one more frame, in which the blank has score 0 and all else is impossible. The final arc takes
-that frame, and its score is added to the lattice afterwards. There is no beam in that frame, so that a path is not lost
+**The end of an utterance.** k2 lets a path take a final arc of the graph in any frame, and writes that arc into the
+lattice without its score. So the graph ends with a symbol of its own (`with_end_symbol`), which is impossible in the
+frames of the utterance. Two more frames follow: in the first, only the end symbol is possible, with score 0; in the
+second, only the blank, and the final arc takes its place. There is no beam in these frames, so that a path is not lost
 because ending costs more than continuing.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import k2
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from splitformer.decoding.greedy import transducer_greedy_search
 from splitformer.decoding.hypothesis import Hypothesis, check_encoder_out
@@ -70,8 +71,8 @@ def transducer_lattice(
 
     Args:
       decoder, joiner, encoder_out, lengths, blank_penalty: as for transducer_greedy_search.
-      graph: over tokens, without blanks or epsilons: trivial_graph, context_graph_fsa, compile_lg (with LG_BEAM). It is
-        not modified.
+      graph: over tokens, without blanks or epsilons, with an end symbol: trivial_graph, context_graph_fsa, or
+        with_end_symbol of compile_lg (with LG_BEAM). It is not modified.
       words: the symbols of words.txt (read_symbols), for a graph that writes words.
       ngram_lm_scale: weight of the graph's scores relative to the joiner's log-probabilities.
     Raises:
@@ -83,6 +84,8 @@ def transducer_lattice(
         raise UserError(f"ngram_lm_scale {ngram_lm_scale}: the weight of the language model must be above 0")
     if words is not None and not isinstance(getattr(graph, "aux_labels", None), k2.RaggedTensor):
         raise ValueError("words are given, but the graph writes none: use an LG (compile_lg), or leave words out")
+    if not hasattr(graph, "end_symbol"):
+        raise ValueError("the graph has no end symbol, and its final scores would be lost: use with_end_symbol")
     if (graph.labels == 0).any():
         raise ValueError("the graph has epsilons, which the search would take for blanks: use k2.remove_epsilon")
 
@@ -96,7 +99,7 @@ def transducer_lattice(
         return Lattice(None, [], lengths, greedy)
     encoder_projected = joiner.encoder_proj(encoder_out)[order.to(encoder_out.device)]
     search = _Search(decoder, joiner, encoder_projected, blank_penalty, ngram_lm_scale, beam)
-    fsas = _with_final_scores(search.run(graph, ends), ngram_lm_scale)
+    fsas = _in_nats(search.run(graph, ends), ngram_lm_scale, graph.end_symbol)
     shape = fsas.arcs.shape()
     alive = shape.row_splits(2)[shape.row_splits(1).long()].diff().nonzero().squeeze(1)
     fsas = number_arcs(k2.index_fsa(fsas, alive.int())) if len(alive) else None
@@ -115,14 +118,9 @@ class _Search:
     beam: FastBeam
 
     def run(self, graph: k2.Fsa, lengths: Tensor) -> k2.Fsa:
-        """Return the lattices, with the scores of the graph's arcs as `graph_scores`; lengths (N,) are ascending."""
-        # the same arcs with a second name for their scores: k2 carries attributes to the lattice's arcs
-        source = k2.Fsa(graph.arcs, properties=graph.properties)
-        source.graph_scores = graph.scores.detach()
-        if hasattr(graph, "aux_labels"):
-            source.aux_labels = graph.aux_labels
+        """Return the lattices; lengths (N,) are ascending."""
         project = _ProjectedContexts(self.decoder, self.joiner)
-        streams = [k2.RnntDecodingStream(source) for _ in lengths]
+        streams = [k2.RnntDecodingStream(graph) for _ in lengths]
         finished, start = [], 0
         for end, count in zip(*(each.tolist() for each in torch.unique(lengths, return_counts=True))):
             self._advance(streams, start, end, project)
@@ -140,29 +138,31 @@ class _Search:
             encoded = self.encoder_projected[first + shape.row_ids(1).long(), frame]
             log_probs = self.joiner(encoded, project(contexts)).float().log_softmax(dim=1)
             log_probs[:, 0] -= self.blank_penalty
-            running.advance(log_probs / self.graph_scale)
+            running.advance(pad(log_probs / self.graph_scale, (0, 1), value=-torch.inf))
         running.terminate_and_flush_to_streams()
 
     def _finish(self, streams: list[k2.RnntDecodingStream], length: int) -> k2.Fsa:
-        """Search the additional frame of utterances of `length` frames, and return their lattices."""
+        """Search the two additional frames of utterances of `length` frames, and return their lattices."""
         ending = k2.RnntDecodingStreams(streams, self._config(NO_BEAM, 2 * self.beam.max_states))
-        contexts = ending.get_contexts()[1]
-        log_probs = torch.full((len(contexts), self.decoder.vocab_size), -torch.inf, device=contexts.device)
-        log_probs[:, 0] = 0.0
-        ending.advance(log_probs)
+        for symbol in (self.decoder.vocab_size, 0):
+            contexts = ending.get_contexts()[1]
+            log_probs = torch.full((len(contexts), self.decoder.vocab_size + 1), -torch.inf, device=contexts.device)
+            log_probs[:, symbol] = 0.0
+            ending.advance(log_probs)
         ending.terminate_and_flush_to_streams()
-        return ending.format_output([length + 1] * len(streams), allow_partial=False)
+        return ending.format_output([length + 2] * len(streams), allow_partial=False)
 
     def _config(self, beam: float, max_states: int) -> k2.RnntDecodingConfig:
-        sizes = self.decoder.vocab_size, self.decoder.context_size
+        sizes = self.decoder.vocab_size + 1, self.decoder.context_size  # with the end symbol
         return k2.RnntDecodingConfig(*sizes, beam, max_states, self.beam.max_contexts)
 
 
-def _with_final_scores(fsas: k2.Fsa, graph_scale: float) -> k2.Fsa:
-    """Return the lattices with the scores of their final arcs, in nats."""
-    fsas.scores = torch.where(fsas.labels == -1, fsas.graph_scores, fsas.scores) * graph_scale
+def _in_nats(fsas: k2.Fsa, graph_scale: float, end_symbol: int) -> k2.Fsa:
+    """Return the lattices with scores in nats, and a blank in place of the end symbol."""
+    fsas.scores = fsas.scores * graph_scale
     if torch.isnan(fsas.scores).any():
         raise UserError("the joiner's log-probabilities hold NaN: has the training diverged?")
+    fsas.labels = torch.where(fsas.labels == end_symbol, 0, fsas.labels)
     return k2.connect(fsas)
 
 
@@ -185,7 +185,9 @@ class _ProjectedContexts:
                 self._row_of[key] = len(self._row_of)
                 new.append(row)
         if new:
-            projected = self._joiner.decoder_proj(self._decoder(contexts[new].long()).squeeze(1))
+            # NaN, which are reported when the search ends, let k2 take the end symbol
+            tokens = contexts[new].long().clamp(max=self._decoder.vocab_size - 1)
+            projected = self._joiner.decoder_proj(self._decoder(tokens).squeeze(1))
             first, needed = len(self._row_of) - len(new), len(self._row_of)
             if needed > len(self._rows):  # doubling avoids copying all rows in every frame
                 self._rows = torch.cat([self._rows, projected.new_empty((needed, projected.shape[1]))])

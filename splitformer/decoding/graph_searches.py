@@ -10,7 +10,7 @@ import k2
 
 from splitformer.decoding.ctc import HLG_BEAM, NBEST_BEAM, ctc_lattice, hlg_lattice
 from splitformer.decoding.fast_beam import LG_BEAM, transducer_lattice
-from splitformer.decoding.graphs import context_graph_fsa, ctc_topology, load_lang_graph, trivial_graph
+from splitformer.decoding.graphs import context_graph_fsa, ctc_topology, load_lang_graph, trivial_graph, with_end_symbol
 from splitformer.decoding.hypothesis import SearchResult, UncertainResult
 from splitformer.decoding.lang import lang_file, read_symbols
 from splitformer.decoding.lattice import Lattice
@@ -93,7 +93,7 @@ class GraphSearches:
         recorded: dict[str, Any] = {}
         variants = resources.penalties
         if name == "fast_beam_search_nbest_LG":
-            graph = self._graph("LG.pt")
+            graph = with_end_symbol(self._graph("LG.pt"))
             make_lattice = functools.partial(transducer_lattice, words=self._words, beam=LG_BEAM)
             variants = grid(ngram_lm_scale=resources.weights.ngram_lm_scales)  # no penalties: too slow
         elif name == "fast_beam_search" and resources.context is not None:

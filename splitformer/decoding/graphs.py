@@ -48,14 +48,37 @@ def trivial_graph(vocab_size: int, device: torch.device | str = "cpu") -> k2.Fsa
     graph = k2.trivial_graph(vocab_size - 1, device)
     del graph.aux_labels  # they repeat the labels, and aux_labels are words here
     graph.vocab_size = vocab_size
-    return graph
+    return with_end_symbol(graph)
 
 
 def context_graph_fsa(context: ContextGraph) -> k2.Fsa:
     """Return the transducer's graph of a biasing automaton, which accepts and scores every token sequence."""
     graph = k2.Fsa(context.arcs())
     graph.vocab_size = context.vocab_size
-    return graph
+    return with_end_symbol(graph)
+
+
+def with_end_symbol(graph: k2.Fsa) -> k2.Fsa:
+    """Return a transducer's graph whose sequences end with a symbol of their own, the attribute `end_symbol`.
+
+    RnntDecodingStreams does not give the score of a final arc to the lattice: k2 1.23.4 leaves it out of `scores`, and
+    since commit 89465dfc (#1059) no attribute is mapped onto final arcs either. So each final arc s -> F with score w
+    becomes s -> F with the label vocab_size and score w, and F -> G, the new final state, gets score 0.
+    """
+    device, end_symbol = graph.device, graph.vocab_size
+    final = graph.shape[0] - 1
+    arcs = graph.arcs.values()
+    arcs = torch.cat([arcs, torch.tensor([[final, final + 1, -1, 0]], dtype=torch.int32, device=device)])
+    arcs[:-1, 2] = torch.where(arcs[:-1, 2] == -1, end_symbol, arcs[:-1, 2])
+    ended = k2.Fsa(arcs)
+    if hasattr(graph, "aux_labels"):
+        words = graph.aux_labels.remove_values_eq(-1)
+        splits = words.shape.row_splits(1)
+        splits = torch.cat([splits, splits[-1:] + 1])
+        values = torch.cat([words.values, torch.tensor([-1], dtype=torch.int32, device=device)])
+        ended.aux_labels = k2.RaggedTensor(k2.ragged.create_ragged_shape2(splits), values)
+    ended.vocab_size, ended.end_symbol = graph.vocab_size, end_symbol
+    return ended
 
 
 def save_graph(graph: k2.Fsa, path: str | Path) -> None:

@@ -108,7 +108,8 @@ def check_graph(graph: k2.Fsa, scores: Tensor, vocab_size: int) -> None:
         raise ValueError(f"the graph is on {graph.device}, the model's output on {scores.device}; move the graph once")
     # k2 does not check: it reads beyond the scores, mixes up contexts, or loses the utterance
     made_for = getattr(graph, "vocab_size", None)
-    if made_for not in (None, vocab_size) or (largest := int(graph.labels.max())) >= vocab_size:
+    largest = int(graph.labels[graph.labels != getattr(graph, "end_symbol", -1)].max())
+    if made_for not in (None, vocab_size) or largest >= vocab_size:
         raise ValueError(
             f"the graph was made for {made_for or largest + 1} tokens, the model has {vocab_size}: make the graph "
             "again from the lang_dir of the training"

@@ -16,7 +16,14 @@ from splitformer.corpora.lexicon import prepare_lang
 from splitformer.corpora.ngram import EOS, NgramModel, estimate_arpa
 from splitformer.decoding.context import ContextGraph
 from splitformer.decoding.fast_beam import FAST_BEAM, FastBeam, transducer_lattice
-from splitformer.decoding.graphs import compile_lg, context_graph_fsa, load_graph, save_graph, trivial_graph
+from splitformer.decoding.graphs import (
+    compile_lg,
+    context_graph_fsa,
+    load_graph,
+    save_graph,
+    trivial_graph,
+    with_end_symbol,
+)
 from splitformer.decoding.greedy import transducer_greedy_search
 from splitformer.decoding.lang import read_symbols
 from splitformer.decoding.lattice import Lattice
@@ -154,7 +161,7 @@ def small(tmp_path_factory):
     lang_dir = tmp_path_factory.mktemp("lang")
     model = write_lang(lang_dir)
     save_graph(compile_lg(lang_dir, lang_dir / "2.arpa", report=lambda line: None), lang_dir / "LG.pt")
-    return load_graph(lang_dir / "LG.pt"), read_symbols(lang_dir / "words.txt"), model
+    return with_end_symbol(load_graph(lang_dir / "LG.pt")), read_symbols(lang_dir / "words.txt"), model
 
 
 def test_command_makes_LG(small, tmp_path, repo_root):
@@ -169,11 +176,12 @@ def test_command_makes_LG(small, tmp_path, repo_root):
 
     done = run()
     assert done.returncode == 0, done.stderr
-    assert f"LG.pt: {lg.shape[0]} states, {lg.num_arcs} arcs" in done.stdout
     made = load_graph(tmp_path / "LG.pt")
+    assert f"LG.pt: {made.shape[0]} states, {made.num_arcs} arcs" in done.stdout
+    made = with_end_symbol(made)
     assert torch.equal(made.arcs.values(), lg.arcs.values()) and made.aux_labels == lg.aux_labels
     assert not (tmp_path / "HLG.pt").exists()
-    assert int(made.labels[made.labels != -1].min()) > 0 and int(made.labels.max()) < len(TOKENS)
+    assert int(made.labels[made.labels != -1].min()) > 0 and int(made.labels.max()) == made.end_symbol == len(TOKENS)
     failed = run("--modified-topology")
     assert failed.returncode != 0 and "no CTC topology" in failed.stderr
 
@@ -211,7 +219,6 @@ def test_LG_best_path_equals_enumeration(small, scale):
         tokens_in_last_frame += alignment[-1] != 0
     assert tokens_in_last_frame > 0
     assert torch.equal(lg.arcs.values(), before[0]) and lg.aux_labels == before[1]
-    assert not hasattr(lg, "graph_scores")
 
 
 def graph_paths(graph: k2.Fsa, tokens: list[int]) -> list[tuple[tuple[int, ...], float]]:
@@ -222,7 +229,7 @@ def graph_paths(graph: k2.Fsa, tokens: list[int]) -> list[tuple[tuple[int, ...],
     ):
         leaving[source, label].append((target, score, tuple(word for word in written if word > 0)))
     reached = [(0, (), 0.0)]
-    for token in (*tokens, -1):
+    for token in (*tokens, graph.end_symbol, -1):
         reached = [
             (target, sentence + written, total + score)
             for state, sentence, total in reached
@@ -331,9 +338,16 @@ def test_batch_order_and_padding_change_nothing(small, kind):
     assert sorted(order[i] for i in fell) == fallbacks
 
 
+def accepting(tokens: list[int]) -> k2.Fsa:
+    """Return a graph that accepts these tokens alone."""
+    graph = k2.linear_fsa(tokens)
+    graph.vocab_size = V
+    return with_end_symbol(graph)
+
+
 def test_empty_lattices_are_named_and_fall_back():
     """The graph accepts three tokens, no more and no less: two frames are too few for them."""
-    graph = k2.linear_fsa([1, 2, 3])
+    graph = accepting([1, 2, 3])
     decoder, joiner = transducer(5)
     with torch.no_grad():
         joiner.output_linear.bias[0] += 8.0  # greedy search finds blanks, whose score shows the penalty
@@ -357,7 +371,7 @@ def test_empty_lattices_are_named_and_fall_back():
 def test_a_narrow_beam_that_ends_inside_a_word_falls_back(tmp_path):
     """b is no word here; it begins "b a"."""
     write_lang(tmp_path, {"BA": [4, 3], "A": [3]}, "BA A BA\nA\n")
-    lg = compile_lg(tmp_path, tmp_path / "2.arpa", report=lambda line: None)
+    lg = with_end_symbol(compile_lg(tmp_path, tmp_path / "2.arpa", report=lambda line: None))
     words = read_symbols(tmp_path / "words.txt")
     decoder, joiner = transducer(0, len(TOKENS))
     with torch.no_grad():
@@ -401,9 +415,7 @@ def test_a_wide_beam_is_never_worse_than_modified_beam_search():
         for length_norm in (False, True):
             modified = modified_beam_search(decoder, joiner, encoder_out, lengths, length_norm=length_norm)
             for i, hypothesis in enumerate(modified):
-                # a graph that accepts this sequence alone
-                only = k2.linear_fsa(hypothesis.tokens)
-                only.vocab_size = V
+                only = accepting(hypothesis.tokens)
                 own = encoder_out[i : i + 1], lengths[i : i + 1]
                 [best_alignment], _ = transducer_lattice(decoder, joiner, *own, only, beam=WIDE).one_best()
                 assert best_alignment.tokens == hypothesis.tokens
@@ -447,6 +459,8 @@ def test_wrong_arguments_are_named(small):
     with pytest.raises(ValueError, match="writes none"):
         search(decoder, joiner, encoder_out, lengths, graph, words=words)
     with pytest.raises(ValueError, match="epsilons"):
-        search(decoder, joiner, encoder_out, lengths, k2.linear_fsa([1, 0, 3]))
+        search(decoder, joiner, encoder_out, lengths, accepting([1, 0, 3]))
+    with pytest.raises(ValueError, match="no end symbol"):
+        search(decoder, joiner, encoder_out, lengths, k2.linear_fsa([1, 2, 3]))
     with pytest.raises(ValueError, match="num_paths 0"):
         most_probable(search(decoder, joiner, encoder_out, lengths, graph), num_paths=0)
