@@ -86,7 +86,7 @@ def make_rows(recordings: Path, supervisions: Path, folder: Path) -> dict[str, R
     def add(name: str, size_of: Path | None, options: DataOptions) -> None:
         augment = AugmentConfig(noise_p=0.5 if options.noise_cuts else 0.0)
         config = Config(data=DataConfig(max_duration=100.0), augment=augment)
-        rows[name] = Row(TrainingData(options, config, Tokenizer(folder), folder / f"index-{len(rows)}", 0), size_of)
+        rows[name] = Row(TrainingData(options, config, Tokenizer(folder), seed=0), size_of)
 
     add("stored", folder / "feats", DataOptions([stored]))
     export_shar(stored, folder / "numpy", "numpy")
