@@ -52,6 +52,8 @@ VERSION = 4
 """Format of the index; an index of another version is left alone, and a new one is made."""
 COLUMNS = {"duration": "d", "frames": "i", "extra": "b", "storage": "i", "num_labels": "i"}
 """Numbers of each cut -> their format in `struct`."""
+TOLERANCE = 2e-3
+"""Seconds by which a transcript may reach beyond its cut, as in Lhotse."""
 PACKED = -1
 """Value of `storage` for cuts that are kept as packed manifests."""
 
@@ -123,6 +125,9 @@ class TrainingFilter:
         text = (cut.supervisions[0].text or "").strip()
         if not text:
             return "empty transcript", ()
+        segment = cut.supervisions[0]
+        if segment.start < -TOLERANCE or segment.end > cut.duration + TOLERANCE:
+            return "transcript of more than the cut", ()
         if cut.duration < self.limits.min_utterance_seconds:
             return f"shorter than data.min_utterance_seconds = {self.limits.min_utterance_seconds}", ()
         if cut.duration > self.limits.max_utterance_seconds:

@@ -185,7 +185,7 @@ class TrainingData:
         dataset = TrainingDataset(
             self.index,
             FeatureLoader(self.fbank_options, self.noise),
-            _spec_augment(augment, epoch) if augment.p else None,
+            make_spec_augment(augment, epoch) if augment.p else None,
             self.remedy,
         )
         todo = [(number, index) for number in range(first, len(plan)) for index in mine]
@@ -267,7 +267,8 @@ def _local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _spec_augment(augment: AugmentConfig, epoch: int) -> SpecAugment:
+def make_spec_augment(augment: AugmentConfig, epoch: int) -> SpecAugment:
+    """Return SpecAugment for `epoch`, counted from 1."""
     warmup = min(1.0, epoch / augment.specaug_warmup_epochs) if augment.specaug_warmup_epochs else 1.0
     return SpecAugment(
         time_warp_factor=augment.time_warp_factor,

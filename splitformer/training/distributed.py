@@ -143,26 +143,24 @@ def _main_first(store: distributed.Store, rank: int, world_size: int, call: Call
             call()
         except BaseException:
             store.add("main", failed)
+            _wait_for(store, "left", world_size - 1, seconds=5.0)  # torch complains if the store goes before them
             raise
         store.add("main", done)
     else:
         if _wait_for(store, "main", done) >= failed:
+            store.add("left", 1)
             raise SystemExit(1)
         call()
     store.add("all", 1)
     _wait_for(store, "all", world_size)
 
 
-def _wait_for(store: distributed.Store, key: str, number: int) -> int:
-    """Return the number at `key` when it is at least `number`. The store's own `wait` has a time limit."""
-    while True:
-        try:
-            found = store.add(key, 0)
-        except (RuntimeError, OSError):  # the main rank, which keeps the store, has ended and has said why
-            raise SystemExit(1) from None
-        if found >= number:
-            return found
+def _wait_for(store: distributed.Store, key: str, number: int, seconds: float = math.inf) -> int:
+    """Return the number at `key` when it is at least `number`, or after `seconds`: the store's `wait` has a limit."""
+    deadline = time.monotonic() + seconds
+    while (found := store.add(key, 0)) < number and time.monotonic() < deadline:
         time.sleep(STORE_SECONDS)
+    return found
 
 
 class StopRequest:
