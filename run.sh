@@ -389,8 +389,7 @@ main() {
     check_number seed zero
     for name in num_processes accum_grad; do check_number "$name" empty; done
     check_number num_workers empty zero
-    [[ -z $timeout_minutes || $timeout_minutes =~ ^[0-9]*\.?[0-9]+$ ]] ||
-        option_error "--timeout-minutes is '$timeout_minutes'; it takes a number such as 30"
+    [[ -z $timeout_minutes ]] || check_decimals timeout_minutes
     [[ -z $index_dir ]] || index_dir=$(absolute_path "$index_dir")
     [[ -z $precision ]] || check_choice precision auto bf16 fp16 fp32
     ((${#seed} <= 18)) || option_error "--seed $seed: at most 18 digits"
