@@ -99,9 +99,22 @@ stage_fbank() {
 store_features() {
     local inputs
     inputs=$(checksum "$(recordings_of "$1")" "$(supervisions_of "$1")")
+    forget_lost_features "$1"
     make_artefact "$(cuts_of "$1")" \
         "manifests $inputs fbank $fbank mel bins $num_mel_bins speed perturbation $2 strict $strict" \
         make_fbank "$1" "$2"
+}
+
+# forget_lost_features SPLIT: if shards of features were removed, the manifest that names them is made again with them;
+# not if they were packed as Shar, which replaces them.
+forget_lost_features() {
+    local done_file packed='' shards=("$fbank_dir/${1}_feats"/[0-9]*)
+    done_file=$(done_file "$(cuts_of "$1")")
+    if [[ -n $shar ]]; then packed=$(done_file "$fbank_dir/${1}_shar_$shar"); fi
+    if [[ ! -f $done_file || -n $packed && -f $packed ]]; then return; fi
+    if [[ -d ${shards[-1]} ]] && ((10#${shards[-1]##*/} == ${#shards[@]} - 1)); then return; fi
+    log "features of $1 are gone; computing them again"
+    rm -f "$done_file"
 }
 
 # store_cuts SPLIT SPEED_PERTURBATION

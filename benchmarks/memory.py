@@ -106,7 +106,7 @@ def run_step(step: str, folder: Path, count: int) -> None:
         assert len(list(read_cuts(folder / "cuts.jsonl.gz"))) == count
     else:
         options = DataOptions([folder / "cuts.jsonl.gz"], on_the_fly=True)
-        data = TrainingData(options, Config(), Tokenizer(folder), folder / "index", seed=0)
+        data = TrainingData(options, Config(), Tokenizer(folder), seed=0)
         assert data.report.kept == count
         assert len(data.plan(1).batch(0))
 

@@ -330,8 +330,9 @@ def cut_batches(options: Options, config: Config) -> Iterator[Any]:
     config = replace(config, data=replace(config.data, max_duration=options.batch * options.seconds))
     yield replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     with tempfile.TemporaryDirectory() as folder:
-        source = DataOptions([Path(path) for path in options.train_cuts], num_workers=options.num_workers)
-        data = TrainingData(source, config, tokenizer, Path(folder), 42)
+        paths = [Path(path) for path in options.train_cuts]
+        source = DataOptions(paths, num_workers=options.num_workers, index_dir=Path(folder))
+        data = TrainingData(source, config, tokenizer, seed=42)
         epoch = 0
         while True:
             epoch += 1

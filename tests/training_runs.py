@@ -115,5 +115,5 @@ def training_data(corpus, folder, cuts=None, num_workers=0, augment=None, on_the
     _, train_cuts, _, lang_dir = corpus
     config = small_config()
     config = replace(config, data=replace(config.data, **data), augment=replace(config.augment, **augment or {}))
-    options = DataOptions(cuts or [train_cuts], noise_cuts, on_the_fly, num_workers)
-    return TrainingData(options, config, Tokenizer(lang_dir), folder, seed=1)
+    options = DataOptions(cuts or [train_cuts], noise_cuts, on_the_fly, num_workers, folder)
+    return TrainingData(options, config, Tokenizer(lang_dir), seed=1)

@@ -41,12 +41,19 @@ def run(options: Options) -> int | None:
     if options.num_processes > 1 and "RANK" not in os.environ:
         return launch(options.num_processes)
     # the process that only starts the ranks needs none of these
+    from splitformer.data.tokenizer import Tokenizer
     from splitformer.training.distributed import process_group
-    from splitformer.training.loop import Stopped, Trainer
+    from splitformer.training.loop import Stopped, Trainer, check_options, training_data
     from splitformer.training.saving import locked
 
-    with process_group(options.timeout_minutes) as ranks, ExitStack() as stack:
-        logging.getLogger().setLevel(logging.INFO if ranks.is_main else logging.WARNING)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.getLogger().setLevel(logging.INFO if is_main else logging.WARNING)
+
+    def index_cuts() -> None:
+        check_options(options)
+        training_data(options, config, Tokenizer(options.lang_dir), progress=is_main)
+
+    with process_group(options.timeout_minutes, before=index_cuts) as ranks, ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(options.exp_dir)))
         trainer = Trainer(config, options, ranks)
         if options.inspect:

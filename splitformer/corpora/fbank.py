@@ -189,8 +189,8 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
         loaded, waveforms, skipped = _load_audio(cuts, options, strict)
         extractor = make_extractor(options)
         with make_writer(temporary, options) as writer, manifest_writer(temporary / "cuts.jsonl") as write_cut:
-            for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
-                key = writer.write(cut.id, feats)
+            for number, (cut, feats) in enumerate(zip(loaded, extract(extractor, waveforms) if waveforms else [])):
+                key = writer.write(f"{number:05d}", feats)  # not the id, which may be a path out of this folder
                 place = str(writer.storage_path).replace(str(temporary), str(folder), 1)
                 storage = {"storage_type": writer.name, "storage_path": place, "storage_key": key}
                 write_cut(with_features(cut, feats, extractor.name, extractor.frame_shift, storage))

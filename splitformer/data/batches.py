@@ -8,19 +8,17 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from splitformer.data.cut_features import AllFrames, FeaturesInMemory
-from splitformer.data.features import FbankOptions
+from splitformer.data.cut_features import AllFrames
 from splitformer.data.manifests import read_cuts
-from splitformer.data.noise import NoiseMixer
 from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.errors import UserError
@@ -41,6 +39,7 @@ class Batch(NamedTuple):
     y_lens: Tensor
     """(N,) number of labels"""
     texts: list[str]
+    """transcripts; training batches have none, because the index keeps labels alone"""
     cut_ids: list[str]
     durations: list[float]
     """seconds of audio of each utterance, without padding"""
@@ -75,66 +74,43 @@ def cut_files(paths: Iterable[str | Path]) -> list[Path]:
 
 
 class SpeechDataset(Dataset[Batch]):
-    """Maps cuts with one supervision each to a batch."""
+    """Maps cuts with stored features and one supervision each to a batch, without augmentation."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        transforms: Sequence[Any] = (),
-        on_the_fly: FbankOptions | None = None,
-        noise: NoiseMixer | None = None,
-    ) -> None:
-        """
-        Args:
-          transforms: of features, such as SpecAugment.
-          on_the_fly: compute features from audio with these options; None loads stored features.
-          noise: mixed into the utterances.
-        """
-        self.tokenizer, self.noise = tokenizer, noise
-        self.features = FeaturesInMemory(on_the_fly, noise)
-        self.dataset = K2SpeechRecognitionDataset(
-            return_cuts=True,
-            cut_transforms=[self.features] if on_the_fly or noise else [],
-            input_transforms=list(transforms),
-            input_strategy=AllFrames(),
-        )
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.dataset = K2SpeechRecognitionDataset(return_cuts=True, input_strategy=AllFrames())
 
-    @property
-    def remedy(self) -> str:
-        """What to do if nothing can be read."""
-        if self.features.options:
-            return "Was the audio moved or removed? ./prepare.sh --stage manifests looks for it again"
-        return "Were the features moved or removed? ./prepare.sh --stage fbank makes them"
-
-    def load(self, cut: Cut) -> tuple[Tensor, str]:
-        """Return the features (T, C) of `cut` without noise, and why they cannot be used ("" if they can)."""
-        try:
-            features = torch.from_numpy(self.features.load(cut))
-        except Exception as error:  # readers of damaged files raise anything
-            return torch.empty(0, 0), f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        return features, "" if torch.isfinite(features).all() else "its features are not finite"
-
-    def __getitem__(self, cuts: Iterable[Cut]) -> Batch:
-        if self.noise:
-            self.noise.errors.clear()
-        raw = self.dataset[cuts if isinstance(cuts, CutSet) else CutSet.from_cuts(cuts)]
+    def __getitem__(self, cuts: CutSet) -> Batch:
+        raw = self.dataset[cuts]
         supervisions = raw["supervisions"]
         order = supervisions["sequence_idx"].argsort()  # rows of `inputs`, one supervision each
         texts = [supervisions["text"][i] for i in order.tolist()]
         cuts = [supervisions["cut"][i] for i in order.tolist()]
-        labels = [torch.tensor(self.tokenizer.encode(text), dtype=torch.long) for text in texts]
-        x = raw["inputs"]
+        y, y_lens = padded_labels([self.tokenizer.encode(text) for text in texts])
         return Batch(
-            # very short batches are padded to what the front end's convolutions need; x_lens stays
-            x=torch.nn.functional.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1)))),
+            x=long_enough(raw["inputs"]),
             x_lens=supervisions["num_frames"][order].long(),
-            y=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True),
-            y_lens=torch.tensor([len(label) for label in labels]),
+            y=y,
+            y_lens=y_lens,
             texts=texts,
             cut_ids=[cut.id for cut in cuts],
             durations=[cut.duration for cut in cuts],
-            errors=dict(self.noise.errors) if self.noise else {},
+            errors={},
         )
+
+
+def long_enough(x: Tensor) -> Tensor:
+    """Pad features (N, T, C) of very short batches to what the front end's convolutions need."""
+    return torch.nn.functional.pad(x, (0, 0, 0, MIN_FRAMES - x.size(1))) if x.size(1) < MIN_FRAMES else x
+
+
+def padded_labels(labels: Sequence[Sequence[int] | np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Return labels (N, S), padded with 0, and their lengths (N,)."""
+    lengths = [len(each) for each in labels]
+    y = np.zeros((len(labels), max(lengths)), dtype=np.int64)
+    for row, each in zip(y, labels, strict=True):
+        row[: len(each)] = each
+    return torch.from_numpy(y), torch.tensor(lengths)
 
 
 def evaluation_batches(

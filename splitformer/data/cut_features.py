@@ -1,25 +1,24 @@
-"""The features of cuts: all stored frames of them, or features computed while a batch is loaded.
-
-A cut transform puts computed features into memory, so that readers see no difference from stored ones.
-"""
+"""The features of cuts: all stored frames of them, or features computed while a batch is loaded."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from lhotse import CutSet, Features
 from lhotse.cut import Cut
 from lhotse.dataset.input_strategies import PrecomputedFeatures
-from lhotse.utils import compute_num_frames, fastcopy
+from lhotse.utils import LOG_EPSILON, compute_num_frames, fastcopy, supervision_to_frames
 from torch import Tensor
 
 from splitformer.data.features import FbankOptions, extract, load_samples, make_extractor
-from splitformer.data.manifests import use_soundfile
-from splitformer.data.noise import NoiseMixer
+from splitformer.data.manifests import ManifestError, use_soundfile
 from splitformer.model.subsampling import SAMPLING_RATE
+
+if TYPE_CHECKING:
+    from splitformer.data.noise import NoiseMixer
 
 STORED_FRAMES = "stored_frames"
 """Custom field of cuts whose features have more frames than Lhotse counts from the duration."""
@@ -90,10 +89,49 @@ class AllFrames(PrecomputedFeatures):
         return intervals
 
 
-class FeaturesInMemory:
-    """A cut transform for Lhotse's datasets that computes features, or loads them and mixes noise in."""
+def supervised_frames(cut: Cut, counted: int, frames: int, frame_shift: float, rate: int) -> tuple[int, int]:
+    """Return the first frame of the transcript and its number of frames.
 
-    def __init__(self, options: FbankOptions | None, noise: NoiseMixer | None = None) -> None:
+    Args:
+      counted: frames of the cut, as Lhotse counts them from the duration.
+      frames: frames of its features.
+      frame_shift: seconds.
+      rate: samples per second.
+    """
+    start, num_frames = supervision_to_frames(cut.supervisions[0], frame_shift, rate, max_frames=counted)
+    return start, num_frames + (frames - counted if start + num_frames == counted else 0)
+
+
+def fitted(feats: np.ndarray, frames: int) -> np.ndarray:
+    """Return the first `frames` frames of features (T, C). As in Lhotse, one that is missing repeats the last.
+
+    Raises:
+      ManifestError: more are missing.
+    """
+    if len(feats) == frames - 1:
+        feats = np.concatenate((feats, feats[-1:]))
+    if len(feats) < frames:
+        raise ManifestError(f"there are {len(feats)} frames of features instead of {frames}")
+    return feats[:frames]
+
+
+class Utterance(NamedTuple):
+    """The features of a cut, and the place of its transcript in them."""
+
+    feats: np.ndarray
+    """(T, C)"""
+    start: int
+    """first frame of the transcript"""
+    frames: int
+    """frames of the transcript"""
+    extra: bool
+    """one frame more than Lhotse counts from the duration"""
+
+
+class FeatureLoader:
+    """Computes the features of cuts, or loads them, and mixes noise in."""
+
+    def __init__(self, options: FbankOptions | None = None, noise: NoiseMixer | None = None) -> None:
         """
         Args:
           options: compute features from audio with these options; None takes the stored features.
@@ -101,9 +139,6 @@ class FeaturesInMemory:
         """
         self.options, self.noise = options, noise
         self.extractor = make_extractor(options) if options else None
-
-    def __call__(self, cuts: CutSet) -> CutSet:
-        return CutSet.from_cuts([self._with_features(cut) for cut in cuts])
 
     def load(self, cut: Cut, noise: NoiseMixer | None = None) -> np.ndarray:
         """Return the features (T, C) of `cut`, computed or stored."""
@@ -114,12 +149,24 @@ class FeaturesInMemory:
         feats = load_all_frames(cut)
         return noise.into_features(feats, cut.features.type, cut.frame_shift) if noise else feats
 
-    def _with_features(self, cut: Cut) -> Cut:
+    def utterance(self, cut: Cut) -> Utterance:
+        """Return the features of `cut`, with noise."""
         feats = self.load(cut, self.noise)
-        stream = io.BytesIO()
-        np.save(stream, feats, allow_pickle=False)
-        storage = {"storage_type": "memory_npy", "storage_path": "", "storage_key": stream.getvalue()}
         if self.extractor:
-            cut = cut.resample(SAMPLING_RATE)
-            return with_features(cut, feats, self.extractor.name, self.extractor.frame_shift, storage)
-        return with_features(cut, feats, cut.features.type, cut.frame_shift, storage)
+            frame_shift, rate = self.extractor.frame_shift, SAMPLING_RATE
+        else:
+            frame_shift, rate = cut.frame_shift, cut.sampling_rate
+        counted = compute_num_frames(cut.duration, frame_shift, rate)
+        frames = counted + (len(feats) == counted + 1)
+        start, num_frames = supervised_frames(cut, counted, frames, frame_shift, rate)
+        return Utterance(fitted(feats, frames), start, num_frames, frames > counted)
+
+
+def padded(utterances: Sequence[Utterance]) -> Tensor:
+    """Return features (N, T, C), padded as `AllFrames` and Lhotse pad them."""
+    frames = max(len(each.feats) for each in utterances)
+    value = 0.0 if any(each.extra for each in utterances) else LOG_EPSILON
+    x = torch.full((len(utterances), frames, utterances[0].feats.shape[1]), value)
+    for row, each in zip(x, utterances, strict=True):
+        row[: len(each.feats)] = torch.from_numpy(each.feats)
+    return x

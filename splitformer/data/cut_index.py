@@ -1,39 +1,61 @@
-"""An index of training cuts by number: where each is in a file, its duration, and its number of labels.
+"""An index of training cuts by number, in arrays that are mapped into memory.
 
-One streaming pass over the manifests drops cuts that cannot be trained on. It writes the rest, uncompressed, beside an
-array that is mapped into memory: 16 bytes per cut. From then on any process can read any cut at once, and a run that
-resumes needs no second pass.
+One streaming pass over the manifests drops cuts that cannot be trained on, and writes what training needs of the rest:
+duration, labels, id, and where the features are. From then on any process can read any cut at once, without manifests,
+JSON or a tokenizer. Cuts whose features Lhotse has to compute or cut out (audio on the fly, noise, mixed cuts, parts of
+stored features) are kept as packed manifests.
+
+An index is a hidden folder beside the data, named by a fingerprint of the data and of what decides which cuts are kept.
+All runs share it, whatever their seeds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import logging
+import math
+import shutil
+import struct
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from lhotse import CutSet
-from lhotse.cut import Cut
-from lhotse.serialization import deserialize_item
+from lhotse.cut import Cut, MonoCut
+from lhotse.features.io import get_reader
 from lhotse.utils import compute_num_frames
 from tqdm import tqdm
 
-from splitformer.config import DataConfig
+from splitformer.config import Config
+from splitformer.data.cut_features import extra_frames, fitted, supervised_frames
+from splitformer.data.features import check_features
+from splitformer.data.manifests import STORAGE_TYPES, check_safe, deserialize
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.errors import UserError
 from splitformer.files import atomic_folder
 from splitformer.model.subsampling import FRAME_SHIFT, subsampled_lengths
 
-ENTRY = np.dtype([("offset", "<i8"), ("duration", "<f4"), ("tokens", "<i4")])
-VERSION = 3
-"""Format of the index; an index of another version is rebuilt."""
+log = logging.getLogger(__name__)
+INDEX_FOLDER = ".cut-index"
+"""Beside the data: the folder of all indexes of these data."""
+VERSION = 4
+"""Format of the index; an index of another version is left alone, and a new one is made."""
+COLUMNS = {"duration": "d", "frames": "i", "extra": "b", "storage": "i", "num_labels": "i"}
+"""Numbers of each cut -> their format in `struct`."""
+TOLERANCE = 2e-3
+"""Seconds by which a transcript may reach beyond its cut, as in Lhotse."""
+PACKED = -1
+"""Value of `storage` for cuts that are kept as packed manifests."""
 
 
 class DataError(UserError):
@@ -61,54 +83,68 @@ class ScanReport:
 
 
 class Filter(Protocol):
-    """Decides which cuts enter an index."""
+    """Decides which cuts enter an index, and how."""
 
     signature: list[Any]
     """what the decisions depend on, for JSON"""
+    stored: bool
+    """take the stored features of a cut as they are, if they are those of the whole cut"""
+    label_dtype: str
+    """numpy's name of a type for labels"""
 
-    def check(self, cut: Cut) -> tuple[str | None, int]:
-        """Return the reason to drop `cut` (None: keep it) and its number of labels."""
+    def check(self, cut: Cut) -> tuple[str | None, Sequence[int]]:
+        """Return the reason to drop `cut` (None: keep it) and its labels."""
 
 
 class TrainingFilter:
     """Drops cuts that cannot be trained on."""
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig, on_the_fly: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Config, on_the_fly: bool = False) -> None:
         """`on_the_fly`: features will be computed from audio."""
-        self.tokenizer = tokenizer
-        self.config = config
-        self.on_the_fly = on_the_fly
-        limits = [config.min_utterance_seconds, config.max_utterance_seconds]
-        self.signature = [tokenizer.tokens, limits, on_the_fly]
+        self.tokenizer, self.config, self.limits = tokenizer, config, config.data
+        self.stored = not on_the_fly
+        self.label_dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<i4"
+        limits = [self.limits.min_utterance_seconds, self.limits.max_utterance_seconds]
+        features = [config.data.features, config.model.num_mel_bins]
+        self.signature = [tokenizer.fingerprint, limits, features if self.stored else "on the fly"]
 
-    def check(self, cut: Cut) -> tuple[str | None, int]:
-        """Return the reason to drop `cut` (None: keep it) and its number of labels."""
-        if self.on_the_fly and not cut.has_recording:
-            return "no audio to compute features from, as --on-the-fly does", 0
-        if not self.on_the_fly and not cut.has_features:
-            return "no stored features: the fbank stage of prepare.sh makes them, or give --on-the-fly", 0
+    def check(self, cut: Cut) -> tuple[str | None, Sequence[int]]:
+        """Return the reason to drop `cut` (None: keep it) and its labels.
+
+        Raises:
+          UserError: the stored features are not those of the configuration.
+        """
+        if not self.stored and not cut.has_recording:
+            return "no audio to compute features from, as --on-the-fly does", ()
+        if self.stored and not cut.has_features:
+            return "no stored features: the fbank stage of prepare.sh makes them, or give --on-the-fly", ()
+        if self.stored:
+            check_features(cut, self.config)
         if len(cut.supervisions) != 1:
-            return f"{len(cut.supervisions)} supervisions instead of one", 0
+            return f"{len(cut.supervisions)} supervisions instead of one", ()
         text = (cut.supervisions[0].text or "").strip()
         if not text:
-            return "empty transcript", 0
-        if cut.duration < self.config.min_utterance_seconds:
-            return f"shorter than data.min_utterance_seconds = {self.config.min_utterance_seconds}", 0
-        if cut.duration > self.config.max_utterance_seconds:
-            return f"longer than data.max_utterance_seconds = {self.config.max_utterance_seconds}", 0
+            return "empty transcript", ()
+        segment = cut.supervisions[0]
+        if segment.start < -TOLERANCE or segment.end > cut.duration + TOLERANCE:
+            return "transcript of more than the cut", ()
+        if cut.duration < self.limits.min_utterance_seconds:
+            return f"shorter than data.min_utterance_seconds = {self.limits.min_utterance_seconds}", ()
+        if cut.duration > self.limits.max_utterance_seconds:
+            return f"longer than data.max_utterance_seconds = {self.limits.max_utterance_seconds}", ()
         if unknown := self.tokenizer.unknown_characters(text):
-            return f"transcript has characters that the tokens lack: {' '.join(sorted(unknown))}", 0
+            return f"transcript has characters that the tokens lack: {' '.join(sorted(unknown))}", ()
         labels = self.tokenizer.encode(text)
         num_frames = compute_num_frames(cut.duration, FRAME_SHIFT, cut.sampling_rate)
         frames = int(subsampled_lengths(torch.tensor([cut.num_frames if cut.has_features else num_frames])))
         if frames < ctc_min_frames(labels):
-            return "more labels than output frames", 0
-        return None, len(labels)
+            return "more labels than output frames", ()
+        return None, labels
 
 
 def ctc_min_frames(labels: Sequence[int]) -> int:
     """Return the fewest frames of a CTC alignment: one per label, and a blank between two equal neighbours."""
-    return len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
+    return len(labels) + sum(a == b for a, b in pairwise(labels))
 
 
 class SeenIds:
@@ -146,88 +182,266 @@ class SeenIds:
         return True
 
 
+class StoredFeatures(NamedTuple):
+    """Where the features of a whole cut are."""
+
+    storage_type: str
+    storage_path: str
+    storage_key: str
+    frames: int
+    extra: bool
+    """one frame more than Lhotse counts from the duration"""
+
+    def load(self) -> np.ndarray:
+        """Return the features (T, C); the reader of the storage may raise anything."""
+        feats = get_reader(self.storage_type)(self.storage_path).read(self.storage_key, 0, self.frames)
+        return fitted(feats, self.frames)
+
+
+def stored_features(cut: Cut) -> StoredFeatures | None:
+    """Return where the features of `cut` are, if they and the transcript are those of the whole cut; else None."""
+    if not isinstance(cut, MonoCut) or not math.isclose(cut.start, cut.features.start):
+        return None
+    features = cut.features
+    counted = compute_num_frames(cut.duration, features.frame_shift, features.sampling_rate)
+    frames = counted + extra_frames(cut)
+    whole = supervised_frames(cut, counted, frames, cut.frame_shift, cut.sampling_rate) == (0, frames)
+    if not whole or cut.num_frames != counted:
+        return None
+    if features.storage_type not in STORAGE_TYPES or not isinstance(features.storage_key, str):
+        return None
+    return StoredFeatures(
+        features.storage_type, str(features.storage_path), features.storage_key, frames, frames > counted
+    )
+
+
+class Ragged:
+    """Sequences by number, mapped into memory: the values of all, one after another, and where each sequence ends."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.values, self.ends = _mapped(folder / name, dtype), _mapped(folder / f"{name}-ends", "<q")
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.values[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+    def text(self, number: int) -> str:
+        return self[number].tobytes().decode()
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap take longer
+
+
 class CutIndex:
     """Cuts by number, from 0, in the folder that `index_cuts` makes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries: np.ndarray = np.load(folder / "entries.npy", mmap_mode="r")
+        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.kind: str | None = about["kind"]
+        """extractor of the stored features; None without any"""
+        self.frame_shift: float = about["frame_shift"]
+        self.num_features: int = about["num_features"]
+        self._duration, self._frames, self._extra, self._storage, self._num_labels = (
+            _mapped(folder / name, f"<{code}") for name, code in COLUMNS.items()
+        )
+        self._dictionary = (folder / "dictionary").read_bytes()
+        self._labels = Ragged(folder, "labels", about["labels"])
+        self._ids, self._places, self._storages = (Ragged(folder, name, "u1") for name in ("ids", "places", "storages"))
 
     def __reduce__(self) -> tuple[type[CutIndex], tuple[Path]]:
-        return CutIndex, (self.folder,)  # another process maps the array, too, instead of getting a copy
+        return CutIndex, (self.folder,)  # another process maps the arrays, too, instead of getting copies
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._duration)
 
     @property
     def durations(self) -> np.ndarray:
-        """(K,) seconds."""
-        return self.entries["duration"]
+        """(K,) seconds, float32."""
+        return self._duration.astype(np.float32)
 
     @property
     def tokens(self) -> np.ndarray:
         """(K,) number of labels of each transcript."""
-        return self.entries["tokens"]
+        return self._num_labels
 
-    def __getitem__(self, number: int) -> Cut:
-        with open(self.folder / "cuts.jsonl", "rb") as lines:
-            lines.seek(int(self.entries["offset"][number]))
-            return deserialize_item(json.loads(lines.readline()))
+    def seconds(self, number: int) -> float:
+        return float(self._duration[number])
+
+    def cut_id(self, number: int) -> str:
+        return self._ids.text(number)
+
+    def labels(self, number: int) -> np.ndarray:
+        """Return the labels (S,) of a transcript."""
+        return self._labels[number]
+
+    def stored(self, number: int) -> StoredFeatures | None:
+        """Return where the features of a cut are, or None if `cut` has to be asked."""
+        storage = int(self._storage[number])
+        if storage == PACKED:
+            return None
+        kind, _, path = self._storages.text(storage).partition(" ")
+        key = self._places.text(number)
+        check_safe({"storage_type": kind, "storage_path": path, "storage_key": key}, self.folder)
+        return StoredFeatures(kind, path, key, int(self._frames[number]), bool(self._extra[number]))
+
+    def cut(self, number: int) -> Cut:
+        """Return a cut that is kept as a packed manifest; its transcript is not kept."""
+        unpack = zlib.decompressobj(zdict=self._dictionary)
+        return deserialize(json.loads(unpack.decompress(self._places[number].tobytes())), self.folder)
+
+    def missing_storage(self, sample: int = 100) -> str | None:
+        """Return a file or folder of features, if it is gone and so are all others of a sample; else None."""
+        chosen = np.linspace(0, len(self._storages) - 1, min(sample, len(self._storages))).astype(int)
+        paths = [self._storages.text(int(number)).partition(" ")[2] for number in chosen]
+        return None if any(Path(path).exists() for path in paths) else next(iter(paths), None)
 
 
 def index_cuts(
-    cuts: CutSet, sources: Iterable[Path], keep: Filter, folder: Path, progress: bool = False
+    cuts: CutSet, sources: Iterable[Path], keep: Filter, root: Path, progress: bool = False
 ) -> tuple[CutIndex, ScanReport]:
-    """Return the index of the cuts that `keep` keeps, and a summary. An up-to-date index in `folder` is reused.
+    """Return the index of the cuts that `keep` keeps, and a summary.
+
+    An index that is there is taken as it is. Otherwise one process makes it, and others that ask for it wait.
 
     Args:
       cuts: read once, in their order.
-      sources: the files that `cuts` come from; their names, sizes and times tell whether the index is up to date.
+      sources: the files that `cuts` come from; their names, sizes and times tell whether an index is up to date.
+      root: folder of all indexes of these data.
       progress: show a progress bar.
+    Raises:
+      DataError: there is no index, and `root` cannot be written to.
     """
     files = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
-    fingerprint = hashlib.sha256(json.dumps([VERSION, files, keep.signature]).encode()).hexdigest()
-    report = _stored_report(folder, fingerprint)
+    fingerprint = hashlib.sha256(json.dumps([VERSION, files, keep.signature]).encode()).hexdigest()[:32]
+    folder = root / fingerprint
+    report = _stored_report(folder)
     if report is None:
-        try:
-            with atomic_folder(folder) as temporary:
-                report = _scan(cuts, keep, temporary, progress)
-                text = json.dumps({"fingerprint": fingerprint, **vars(report)}, ensure_ascii=False)
-                (temporary / "report.json").write_text(text, encoding="utf-8")
-        except OSError:
-            report = _stored_report(folder, fingerprint)  # another machine may have made the same index meanwhile
+        with _locked(root, fingerprint):
+            report = _stored_report(folder)  # another process may have made it meanwhile
             if report is None:
-                raise
+                with atomic_folder(folder, exclusive=True) as temporary:
+                    report = _scan(cuts, keep, temporary, files, progress)
+                _remove_outdated(root)
     return CutIndex(folder), report
 
 
-def _stored_report(folder: Path, fingerprint: str) -> ScanReport | None:
-    """Return the report of the index in `folder`, if there is one with this fingerprint."""
-    if not (folder / "report.json").is_file():
-        return None
-    stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if stored.pop("fingerprint", None) != fingerprint:
-        return None
-    return ScanReport(**{**stored, "dropped": Counter(stored["dropped"])})
+@contextmanager
+def _locked(root: Path, fingerprint: str) -> Iterator[None]:
+    """Keep other processes, on any machine that shares the file system, from making the same index."""
+    lock = FileLock(root / f".{fingerprint}.lock", mode=0o666)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process, which indexes the cuts in %s", root)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"the index of the training cuts cannot be written to {root} ({reason}): make that folder writable, or "
+            "give --index-dir DIR, a folder for it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _scan(cuts: CutSet, keep: Filter, folder: Path, progress: bool) -> ScanReport:
+def _stored_report(folder: Path) -> ScanReport | None:
+    """Return the report of the index in `folder`, if there is a complete one."""
+    try:
+        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, size in about["sizes"].items()):
+            return None
+    except (OSError, ValueError):
+        return None
+    return ScanReport(**{**about["report"], "dropped": Counter(about["report"]["dropped"])})
+
+
+def _remove_outdated(root: Path) -> None:
+    """Remove the indexes of files that have changed since."""
+    for about in root.glob("*/index.json"):
+        try:
+            files = json.loads(about.read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError):
+            continue
+        states = ((Path(path), size, time) for path, size, time in files if Path(path).is_file())
+        if any((path.stat().st_size, path.stat().st_mtime_ns) != (size, time) for path, size, time in states):
+            shutil.rmtree(about.parent, ignore_errors=True)
+
+
+class _RaggedWriter:
+    def __init__(self, values: IO[bytes], ends: IO[bytes], dtype: str = "u1") -> None:
+        self.values, self.ends, self.itemsize, self.end = values, ends, np.dtype(dtype).itemsize, 0
+
+    def add(self, values: bytes) -> None:
+        self.values.write(values)
+        self.end += len(values) // self.itemsize
+        self.ends.write(struct.pack("<q", self.end))
+
+
+def _scan(cuts: CutSet, keep: Filter, folder: Path, files: Sequence[Any], progress: bool) -> ScanReport:
     report = ScanReport()
     ids = SeenIds()
-    table_file = folder / "entries.bin"
-    with open(folder / "cuts.jsonl", "wb") as lines, open(table_file, "wb") as table:
-        for cut in tqdm(cuts, desc="scanning cuts", unit="cut", disable=None if progress else True, leave=False):
-            reason, tokens = keep.check(cut)
+    dictionary = b""
+    storage = ("", PACKED)  # the last one, and its number
+    features: dict[str, Any] = {"kind": None, "frame_shift": FRAME_SHIFT, "num_features": 0}
+    with ExitStack() as stack:
+
+        def new_file(name: str) -> IO[bytes]:
+            return stack.enter_context(open(folder / name, "wb"))
+
+        columns = [new_file(name) for name in COLUMNS]
+        all_labels = _RaggedWriter(new_file("labels"), new_file("labels-ends"), keep.label_dtype)
+        all_ids, places, storages = (
+            _RaggedWriter(new_file(name), new_file(f"{name}-ends")) for name in ("ids", "places", "storages")
+        )
+        for cut in tqdm(cuts, desc="indexing cuts", unit="cut", disable=None if progress else True, leave=False):
+            reason, labels = keep.check(cut)
             if reason is None and not ids.add(cut.id):
                 reason = "an earlier cut has the same id"
             if reason is not None:
                 report.drop(cut.id, reason)
                 continue
+            if features["kind"] is None and isinstance(cut, MonoCut) and cut.has_features:
+                features = {"kind": cut.features.type, "frame_shift": cut.frame_shift, "num_features": cut.num_features}
+            stored = stored_features(cut) if keep.stored else None
+            if stored and (cut.features.type, cut.frame_shift) == (features["kind"], features["frame_shift"]):
+                if storage[0] != (place := f"{stored.storage_type} {stored.storage_path}"):
+                    storage = place, storage[1] + 1
+                    storages.add(place.encode())
+                places.add(stored.storage_key.encode())
+                row = cut.duration, stored.frames, stored.extra, storage[1], len(labels)
+            else:
+                manifest = json.dumps(_without_transcripts(cut), ensure_ascii=False).encode()
+                dictionary = dictionary or manifest
+                pack = zlib.compressobj(level=9, zdict=dictionary)
+                places.add(pack.compress(manifest) + pack.flush())
+                row = cut.duration, 0, False, PACKED, len(labels)
+            for column, code, value in zip(columns, COLUMNS.values(), row, strict=True):
+                column.write(struct.pack(f"<{code}", value))
+            all_labels.add(np.array(labels, dtype=keep.label_dtype).tobytes())
+            all_ids.add(cut.id.encode())
             report.kept += 1
             report.seconds += cut.duration
-            table.write(np.array((lines.tell(), cut.duration, tokens), dtype=ENTRY).tobytes())
-            lines.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
-    entries = np.memmap(table_file, dtype=ENTRY, mode="r") if report.kept else np.empty(0, dtype=ENTRY)
-    np.save(folder / "entries.npy", entries)
-    table_file.unlink()
+    (folder / "dictionary").write_bytes(dictionary)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    about = {"files": files, "sizes": sizes, "report": vars(report), "labels": keep.label_dtype, **features}
+    (folder / "index.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
     return report
+
+
+def _without_transcripts(cut: Cut) -> dict[str, Any]:
+    """Return the manifest of a cut without what the index keeps elsewhere."""
+    manifest = cut.to_dict()
+    for supervision in manifest.get("supervisions", ()):
+        for key in ("text", "alignment", "custom"):
+            supervision.pop(key, None)
+    return manifest

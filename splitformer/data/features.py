@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lhotse import Fbank, FbankConfig, KaldifeatFbank, KaldifeatFbankConfig, Recording
 from lhotse.cut import Cut
+from lhotse.cut.data import DataCut
 from lhotse.features import FeatureExtractor
 from lhotse.features.base import register_extractor
 from lhotse.features.kaldifeat import KaldifeatMelOptions
@@ -61,6 +62,18 @@ def features_of(cut: Cut) -> str | None:
     if not cut.has_features:
         return None
     return "linear-mel" if cut.features.type == LinearMel.name else "fbank"
+
+
+def check_features(cut: Cut, config: Config) -> None:
+    """Raise ManifestError if the stored features of `cut` are not those that `config` describes."""
+    kind = features_of(cut) if isinstance(cut, DataCut) else config.data.features  # others consist of several
+    given, wanted = (kind, cut.num_features), (config.data.features, config.model.num_mel_bins)
+    if given != wanted:
+        raise ManifestError(
+            f"{cut.id} has {given[0]} features of {given[1]} mel bins, but data.features is {wanted[0]} and "
+            f"model.num_mel_bins is {wanted[1]}: change the conf, or make the features again (prepare.sh with --fbank "
+            "and --num-mel-bins)"
+        )
 
 
 @dataclass

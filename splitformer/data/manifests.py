@@ -30,7 +30,7 @@ Pair = tuple[Recording, list[SupervisionSegment]]
 AUDIO_SOURCES = ("file", "memory", "shar")
 STORAGE_TYPES = (
     "lilcom_chunky", "lilcom_files", "lilcom_hdf5", "chunked_lilcom_hdf5", "memory_lilcom",
-    "numpy_files", "numpy_hdf5", "memory_npy", "shar",
+    "numpy_files", "numpy_hdf5", "memory_npy", "shar", "tar_member",
 )  # fmt: skip
 
 
@@ -64,12 +64,22 @@ class Manifest(Iterable[Any]):
         """Yield the items. Raises UnsafeManifest, and ManifestError for a file that is damaged or no manifest."""
         with _damage_named(self.path):
             for data in load_jsonl(self.path):
-                if danger := _danger(data):
-                    raise UnsafeManifest(
-                        f"{self.path}: {data.get('id')} has {danger}. Nothing in a manifest is run or fetched here: "
-                        "store audio and features as files and refer to these"
-                    )
-                yield deserialize_item(data)
+                yield deserialize(data, self.path)
+
+
+def deserialize(data: Any, source: Path) -> Any:
+    """Return the recording, supervision or cut that `data` of the file `source` describes. Raises UnsafeManifest."""
+    check_safe(data, source)
+    return deserialize_item(data)
+
+
+def check_safe(data: dict[str, Any], source: Path) -> None:
+    """Raise UnsafeManifest if `data` of the file `source` would run or fetch something."""
+    if danger := _danger(data):
+        raise UnsafeManifest(
+            f"{source}: {data.get('id')} has {danger}. Nothing in a manifest is run or fetched here: store audio and "
+            "features as files and refer to these"
+        )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Noise is indexed like the training cuts, so a batch reads the windows of noise t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from lhotse.audio.mixer import AudioMixer
@@ -25,19 +25,22 @@ MAX_UNREADABLE = 20
 class NoiseFilter:
     """Keeps cuts that can be mixed into audio, or into features of one kind."""
 
+    stored = False  # parts of them are cut out
+    label_dtype = "u1"
+
     def __init__(self, kind: str | None, num_mel_bins: int) -> None:
         """`kind` is the type of the features; None: noise is mixed into audio."""
         self.kind, self.num_mel_bins = kind, num_mel_bins
         self.signature = ["noise", kind, num_mel_bins]
 
-    def check(self, cut: Cut) -> tuple[str | None, int]:
-        """Return the reason to drop `cut` (None: keep it), and 0 labels."""
+    def check(self, cut: Cut) -> tuple[str | None, Sequence[int]]:
+        """Return the reason to drop `cut` (None: keep it), and no labels."""
         if self.kind is None:
-            return (None if cut.has_recording else "no audio to mix into audio"), 0
+            return (None if cut.has_recording else "no audio to mix into audio"), ()
         if not cut.has_features:
-            return "no features to mix into stored features", 0
+            return "no features to mix into stored features", ()
         given, wanted = (cut.features.type, cut.num_features), (self.kind, self.num_mel_bins)
-        return (None if given == wanted else f"its features are {given}, those of the training cuts {wanted}"), 0
+        return (None if given == wanted else f"its features are {given}, those of the training cuts {wanted}"), ()
 
 
 class NoiseMixer:
@@ -89,7 +92,7 @@ class NoiseMixer:
         pieces: list[np.ndarray] = []
         drawn = unreadable = 0
         while drawn < length:
-            cut = self.index[random.randrange(len(self.index))]
+            cut = self.index.cut(random.randrange(len(self.index)))
             wanted = length / rate + 1.0  # a second to spare, for rounding
             if not pieces and cut.duration > wanted:
                 cut = cut.truncate(offset=random.uniform(0.0, cut.duration - wanted), duration=wanted, preserve_id=True)

@@ -85,19 +85,19 @@ def _members(archive: Path) -> Iterator[tuple[str, Features | None]]:
             for data, manifest in itertools.zip_longest(*[iter(tar)] * 2):
                 if manifest is None:
                     raise ManifestError(f"{archive} ends with {data.name}, without its manifest")
-                path = Path(data.name)
-                cut_id = str(path.parent / path.stem)
-                if path.suffix == ".nodata":
+                cut_id, dot, suffix = data.name.rpartition(".")  # not a path: an id may have any characters
+                suffix = dot + suffix
+                if suffix == ".nodata":
                     yield cut_id, None
                     continue
-                if path.suffix not in FORMATS:
-                    raise ManifestError(f"{archive}: {path} is none of {', '.join(FORMATS)}")
+                if suffix not in FORMATS:
+                    raise ManifestError(f"{archive}: {data.name} is none of {', '.join(FORMATS)}")
                 content = tar.extractfile(manifest)
                 features = deserialize_item(decode_json_line(content.read().decode("utf-8"))) if content else None
                 if not isinstance(features, Features):
                     raise ManifestError(f"{archive}: {manifest.name} is not a features manifest")
                 features.storage_type, features.storage_path = TarMemberReader.name, str(archive)
-                features.storage_key = f"{data.offset_data}:{data.size}:{path.suffix}"
+                features.storage_key = f"{data.offset_data}:{data.size}:{suffix}"
                 yield cut_id, features
     except tarfile.TarError as error:
         raise ManifestError(f"{archive} is damaged ({error}): remove it and run ./prepare.sh --shar again") from error

@@ -7,6 +7,7 @@ read. The file is called `bpe.model` for character models too.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,11 @@ class Tokenizer:
     unknown_id = 2
 
     def __init__(self, lang_dir: str | Path) -> None:
-        self._model = load_sentencepiece(Path(lang_dir) / "bpe.model")
+        path = Path(lang_dir) / "bpe.model"
+        self._model = load_sentencepiece(path)
         self.vocab_size: int = self._model.get_piece_size()
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        """of the model: the same for tokenizers that encode alike"""
 
     @property
     def tokens(self) -> list[str]:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 GLOO_SECONDS = 0.5
 """Time for gloo's thread to release the tensors of the last collective operation."""
+STORE_SECONDS = 0.05
+"""Pause between two looks at what other ranks have done."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Ranks:
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.any(False)
+        """Wait for all ranks, on GPUs too, where other collective operations need not wait."""
+        if self.world_size > 1:
+            distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def from_main(self, value: Any) -> Any:
         """Return the main rank's value on every rank."""
@@ -96,11 +99,15 @@ class Ranks:
 
 
 @contextmanager
-def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+def process_group(timeout_minutes: float = 30.0, before: Callable[[], object] | None = None) -> Iterator[Ranks]:
     """Join the process group that `launch` or torchrun describes in the environment, with NCCL on GPUs or gloo on CPUs.
 
     Without such an environment there is a single rank. A collective operation fails one minute after `timeout_minutes`,
     so that `Watch` can name the missing rank before.
+
+    Args:
+      before: called on the main rank, then on the others, before the group exists: no time limit covers it. Errors are
+        as for `Ranks.on_main`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -111,7 +118,13 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     if world_size > 1:
         logging.getLogger("torch").setLevel(logging.WARNING)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + 1))
+        timeout = timedelta(minutes=timeout_minutes + 1)
+        store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
+        if before is not None:
+            _main_first(store, rank, world_size, before)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif before is not None:
+        before()
     try:
         yield Ranks(rank, world_size, device)
     finally:
@@ -120,6 +133,34 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
             # release the tensors of the last operation: in torch 1.13 most processes hung here without this pause.
             time.sleep(GLOO_SECONDS)
             distributed.destroy_process_group()
+
+
+def _main_first(store: distributed.Store, rank: int, world_size: int, call: Callable[[], object]) -> None:
+    """Call `call` on the main rank, then on all others, and return when all have done so."""
+    done, failed = 1, 2
+    if rank == 0:
+        try:
+            call()
+        except BaseException:
+            store.add("main", failed)
+            _wait_for(store, "left", world_size - 1, seconds=5.0)  # torch complains if the store goes before them
+            raise
+        store.add("main", done)
+    else:
+        if _wait_for(store, "main", done) >= failed:
+            store.add("left", 1)
+            raise SystemExit(1)
+        call()
+    store.add("all", 1)
+    _wait_for(store, "all", world_size)
+
+
+def _wait_for(store: distributed.Store, key: str, number: int, seconds: float = math.inf) -> int:
+    """Return the number at `key` when it is at least `number`, or after `seconds`: the store's `wait` has a limit."""
+    deadline = time.monotonic() + seconds
+    while (found := store.add(key, 0)) < number and time.monotonic() < deadline:
+        time.sleep(STORE_SECONDS)
+    return found
 
 
 class StopRequest:

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from splitformer.checkpoint import load_checkpoint
 from splitformer.config import Config, ConfigError
 from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.cut_index import DataError
+from splitformer.data.features import check_features
 from splitformer.data.plan import EpochPlan, filled
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.data.training import DataOptions, TrainingData
+from splitformer.data.training import DataOptions, TrainingData, default_workers
 from splitformer.errors import UserError
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
@@ -48,6 +50,8 @@ from splitformer.training.saving import TO_RESUME, load_newest, newest_first, re
 from splitformer.training.watch import Watch
 
 log = logging.getLogger(__name__)
+MAX_DEV_WORKERS = 4
+"""Loading processes of a rank for the dev sets, whose batches may be larger than those of training."""
 
 
 class TrainingError(UserError):
@@ -63,10 +67,7 @@ class Trainer:
 
     def __init__(self, config: Config, options: RunOptions, ranks: Ranks) -> None:
         """Set up a run that starts or resumes; UserError if it cannot do so with these options, conf and data."""
-        if options.seed < 0:
-            raise TrainingError(f"--seed {options.seed} must be 0 or greater")
-        if not options.train_cuts or not options.dev_cuts:
-            raise TrainingError("--train-cuts and --dev-cuts need at least one file each")
+        check_options(options)
         self.options, self.ranks = options, ranks
         self.tokenizer = ranks.main_first(lambda: Tokenizer(options.lang_dir))
         self.config = replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
@@ -75,7 +76,11 @@ class Trainer:
         self.progress = Progress(**checkpoint.get("progress", {}))
         self.micro_batches = ranks.world_size * options.accum_grad
         self.mine = range(ranks.rank * options.accum_grad, (ranks.rank + 1) * options.accum_grad)
-        self.data = ranks.main_first(self._training_data)
+        workers = options.num_workers
+        if workers is None:
+            workers = default_workers(ranks.device, self.config, self.micro_batches)
+        self.data = ranks.main_first(lambda: training_data(options, self.config, self.tokenizer, workers))
+        ranks.on_main(self._check_dev_cuts)
         self.total_steps = self.data.steps_per_epoch * self.config.training.num_epochs
         deviation = None
         if not checkpoint and self.config.model.cmvn == "utterance":
@@ -173,16 +178,13 @@ class Trainer:
         if checkpoint.get("precision", self.precision.name) != self.precision.name:
             log.warning("%s was trained in %s; continuing in %s", path, checkpoint["precision"], self.precision.name)
 
-    def _training_data(self) -> TrainingData:
-        options = self.options
-        return TrainingData(
-            DataOptions(options.train_cuts, options.noise_cuts, options.on_the_fly, options.num_workers),
-            self.config,
-            self.tokenizer,
-            options.exp_dir / "train-cuts",
-            options.seed,
-            progress=self.ranks.is_main,
-        )
+    def _check_dev_cuts(self) -> None:
+        """Raise if the first dev cuts do not have the features that the configuration describes."""
+        for path in self.options.dev_cuts:
+            cut = next(iter(load_cuts([path])), None)
+            if cut is None or not cut.has_features:
+                raise DataError(f"{path} has no cuts with stored features; the fbank stage of prepare.sh makes them")
+            check_features(cut, self.config)
 
     def _make_loss(self, deviation: Tensor | None, resuming: bool) -> MultiExitLoss:
         """Return the model with its loss, on the device, in training mode."""
@@ -278,7 +280,7 @@ class Trainer:
             load_cuts(self.options.dev_cuts),
             self.tokenizer,
             max_duration=min(600.0, self.config.data.max_duration),
-            num_workers=self.options.num_workers,
+            num_workers=min(self.data.options.num_workers, MAX_DEV_WORKERS),
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
@@ -309,7 +311,7 @@ class Trainer:
             epoch, rate = self.progress.epoch, self.optimizer.param_groups[0]["lr"]
             record = epoch_record(epoch, self.config.model.exit_layers, totals, dev, seconds, rate)
             # the log first: a resumed run replaces its lines, but would not write a missing one
-            run_log.add_epoch(record, self.config.training.num_epochs, self.options.num_workers)
+            run_log.add_epoch(record, self.config.training.num_epochs, self.data.options.num_workers)
             save_epoch(self.options.exp_dir, epoch, self._contents(), self.config.training.average_epochs)
         self.saved_at = time.monotonic()
 
@@ -463,6 +465,22 @@ class Trainer:
             "precision": self.precision.name,
             "device": device_name(self.ranks.device),
         }
+
+
+def check_options(options: RunOptions) -> None:
+    """Raise TrainingError for options that no run can have."""
+    if options.seed < 0:
+        raise TrainingError(f"--seed {options.seed} must be 0 or greater")
+    if not options.train_cuts or not options.dev_cuts:
+        raise TrainingError("--train-cuts and --dev-cuts need at least one file each")
+
+
+def training_data(
+    options: RunOptions, config: Config, tokenizer: Tokenizer, num_workers: int = 0, progress: bool = False
+) -> TrainingData:
+    """Return the training data of a run; their cuts are indexed unless they were before."""
+    data = DataOptions(options.train_cuts, options.noise_cuts, options.on_the_fly, num_workers, options.index_dir)
+    return TrainingData(data, config, tokenizer, options.seed, progress)
 
 
 def device_name(device: torch.device) -> str:

@@ -23,8 +23,10 @@ class RunOptions:
     """folder with bpe.model and tokens.txt"""
     seed: int = 42
     """seed of weights, batches, augmentation and dropout"""
-    num_workers: int = 1
-    """data loading processes of each rank"""
+    num_workers: int | None = None
+    """data loading processes of each rank; by default a GPU's share of the cores, up to 16, and 1 on a CPU"""
+    index_dir: Path | None = None
+    """folder for indexes of the cuts, which all runs share; by default a hidden folder beside the cuts"""
     on_the_fly: bool = False
     """compute features of the training data from audio"""
     noise_cuts: tuple[Path, ...] = ()

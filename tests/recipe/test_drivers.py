@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -205,8 +206,18 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
     assert len(list(SharCuts(data / "fbank/train_shar_numpy/shards"))) == 12
     assert [cut.duration for cut in read_cuts(data / "fbank/musan_cuts.jsonl.gz")] == [10.0]  # 2 s are too short
 
+    # features that were removed are computed again, but not those that Shar replaces
+    feats = {split: data / f"fbank/{split}_feats" for split in ("train", "test")}
+    for folder in feats.values():
+        shutil.rmtree(folder)
+    again = driver("prepare.sh", *arguments, "--shar", "numpy", "--stop-stage", "bpe")
+    assert again.returncode == 0 and "features of test are gone" in again.stdout, again.stdout + again.stderr
+    assert not feats["train"].exists() and list(feats["test"].iterdir())
+    again = driver("prepare.sh", *arguments, "--shar", "numpy", "--stop-stage", "bpe")
+    assert "are gone" not in again.stdout
+
     # run.sh hands them to training
-    circumstances = ["--num-workers", 2, "--accum-grad", 2, "--precision", "fp32"]
+    circumstances = ["--num-workers", 2, "--accum-grad", 2, "--precision", "fp32", "--timeout-minutes", 5]
     for flags in (["--on-the-fly", "--speed-perturb", "true", *circumstances], ["--shar", "numpy"]):
         exp_dir = tmp_path / flags[0].strip("-")
         options = [*flags, *SMALL, "--set", "augment.noise_p=0.5", "--exp-dir", exp_dir]
@@ -215,7 +226,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         [record] = read_training_log(exp_dir / "training.jsonl")
         assert record.unreadable_cuts == 0 and record.train_loss > 0
         assert f"training data: {36 if 'on-the-fly' in exp_dir.name else 12} utterances" in result.stderr
-        assert (exp_dir / "train-cuts-noise/cuts.jsonl").is_file()
+        assert list((data / "audio_cuts/.cut-index").glob("*/index.json")), "of speech and noise, beside them"
         assert (" x 2 micro-batch(es), fp32" in result.stderr) == ("--accum-grad" in flags)
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -82,11 +83,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
 # ---- errors and ends
 
 
-def in_ranks(body):
+def in_ranks(body, before=None, timeout_minutes=30.0):
     """Run `body(ranks)` as a command in two forked ranks; returns their exit statuses."""
 
     def run(options: NoOptions) -> int | None:
-        with process_group() as ranks:
+        with process_group(timeout_minutes, before) as ranks:
             return body(ranks)
 
     def rank(number):
@@ -138,6 +139,51 @@ def test_ranks_agree(capfd):
         ranks.raise_first(None)
 
     assert in_ranks(body) == [0, 0], capfd.readouterr().err
+
+
+def rank():
+    return int(os.environ["RANK"])
+
+
+def test_what_ranks_do_before_their_group_exists_has_no_time_limit(tmp_path, capfd):
+    """The main rank first: it takes longer than any collective operation may."""
+
+    def prepare():
+        if rank() == 0:
+            time.sleep(6.0)
+            (tmp_path / "index").write_text("made")
+        assert (tmp_path / "index").exists()
+        (tmp_path / f"rank-{rank()}").touch()
+
+    def body(ranks):
+        assert all((tmp_path / f"rank-{number}").exists() for number in range(2))
+        assert ranks.any(ranks.rank == 1)
+
+    assert in_ranks(body, prepare, timeout_minutes=3 / 60 - 1) == [0, 0], capfd.readouterr().err  # 3 s
+
+
+def test_an_error_before_the_group_exists_ends_all_ranks_and_is_printed_once(capfd):
+    assert in_ranks(lambda ranks: None, before=fail) == [1, 1]
+    assert capfd.readouterr().err == "test: no such thing\n"
+
+
+def test_a_barrier_waits_for_all(tmp_path):
+    def body(ranks):
+        if ranks.rank == 1:
+            time.sleep(1.0)
+            (tmp_path / "there").touch()
+        ranks.barrier()
+        assert (tmp_path / "there").exists()
+
+    assert in_ranks(body) == [0, 0]
+
+
+def test_a_run_that_cannot_index_its_cuts_says_so_once(corpus, tmp_path):
+    folder, _, dev_cuts, lang_dir = corpus
+    missing = folder, tmp_path / "nowhere.jsonl.gz", dev_cuts, lang_dir
+    run = train(missing, tmp_path, tmp_path / "exp", "--num-processes", "2")
+    assert run.returncode == 1
+    assert run.stderr.count("nowhere.jsonl.gz") == 1 and len(run.stderr.splitlines()) == 1, run.stderr
 
 
 def test_all_ranks_save_and_end_when_one_cannot_load(corpus, tmp_path, capfd):

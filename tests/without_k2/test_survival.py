@@ -23,6 +23,7 @@ from lhotse import CutSet
 from splitformer.checkpoint import CheckpointError, load_checkpoint, load_contents, save_checkpoint
 from splitformer.config import ConfigError
 from splitformer.data.cut_index import DataError
+from splitformer.data.training import default_workers
 from splitformer.report.records import read_training_log
 from splitformer.training import loop, saving
 from splitformer.training.distributed import StopRequest
@@ -382,6 +383,42 @@ def test_a_loading_process_that_dies_is_replaced_and_nothing_is_left_out(corpus,
             os.kill(workers[0], signal.SIGKILL)
     assert found == expected
     assert "loading is started again where it stopped" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_process_that_dies_in_the_thread_that_pins_memory_is_replaced(corpus, tmp_path, monkeypatch, caplog):
+    """Without a GPU that thread fails at once: torch raises what it raises when the thread meets a dead process."""
+    data = training_data(corpus, tmp_path, num_workers=1)
+    plan = data.plan(1)
+    expected = [batch.cut_ids for batch in data.batches(plan, 1, 0, 1, range(1))]
+    modules = [torch.cuda, *([torch.accelerator] if hasattr(torch, "accelerator") else [])]
+    for module in modules:
+        monkeypatch.setattr(module, "is_available", lambda: "started again" not in caplog.text)
+        monkeypatch.setattr(module, "current_device" if module is torch.cuda else "current_device_index", lambda: 0)
+    assert [batch.cut_ids for batch in data.batches(plan, 1, 0, 1, range(1))] == expected
+    assert "loading is started again where it stopped" in caplog.text
+    assert "Pin memory thread exited" in caplog.text
+
+
+def test_shared_memory_that_is_too_small_is_named_before_loading(corpus, tmp_path, caplog):
+    data = training_data(corpus, tmp_path, num_workers=2, max_duration=1e9)
+    with pytest.raises(DataError, match=r"/dev/shm has \d+ MB free.*--shm-size=\d+g\), or give --num-workers 0"):
+        next(iter(data.batches(data.plan(1), 1, 0, 1, range(1))))
+    alone = training_data(corpus, tmp_path, num_workers=0, max_duration=1e9)
+    assert len(list(alone.batches(alone.plan(1), 1, 0, 1, range(1)))) == len(alone.plan(1))
+    assert default_workers(torch.device("cpu"), data.config, 1) == 0 and "--shm-size" in caplog.text
+
+
+def test_a_gpu_gets_its_share_of_the_cores_to_load_data(monkeypatch):
+    config, cpu, gpu = small_config(), torch.device("cpu"), torch.device("cuda", 0)
+    cores = len(os.sched_getaffinity(0))
+    assert default_workers(cpu, config, 1) == 1
+    assert default_workers(gpu, config, 1) == max(1, min(16, cores - 1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert default_workers(gpu, config, 2) == max(1, min(16, cores // 2 - 1))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_workers(gpu, config, 8) == 11
 
 
 def command_line(pid):

@@ -69,7 +69,7 @@ TIERS = {
     "losses": Tier(LOSSES, frozenset({"torch"}), (*MODEL, "splitformer.losses.*")),
     "transducer loss": Tier(("splitformer.losses.*",), frozenset({"torch", "k2"}), (*MODEL, *LOSSES)),
     "scoring": Tier(SCORING, frozenset({"kaldialign"}), (*BASE, *SCORING)),
-    "data": Tier(("splitformer.data.*",), frozenset(CUTS), DATA),
+    "data": Tier(("splitformer.data.*",), frozenset({*CUTS, "filelock"}), DATA),
     "training": Tier(("splitformer.training.*",), frozenset({*CUTS, "tensorboard", "filelock", "rapidfuzz"}), TRAINING),
     "speech": Tier(("splitformer.speech.*",), frozenset({"torch", "soundfile", "rapidfuzz", *IO}), SPEECH),
     "decoding": Tier(
