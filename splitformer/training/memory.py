@@ -150,7 +150,7 @@ class DryRun:
                 peaks.append((size, self._run(shape._replace(utterances=size))))
             return peaks[-1][1]
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error))):
+            if not out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0]
         # outside the except clause, whose traceback keeps the tensors alive
@@ -169,9 +169,9 @@ class DryRun:
             with self.precision.autocast():
                 loss = self.loss(
                     torch.randn(n, shape.frames, config.num_mel_bins, device=device),
-                    torch.full((n,), shape.frames, device=device),
-                    labels.repeat(n, 1).to(device),
-                    torch.full((n,), len(labels), device=device),
+                    torch.full((n,), shape.frames),
+                    labels.repeat(n, 1),
+                    torch.full((n,), len(labels)),
                     step=LAST_STEP,
                 )
             loss.total.backward()
@@ -180,6 +180,11 @@ class DryRun:
                 torch.cuda.synchronize(device)
                 return float(torch.cuda.max_memory_reserved(device))
             return process_memory("VmHWM") + self.to_come
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether torch, k2 or Python could not allocate memory."""
+    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory", str(error)))
 
 
 def _extrapolated(peaks: list[tuple[int, float]], size: int) -> float:
