@@ -40,7 +40,7 @@ from splitformer.training.optim import RunningAverage, adamw, learning_rate
 from splitformer.training.options import RunOptions
 from splitformer.training.precision import Precision
 from splitformer.training.progress import EpochTotals, Progress, StepResult
-from splitformer.training.run_log import BadData, RunLog, epoch_record
+from splitformer.training.run_log import BadData, RunLog, StepLines, epoch_record
 from splitformer.training.saving import TO_RESUME, load_newest, newest_first, remove_leftovers, save_epoch, save_step
 from splitformer.training.step import Numbers, Step, Stepper, seed_everything, silence
 from splitformer.training.watch import Watch
@@ -108,7 +108,9 @@ class Trainer:
         with self.stop, self.watch, ExitStack() as stack:
             run_log = None
             if self.ranks.is_main:
-                run_log = stack.enter_context(closing(RunLog(self.options.exp_dir, self.progress.step)))
+                exits, minutes = self.config.model.exit_layers, self.options.log_minutes
+                lines = StepLines(exits, self.total_steps, minutes, self.ranks.device)
+                run_log = stack.enter_context(closing(RunLog(self.options.exp_dir, self.progress.step, lines)))
             for epoch in range(self.progress.epoch + 1, num_epochs + 1):
                 totals = self._train_epoch(epoch, run_log)
                 started = time.perf_counter()
@@ -149,11 +151,12 @@ class Trainer:
     def _check_same_run(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Raise if the checkpoint was trained with other tokens, another configuration or another seed."""
         before = Config.from_dict(checkpoint["config"], source=str(path)).to_dict()  # newer keys have their defaults
+        changed_length = before["training"].pop("num_epochs") != self.config.training.num_epochs
         differences = [
             f"{section}.{key}: {before[section][key]!r} there, {value!r} now"
             for section, table in self.config.to_dict().items()
             for key, value in table.items()
-            if before[section][key] != value
+            if key in before[section] and before[section][key] != value
         ]
         if checkpoint["seed"] != self.options.seed:
             differences.append(f"--seed: {checkpoint['seed']} there, {self.options.seed} now")
@@ -166,6 +169,8 @@ class Trainer:
                 f"{path} was trained with other settings ({'; '.join(differences)}): restore them, or choose another "
                 "--exp-dir"
             )
+        if changed_length:
+            log.info("training now ends after epoch %d, with the schedule of that", self.config.training.num_epochs)
         if checkpoint.get("precision", self.precision.name) != self.precision.name:
             log.warning("%s was trained in %s; continuing in %s", path, checkpoint["precision"], self.precision.name)
 
@@ -236,10 +241,11 @@ class Trainer:
     def _train_epoch(self, epoch: int, run_log: RunLog | None) -> EpochTotals:
         progress, totals = self.progress, EpochTotals.from_dict(self.progress.totals)
         plan = self.data.plan(epoch)
+        name = f"epoch {epoch}/{self.config.training.num_epochs}"
         with tqdm(
             total=len(plan),
             initial=progress.batch,
-            desc=f"epoch {epoch}/{self.config.training.num_epochs}",
+            desc=name,
             unit="step",
             disable=None if self.ranks.is_main else True,
             leave=False,
@@ -254,6 +260,9 @@ class Trainer:
                 if run_log and progress.step % 20 == 0:
                     bar.set_postfix(loss=f"{totals.per_token(totals.loss):.3f}", refresh=False)
                     run_log.add_step(progress.step, step, self._learning_rate(progress.step))
+                if run_log and bar.disable:  # there is no terminal
+                    place = f"{name}, batch {progress.batch}/{len(plan)}"
+                    run_log.lines.add(step, progress.step, place, self._learning_rate(progress.step))
                 if step.stop:
                     self._save_and_stop()
                 if progress.skipped_in_a_row > self.options.max_skipped:

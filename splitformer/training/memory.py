@@ -178,8 +178,8 @@ class DryRun:
             del loss, to_come
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                return float(torch.cuda.max_memory_reserved(device))
-            return process_memory("VmHWM") + self.to_come
+                return peak_memory(device)
+            return peak_memory(device) + self.to_come
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -206,6 +206,13 @@ def available_memory(device: torch.device) -> float:
 def process_memory(name: str) -> float:
     """Return this process's bytes that Linux calls `name` (VmRSS: in use, VmHWM: the peak); 0 on other systems."""
     return 1024 * _number("/proc/self/status", rf"^{name}:\s+(\d+) kB", 0.0)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that this process has used: of the GPU, or else of the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return process_memory("VmHWM")
 
 
 def reset_peak(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,10 +25,11 @@ from splitformer.data.cut_index import DataError
 from splitformer.errors import UserError
 from splitformer.report.records import read_training_log
 from splitformer.training.distributed import process_group
+from splitformer.training.launch import GRACE_SECONDS
 from splitformer.training.loop import Trainer
 from splitformer.training.saving import LockError, locked, newest_first
 from splitformer.training.watch import RankState, Watch
-from tests.training_runs import ALONE, ENV, in_fork, options, small_config, train, wait_for, weights
+from tests.training_runs import ALONE, ENV, in_fork, options, slow_disk, small_config, train, wait_for, weights
 from tests.training_runs import command as command_of_training
 
 # ---- one training, whatever the number of ranks
@@ -158,6 +160,27 @@ def test_all_ranks_save_and_end_when_one_cannot_load(corpus, tmp_path, capfd):
     *_, last = capfd.readouterr().err.splitlines()
     assert last == "test: the disk is gone"
     assert load_checkpoint(newest_first(tmp_path)[0])["progress"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_on_a_signal_no_rank_leaves_before_the_state_is_saved(corpus, tmp_path):
+    """The others are killed `GRACE_SECONDS` after the first has left; the disk takes longer."""
+    exp_dir, seconds = tmp_path / "exp", GRACE_SECONDS + 3
+    flags = ["--set", "training.num_epochs=500", "--save-minutes", "0.05", "--num-processes", "2"]
+    run = subprocess.Popen(
+        command_of_training(corpus, tmp_path, exp_dir, *flags),
+        env=ENV | slow_disk(tmp_path, seconds),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: newest_first(exp_dir))
+    time.sleep(1.0)  # further steps
+    run.send_signal(signal.SIGUSR1)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 143, stderr
+    stopped = re.search(r"stopped by SIGTERM after step (\d+); the state is saved", stderr)
+    assert stopped, stderr
+    assert load_checkpoint(newest_first(exp_dir)[0])["progress"]["step"] == int(stopped[1])
 
 
 def test_ranks_that_end_right_after_an_exchange_do_end():
