@@ -400,10 +400,9 @@ class Trainer:
         # after a signal a rank skips its remaining batches, because the result is not used
         remaining = itertools.takewhile(lambda batch: not self.stop, self._watched(batches))
         try:
-            dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads)
-        except Exception:
-            self.loss.model.train()
-            self._save_step()
+            dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads, self.precision.autocast)
+        except (Exception, SystemExit):  # on all ranks, whichever has the error
+            self._save_together()
             raise
         if self.ranks.any(bool(self.stop)):
             self._save_and_stop()

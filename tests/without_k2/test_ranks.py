@@ -24,6 +24,7 @@ from splitformer.cli import command
 from splitformer.data.cut_index import DataError
 from splitformer.errors import UserError
 from splitformer.report.records import read_training_log
+from splitformer.training import loop
 from splitformer.training.distributed import process_group
 from splitformer.training.launch import GRACE_SECONDS
 from splitformer.training.loop import Trainer
@@ -181,6 +182,22 @@ def test_on_a_signal_no_rank_leaves_before_the_state_is_saved(corpus, tmp_path):
     stopped = re.search(r"stopped by SIGTERM after step (\d+); the state is saved", stderr)
     assert stopped, stderr
     assert load_checkpoint(newest_first(exp_dir)[0])["progress"]["step"] == int(stopped[1])
+
+
+def test_all_ranks_save_and_end_when_one_cannot_evaluate(corpus, tmp_path, capfd, monkeypatch):
+    batches = loop.evaluation_batches
+
+    def unreadable(*args, rank, **kwargs):
+        yield next(batches(*args, rank=rank, **kwargs))
+        if rank == 1:
+            raise DataError("the disk is gone")
+
+    monkeypatch.setattr(loop, "evaluation_batches", unreadable)
+    assert in_ranks(lambda ranks: Trainer(small_config(), options(corpus, tmp_path), ranks).train()) == [1, 1]
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last == "test: the disk is gone"
+    saved = load_checkpoint(newest_first(tmp_path)[0])["progress"]
+    assert saved["epoch"] == 0 and saved["batch"] == saved["step"] > 0
 
 
 def test_ranks_that_end_right_after_an_exchange_do_end():
