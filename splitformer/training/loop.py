@@ -203,7 +203,11 @@ class Trainer:
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.loss.model.load_state_dict(checkpoint["model"])
         self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
-        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]})
+        # how the optimizer computes depends on this device, not on that of the checkpoint
+        defaults = self.optimizer.defaults
+        kernels = {name: defaults[name] for name in ("fused", "foreach") if name in defaults}
+        groups = [{**group, **kernels} for group in checkpoint["param_groups"]]
+        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": groups})
         if checkpoint.get("scaler"):
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.average = RunningAverage(

@@ -114,13 +114,13 @@ def trainer(corpus, exp_dir, deferred, **more):
     return made
 
 
-def poison(trainer, steps, action):
-    """Call `action(batch)` on the batches of these steps of the first epoch, before they are used."""
+def poison(trainer, batches_to_poison, action, epoch_to_poison=1):
+    """Call `action(batch)` on these batches of an epoch, counted from 1, before they are used."""
     real = trainer.data.batches
 
     def batches(plan, epoch, first, *args):
         for number, each in enumerate(real(plan, epoch, first, *args), start=first + 1):
-            if epoch == 1 and number in steps:
+            if epoch == epoch_to_poison and number in batches_to_poison:
                 action(each)
             yield each
 
@@ -155,6 +155,22 @@ def test_where_the_device_decides_a_run_is_the_same(corpus, tmp_path, fused):
     assert sorted(p.name for p in (tmp_path / "device" / "bad-batches").iterdir()) == [
         f"step-{step}-rank-0.pt" for step in (2, 3, 6)
     ]
+
+
+@needs_fused
+@pytest.mark.parametrize("first", ["plain", "fused"])
+def test_a_checkpoint_does_not_decide_how_the_optimizer_computes(corpus, tmp_path, monkeypatch, first):
+    for kind in (first, "fused" if first == "plain" else "plain"):
+        with monkeypatch.context() as patch:
+            if kind == "fused":
+                patch.setattr(loop, "adamw", fused_adamw)
+            epochs = 1 if kind == first else 2
+            run = Trainer(small_config(num_epochs=epochs), options(corpus, tmp_path), ALONE)
+            assert run.stepper.deferred == bool(run.optimizer.param_groups[0]["fused"]) == (kind == "fused")
+            poison(run, {1}, spoil, epoch_to_poison=epochs)
+            run.train()
+    assert [record.skipped_steps for record in read_training_log(tmp_path / "training.jsonl")] == [1, 1]
+    assert all(torch.isfinite(each).all() for each in load_checkpoint(tmp_path / "epoch-2.pt")["model"].values())
 
 
 @pytest.fixture(scope="module")
