@@ -116,7 +116,7 @@ train_system() {
         mkdir -p "$exp_dir"
         printf '%s\n' "$fingerprint" >"$started_from.tmp"
         mv -f "$started_from.tmp" "$started_from"
-    elif [[ $(<"$started_from") != "$fingerprint" ]]; then
+    elif [[ $(without_length <"$started_from") != "$(without_length <<<"$fingerprint")" ]]; then
         die "$exp_dir holds a run that started from other data or another configuration (<: then, >: now):
 $(diff "$started_from" - <<<"$fingerprint" | grep '^[<>]')
 remove the folder to train again, or give this run another --seed or --exp-dir"
@@ -125,6 +125,9 @@ remove the folder to train again, or give this run another --seed or --exp-dir"
         --config "$config_path" --exp-dir "$exp_dir" --train-cuts "${train_cuts[@]}" --dev-cuts "${dev_cuts[@]}" \
         --lang-dir "$lang_dir" --seed "$seed" --resume "${flags[@]}" "${initial_flags[@]}" "${set_flags[@]}"
 }
+
+# A run may be made longer than it was planned.
+without_length() { grep -v '"num_epochs":'; }
 
 run_training() {
     local gpus processes=$num_processes

@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -75,19 +76,24 @@ class Options:
     compare: bool = False
     """also measure a network built from torchaudio's Conformer"""
     against: Path | None = None
-    """also measure this other checkout, in float32"""
+    """also measure this other checkout, in the first precision"""
     train_cuts: tuple[Path, ...] = ()
     """train on these cuts instead of random features"""
     lang_dir: Path | None = None
     """tokens for --train-cuts"""
     num_workers: int = 1
     """data loading processes"""
+    operations: bool = False
+    """count the operations of a step instead of measuring it"""
     output: Path | None = None
     """file to write the table to; it replaces the table with the same title"""
 
 
 def run(options: Options) -> None:
     check(options)
+    if options.operations:
+        print("\n".join(operations(options)))
+        return
     variants = chosen(options)
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(each, options)) for each in variants]
@@ -148,7 +154,7 @@ def chosen(options: Options) -> list[Variant]:
         variants += [Variant("ours", each, compiled=True) for each in options.precision]
     if options.compare:
         variants += [Variant("comparison", each) for each in options.precision]
-    return variants + ([Variant("against", "fp32")] if options.against else [])
+    return variants + ([Variant("against", options.precision[0])] if options.against else [])
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,49 @@ def one_step(loss: nn.Module, batch: Batch, precision: Precision, optimizer: tor
         waited=waited,
         frames=int(tensors[1].sum()),
     )
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations below autograd, without views and what runs on the host: about a GPU's kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func._schema.returns
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in results)
+        self.count += not is_view and not re.match(r"aten\.(empty|_local_scalar_dense)", str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(options: Options) -> list[str]:
+    """Return a table of the operations of one step with torch's own layers, which run on a GPU."""
+    config = load_config(options.config)
+    _, (x, x_lens, y, y_lens) = next(random_batches(replace(options, num_workers=0), config.model))
+    rows = ["| precision | forward, loss | backward | norm, optimizer | together |", "| --- |" + 4 * " ---: |"]
+    for name in options.precision:
+        torch.manual_seed(0)
+        loss = MultiExitLoss(AsrModel(config.model), config.loss).train()
+        optimizer = make_optimizer(Variant("ours", name), loss, config.optim)
+        assert optimizer is not None
+        counts = []
+        for _ in range(2):  # the first step sets up the optimizer
+            counts = []
+            for part in ("forward", "backward", "update"):
+                with Operations() as mode:
+                    if part == "forward":
+                        with Precision("bf16" if name == "bf16" else "fp32", torch.device("cpu")).autocast():
+                            total = loss(x, x_lens, y, y_lens).total
+                    elif part == "backward":
+                        total.backward()
+                    else:
+                        nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+                        optimizer.step()
+                counts.append(mode.count)
+            optimizer.zero_grad(set_to_none=True)
+        rows.append(f"| {name} | {' | '.join(map(str, [*counts, sum(counts)]))} |")
+    return rows
 
 
 def clock(device: torch.device) -> float:

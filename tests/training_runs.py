@@ -67,6 +67,15 @@ def train(corpus, tmp_path, exp_dir, *more):
     return subprocess.run(command(corpus, tmp_path, exp_dir, *more), capture_output=True, text=True, env=ENV)
 
 
+def slow_disk(folder, seconds):
+    """Return environment variables in which a process takes `seconds` to write a file safely to disk."""
+    site = folder / "site"
+    site.mkdir()
+    slow = f"import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep({seconds}), fsync(file))[1]\n"
+    (site / "sitecustomize.py").write_text(slow)
+    return {"PYTHONPATH": f"{site}:{ENV['PYTHONPATH']}"}
+
+
 def in_fork(config, options):
     """Start a process that trains; it imports nothing again, so that it can be killed within a second."""
     process = multiprocessing.get_context("fork").Process(target=_train_alone, args=(config, options))

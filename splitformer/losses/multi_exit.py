@@ -64,7 +64,8 @@ class MultiExitLoss(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-          x: (N, T, C) features
+          x: (N, T, C) features, on the model's device. The other tensors are best kept on the host, in pinned memory:
+            the losses read them there, and would have to wait for the device if they came from it.
           x_lens: (N,) valid frames; each must give at least as many output frames as its labels need
           y: (N, S) labels; padding may hold anything
           y_lens: (N,) valid labels
@@ -72,14 +73,15 @@ class MultiExitLoss(nn.Module):
           num_tokens: divide the sum of the losses by this number of labels (default: those of this batch). For a
             micro-batch, give that of the global batch, so that losses and gradients of the micro-batches add up.
         """
-        exits = list(self.model.encoder(x, x_lens))
+        exits = list(self.model.encoder(x, x_lens.to(x.device, non_blocking=True)))
+        lengths = self.model.encoder.output_lengths(x_lens)
         per_exit = torch.zeros(len(exits), device=x.device)
         started = step > self.transducer_from or "ctc" not in self.model.heads
         share = min(1.0, (step - self.transducer_from) / max(1, self.config.warm_steps)) if started else 0.0
         if "ctc" in self.model.heads:
             scale = 1.0 if self.transducer is None else _interpolate(1.0, self.config.ctc_scale, share)
             log_probs = [self.model.ctc_log_probs(exit_output) for exit_output in exits]
-            losses = ctc_losses(log_probs, exits[0].lengths, y, y_lens, self.blank_id)
+            losses = ctc_losses(log_probs, lengths, y.to(x.device, non_blocking=True), y_lens, self.blank_id)
             per_exit = per_exit + scale * losses.sum(dim=1)
         if self.transducer is not None and started:
             per_exit = per_exit + self.transducer(
@@ -89,6 +91,7 @@ class MultiExitLoss(nn.Module):
                 y_lens,
                 simple_scale=_interpolate(1.0, self.config.simple_scale, share),
                 pruned_scale=_interpolate(0.1, 1.0, share),
+                lengths=lengths,
             )
         per_exit = per_exit / (y_lens.sum().clamp(min=1) if num_tokens is None else num_tokens)
         total = (per_exit * self.exit_weights).sum()
@@ -115,7 +118,7 @@ def ctc_losses(
 
     Args:
       log_probs: E tensors (N, T', V), one per exit.
-      lengths: (N,) valid output frames, the same at all exits.
+      lengths: (N,) valid output frames, the same at all exits. On a GPU, torch reads them and y_lens on the host.
       y: (N, S) labels; padding may hold anything. y_lens: (N,) valid labels.
       zero_infinity: an utterance with more labels than frames has loss 0 instead of infinity.
     """

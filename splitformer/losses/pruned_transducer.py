@@ -50,6 +50,7 @@ class PrunedTransducerLoss(nn.Module):
         y_lens: Tensor,
         simple_scale: float,
         pruned_scale: float,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Return (E,) simple_scale * simple + pruned_scale * pruned at each exit, in nats, summed over the batch.
 
@@ -57,14 +58,17 @@ class PrunedTransducerLoss(nn.Module):
           model: provides the decoder and the joiners
           exits: outputs for one batch, of the same lengths at all exits
           y: (N, S) labels; padding may hold anything. y_lens: (N,) valid labels, which may be 0
+          lengths: (N,) valid frames, those of the exits, on the device of y and y_lens (default: the exits' own). These
+            three are checked where they are; that is the host in training, which so need not wait for the device
         Raises:
           ValueError: a label is outside the vocabulary, or an utterance has too few frames for its labels.
         """
-        blank_id = model.decoder.blank_id
-        lengths = exits[0].lengths
+        blank_id, device = model.decoder.blank_id, exits[0].encoder_out.device
+        lengths = exits[0].lengths if lengths is None else lengths
         y = _checked_labels(y, y_lens, lengths, model.decoder.vocab_size, blank_id, self.prune_range)
         # begin_symbol, begin_frame, end_symbol, end_frame
         boundary = torch.stack([torch.zeros_like(lengths), torch.zeros_like(lengths), y_lens, lengths], dim=1)
+        y, boundary = to_device(y, device), to_device(boundary, device)
         decoder_out = model.decoder.teacher_forced(y)
         lm = self.simple_lm_proj(decoder_out).float()
 
@@ -110,6 +114,12 @@ class PrunedTransducerLoss(nn.Module):
                 return_grad=True,
             )
             return loss, k2.get_rnnt_prune_ranges(px_grad, py_grad, boundary, self.prune_range)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return `values` on `device`; the host does not wait for the copy."""
+    pin = device.type == "cuda" and not values.is_cuda
+    return (values.pin_memory() if pin else values).to(device, non_blocking=True)
 
 
 def prune(decoder_projected: Tensor, ranges: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class Encoder(nn.Module):
             {str(layer): ParallelBranch(make_layer(config), config.parallel_gate) for layer in config.parallel_exits}
         )
 
+    def output_lengths(self, x_lens: Tensor) -> Tensor:
+        """Return the number of output frames (N,) for x_lens (N,) feature frames, on the device of x_lens."""
+        return subsampled_lengths(x_lens)
+
     def forward(self, x: Tensor, x_lens: Tensor) -> Generator[ExitOutput, Tensor | None, None]:
         """Yield the exits one by one; layers above the last exit that the caller asks for are not run.
 
@@ -72,7 +76,7 @@ class Encoder(nn.Module):
         """Map features x (N, T, C) of x_lens (N,) frames to the first layer's input (N, T', D) and its lengths (N,)."""
         x = self.subsampling(self.cmvn(x, x_lens))
         # the residual stream stays float32 under autocast
-        return self.dropout(x.float() + sinusoidal_positions(x)), subsampled_lengths(x_lens)
+        return self.dropout(x.float() + sinusoidal_positions(x)), self.output_lengths(x_lens)
 
     def block(self, exit_layer: int, x: Tensor, lengths: Tensor) -> Tensor:
         """Run the layers from the previous exit (or the front end) to the exit after layer `exit_layer`.

@@ -38,9 +38,13 @@ class UNetEncoder(nn.Module):
             self.stacks.append((factor, range(first, first + size)))
             first += size
 
+    def output_lengths(self, x_lens: Tensor) -> Tensor:
+        """See `Encoder.output_lengths`."""
+        return every_nth(halved(x_lens), 2)
+
     def forward(self, x: Tensor, x_lens: Tensor) -> Generator[ExitOutput, Tensor | None, None]:
         """Yield the one exit; see `Encoder.forward`."""
-        lengths = torch.div(x_lens - 1, 2, rounding_mode="floor").clamp(min=0)
+        lengths = halved(x_lens)
         x = self.subsampling(self.cmvn(x, x_lens).transpose(1, 2)).transpose(1, 2)
         x = self.dropout(x.float() + sinusoidal_positions(x))  # the residual stream stays float32 under autocast
         for factor, indices in self.stacks:
@@ -51,3 +55,8 @@ class UNetEncoder(nn.Module):
             # the layers before the stacks run at the full rate, without a connection around them
             x = y if factor == 1 else x + repeat_frames(y, factor, x.size(1))
         yield ExitOutput(self.exit_layers[-1], x[:, ::2], every_nth(lengths, 2))
+
+
+def halved(lengths: Tensor) -> Tensor:
+    """Return the number of frames after an unpadded convolution of kernel 3 and stride 2."""
+    return torch.div(lengths - 1, 2, rounding_mode="floor").clamp(min=0)

@@ -164,7 +164,10 @@ def _wait_for(store: distributed.Store, key: str, number: int, seconds: float = 
 
 
 class StopRequest:
-    """Records SIGTERM and SIGINT while it is entered. A second Ctrl-C raises KeyboardInterrupt."""
+    """Records SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT while it is entered.
+
+    A second Ctrl-C raises KeyboardInterrupt.
+    """
 
     ONE_CTRL_C = 1.0
     """Seconds in which SIGINT may arrive several times: from the terminal, and from whatever started the ranks."""
@@ -177,7 +180,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._record)
         return self
 

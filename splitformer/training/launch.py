@@ -18,9 +18,9 @@ GRACE_SECONDS = 30.0
 def launch(num_processes: int) -> int:
     """Run this command again in `num_processes` ranks on this machine, and return their exit status.
 
-    Unlike torchrun, which can use several machines, it adds no traceback to what the ranks print. SIGTERM and Ctrl-C
-    reach the ranks as SIGTERM, upon which they save and stop; a second Ctrl-C kills them. If a rank fails, the others
-    are killed after `GRACE_SECONDS`.
+    Unlike torchrun, which can use several machines, it adds no traceback to what the ranks print. SIGTERM, SIGUSR1 and
+    Ctrl-C reach the ranks as SIGTERM, upon which they save and stop; a second Ctrl-C kills them. If a rank fails, the
+    others are killed after `GRACE_SECONDS`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +37,7 @@ def launch(num_processes: int) -> int:
             process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
         signals.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, forward)
     for rank in range(num_processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
 from splitformer.checkpoint import load_checkpoint
@@ -40,13 +37,14 @@ from splitformer.training.evaluate import DevResult, evaluate
 from splitformer.training.fast_cpu import speed_up
 from splitformer.training.initial import start_from
 from splitformer.training.inspection import Inspection, inspect
-from splitformer.training.memory import DoesNotFit, DryRun, check_memory
+from splitformer.training.memory import DoesNotFit, DryRun, check_memory, out_of_memory
 from splitformer.training.optim import RunningAverage, adamw, learning_rate
 from splitformer.training.options import RunOptions
 from splitformer.training.precision import Precision
 from splitformer.training.progress import EpochTotals, Progress, StepResult
-from splitformer.training.run_log import BadData, RunLog, epoch_record
+from splitformer.training.run_log import BadData, RunLog, StepLines, epoch_record
 from splitformer.training.saving import TO_RESUME, load_newest, newest_first, remove_leftovers, save_epoch, save_step
+from splitformer.training.step import Numbers, Step, Stepper, seed_everything, silence
 from splitformer.training.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -90,15 +88,13 @@ class Trainer:
         self.average = RunningAverage(self.loss.model.state_dict(), self.config.training.average_period)
         if checkpoint:
             self._restore(checkpoint)
-        self.ddp: MultiExitLoss | DistributedDataParallel = self.loss
-        if ranks.world_size > 1:
-            # buffers need not be sent: batch statistics are those of all ranks
-            renamed = hasattr(DistributedDataParallel, "broadcast_buffers")  # a deprecated property, from torch 2.13
-            no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.ddp = DistributedDataParallel(self.loss, **no_buffers)
+        self.stepper = Stepper(self.loss, self.optimizer, self.precision, ranks, self.config.optim.clip_grad_norm)
         self.stop = StopRequest()
         self.watch = Watch(options.exp_dir / ".ranks", ranks.rank, ranks.world_size, options.timeout_minutes)
         self.bad_data = BadData(options.exp_dir / "bad-batches", ranks.rank)
+        self.data_problem: Exception | None = None
+        """why this rank cannot load its data any more"""
+        self.memory_problem = ""
         self.saved_at = time.monotonic()
 
     def train(self) -> None:
@@ -117,7 +113,9 @@ class Trainer:
         with self.stop, self.watch, ExitStack() as stack:
             run_log = None
             if self.ranks.is_main:
-                run_log = stack.enter_context(closing(RunLog(self.options.exp_dir, self.progress.step)))
+                exits, minutes = self.config.model.exit_layers, self.options.log_minutes
+                lines = StepLines(exits, self.total_steps, minutes, self.ranks.device)
+                run_log = stack.enter_context(closing(RunLog(self.options.exp_dir, self.progress.step, lines)))
             for epoch in range(self.progress.epoch + 1, num_epochs + 1):
                 totals = self._train_epoch(epoch, run_log)
                 started = time.perf_counter()
@@ -158,11 +156,12 @@ class Trainer:
     def _check_same_run(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Raise if the checkpoint was trained with other tokens, another configuration or another seed."""
         before = Config.from_dict(checkpoint["config"], source=str(path)).to_dict()  # newer keys have their defaults
+        changed_length = before["training"].pop("num_epochs") != self.config.training.num_epochs
         differences = [
             f"{section}.{key}: {before[section][key]!r} there, {value!r} now"
             for section, table in self.config.to_dict().items()
             for key, value in table.items()
-            if before[section][key] != value
+            if key in before[section] and before[section][key] != value
         ]
         if checkpoint["seed"] != self.options.seed:
             differences.append(f"--seed: {checkpoint['seed']} there, {self.options.seed} now")
@@ -175,6 +174,8 @@ class Trainer:
                 f"{path} was trained with other settings ({'; '.join(differences)}): restore them, or choose another "
                 "--exp-dir"
             )
+        if changed_length:
+            log.info("training now ends after epoch %d, with the schedule of that", self.config.training.num_epochs)
         if checkpoint.get("precision", self.precision.name) != self.precision.name:
             log.warning("%s was trained in %s; continuing in %s", path, checkpoint["precision"], self.precision.name)
 
@@ -188,7 +189,7 @@ class Trainer:
 
     def _make_loss(self, deviation: Tensor | None, resuming: bool) -> MultiExitLoss:
         """Return the model with its loss, on the device, in training mode."""
-        _seed_everything(self.options.seed)
+        seed_everything(self.options.seed)
         model = AsrModel(self.config.model)
         if deviation is not None and isinstance(model.encoder.cmvn, UtteranceCmvn):
             model.encoder.cmvn.set_deviation(deviation)
@@ -204,7 +205,11 @@ class Trainer:
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.loss.model.load_state_dict(checkpoint["model"])
         self.loss.load_state_dict({**self.loss.state_dict(), **checkpoint["training_only"]})
-        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": checkpoint["param_groups"]})
+        # how the optimizer computes depends on this device, not on that of the checkpoint
+        defaults = self.optimizer.defaults
+        kernels = {name: defaults[name] for name in ("fused", "foreach") if name in defaults}
+        groups = [{**group, **kernels} for group in checkpoint["param_groups"]]
+        self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": groups})
         if checkpoint.get("scaler"):
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.average = RunningAverage(
@@ -242,25 +247,28 @@ class Trainer:
     def _train_epoch(self, epoch: int, run_log: RunLog | None) -> EpochTotals:
         progress, totals = self.progress, EpochTotals.from_dict(self.progress.totals)
         plan = self.data.plan(epoch)
-        batches = self.data.batches(plan, epoch, progress.batch, self.micro_batches, self.mine)
+        name = f"epoch {epoch}/{self.config.training.num_epochs}"
         with tqdm(
             total=len(plan),
             initial=progress.batch,
-            desc=f"epoch {epoch}/{self.config.training.num_epochs}",
+            desc=name,
             unit="step",
             disable=None if self.ranks.is_main else True,
             leave=False,
         ) as bar:
-            while progress.batch < len(plan):
-                step = self._step(epoch, plan, batches)
+            for step in self._steps(epoch, plan):
                 totals.add(step, self.config.optim.clip_grad_norm)
                 progress.batch += 1
+                progress.step += 1
                 progress.totals = vars(totals)
                 progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if step.bad else 0
                 bar.update()
                 if run_log and progress.step % 20 == 0:
                     bar.set_postfix(loss=f"{totals.per_token(totals.loss):.3f}", refresh=False)
-                    run_log.add_step(progress.step, step, self.optimizer.param_groups[0]["lr"])
+                    run_log.add_step(progress.step, step, self._learning_rate(progress.step))
+                if run_log and bar.disable:  # there is no terminal
+                    place = f"{name}, batch {progress.batch}/{len(plan)}"
+                    run_log.lines.add(step, progress.step, place, self._learning_rate(progress.step))
                 if step.stop:
                     self._save_and_stop()
                 if progress.skipped_in_a_row > self.options.max_skipped:
@@ -271,9 +279,119 @@ class Trainer:
                             "cuts, or delete the checkpoints since the trouble began and resume from an earlier one"
                         )
                     )
-                if time.monotonic() - self.saved_at >= 60 * self.options.save_minutes and progress.batch < len(plan):
+                if step.exact and self._save_is_due() and progress.batch < len(plan):
                     self._save_step()
         return totals
+
+    def _steps(self, epoch: int, plan: EpochPlan) -> Iterator[StepResult]:
+        """Train on the remaining batches of `plan`, and yield the result of each.
+
+        If the device decides which steps count, the gradients of the next step are launched before a result is read,
+        unless the state after the step is needed.
+        """
+        batches = self.data.batches(plan, epoch, self.progress.batch, self.micro_batches, self.mine)
+        waiting: Step | None = None
+        waited = 0.0
+        started = time.perf_counter()
+        for batch in range(self.progress.batch, len(plan)):
+            asked = time.perf_counter()
+            micro_batches = self._load(batches, epoch, batch)
+            waited += time.perf_counter() - asked
+            number = self.progress.step + (1 if waiting is None else 2)
+            step = self._gradients(epoch, plan, batch, number, micro_batches)
+            if waiting is not None:
+                numbers = self.stepper.read(waiting)
+                exact = step is None or numbers.stops > 0 or numbers.without_data > 0
+                if exact:
+                    self.stepper.undo()
+                yield self._result(waiting, numbers, exact, time.perf_counter() - started, waited)
+                waiting, waited, started = None, 0.0, time.perf_counter()
+            if step is None:
+                self._end_without_memory()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate(number)
+            self.stepper.update(step)
+            needed = self.average.due(number) or self._save_is_due() or batch + 1 == len(plan)
+            if self.stepper.deferred and not needed:
+                waiting = step
+                continue
+            yield self._result(step, self.stepper.read(step), True, time.perf_counter() - started, waited)
+            waited, started = 0.0, time.perf_counter()
+
+    def _load(self, batches: Iterator[Batch], epoch: int, batch: int) -> list[Batch]:
+        """Return this rank's micro-batches of a step.
+
+        If they cannot be loaded, they are silence, because the other ranks wait in the step for this one. They learn
+        there that it has no data, which costs less than a question before every step.
+        """
+        self.watch.report("loading", epoch, batch)
+        if self.data_problem is None:
+            try:
+                micro_batches = list(itertools.islice(batches, len(self.mine)))
+            except Exception as error:
+                self.data_problem = error
+        if self.data_problem is not None:
+            micro_batches = [silence(self.config.model.num_mel_bins) for _ in self.mine]
+        self.watch.report("computing")
+        for micro_batch in micro_batches:
+            self.bad_data.name(micro_batch.errors)
+        return micro_batches
+
+    def _gradients(
+        self, epoch: int, plan: EpochPlan, batch: int, number: int, micro_batches: list[Batch]
+    ) -> Step | None:
+        """Launch the gradients of step `number`; return None if the memory is too small."""
+        seeds = [(self.options.seed, epoch, batch, index) for index in self.mine]
+        tokens = float(self.data.index.tokens[filled(plan.batch(batch), self.micro_batches)].sum())
+        try:
+            return self.stepper.gradients(
+                number, micro_batches, seeds, tokens, bool(self.stop), self.data_problem is not None
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self.memory_problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None
+
+    def _result(self, step: Step, numbers: Numbers, exact: bool, seconds: float, waited: float) -> StepResult:
+        """Return the result of a step that is done. If a rank had no data, save the state before the step and raise."""
+        if numbers.without_data:
+            self._save_together()
+            self.ranks.raise_first(self.data_problem)
+        bad = False
+        if not numbers.finite:
+            bad = not self.precision.overflow() or numbers.not_finite > 0
+            if bad:
+                self.bad_data.save(step.number, step.suspects(numbers))
+        elif self.average.due(step.number):
+            self.average.update(self.loss.model.state_dict(), step.number)
+        return StepResult(
+            loss=numbers.loss,
+            loss_per_exit=numbers.per_exit,
+            norm=numbers.norm,
+            tokens=step.tokens,
+            frames=numbers.frames,
+            unreadable=int(numbers.unreadable),
+            skipped=not numbers.finite,
+            bad=bad,
+            stop=numbers.stops > 0,
+            exact=exact,
+            seconds=seconds,
+            waited=waited,
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.config.optim, step, self.total_steps, self.config.model.d_model)
+
+    def _end_without_memory(self) -> NoReturn:
+        """Save the state after the last step and raise. The other ranks do not know; they wait for this one."""
+        self.stepper.undo()
+        self._save_step(by_this_rank=True)
+        raise TrainingError(
+            f"the memory of rank {self.ranks.rank} ran out after step {self.progress.step} ({self.memory_problem}). "
+            f"The state is saved. Add --accum-grad {2 * self.options.accum_grad}, which computes the same batches in "
+            f"smaller parts, or stop other programs that use this memory; {TO_RESUME}"
+        )
 
     def _evaluate(self) -> DevResult:
         batches = evaluation_batches(
@@ -288,10 +406,9 @@ class Trainer:
         # after a signal a rank skips its remaining batches, because the result is not used
         remaining = itertools.takewhile(lambda batch: not self.stop, self._watched(batches))
         try:
-            dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads)
-        except Exception:
-            self.loss.model.train()
-            self._save_step()
+            dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads, self.precision.autocast)
+        except (Exception, SystemExit):  # on all ranks, whichever has the error
+            self._save_together()
             raise
         if self.ranks.any(bool(self.stop)):
             self._save_and_stop()
@@ -315,115 +432,6 @@ class Trainer:
             save_epoch(self.options.exp_dir, epoch, self._contents(), self.config.training.average_epochs)
         self.saved_at = time.monotonic()
 
-    # ---- a step
-
-    def _step(self, epoch: int, plan: EpochPlan, batches: Iterator[Batch]) -> StepResult:
-        """Train on one global batch: accumulate this rank's gradients, add those of all ranks, update the weights."""
-        started = time.perf_counter()
-        batch, step = self.progress.batch, self.progress.step + 1
-        micro_batches = self._load(batches, epoch)
-        waited = time.perf_counter() - started
-        tokens = float(self.data.index.tokens[filled(plan.batch(batch), self.micro_batches)].sum())
-        self._set_learning_rate(step)
-        buffers = [buffer.clone() for buffer in self.loss.buffers()]
-        sums, finite = self._accumulate(micro_batches, (self.options.seed, epoch, batch), step, tokens)
-        self.precision.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.optim.clip_grad_norm)
-        # all ranks get the same numbers, so they take the same branch
-        *per_exit, loss, frames, unreadable, stops, not_finite, norm_value = torch.cat(
-            [self.ranks.sum(sums), norm.detach().view(1)]
-        ).tolist()
-        skipped, bad = not np.isfinite([*per_exit, loss, norm_value]).all(), False
-        if skipped:
-            bad = self._skip(step, buffers, micro_batches, finite, not_finite > 0)
-        else:
-            self.precision.scaler.step(self.optimizer)
-            self.precision.scaler.update()
-            self.average.update(self.loss.model.state_dict(), step)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step = step
-        return StepResult(
-            loss=loss,
-            loss_per_exit=per_exit,
-            norm=norm_value,
-            tokens=tokens,
-            frames=frames,
-            unreadable=int(unreadable),
-            skipped=skipped,
-            bad=bad,
-            stop=stops > 0,
-            seconds=time.perf_counter() - started,
-            waited=waited,
-        )
-
-    def _load(self, batches: Iterator[Batch], epoch: int) -> list[Batch]:
-        """Return this rank's micro-batches of the next step. If any rank cannot load, save the state and raise."""
-        self.watch.report("loading", epoch, self.progress.batch)
-        micro_batches: list[Batch] = []
-        problem: Exception | None = None
-        try:
-            micro_batches = list(itertools.islice(batches, len(self.mine)))
-        except Exception as error:
-            problem = error
-        self.watch.report("computing")
-        if self.ranks.any(problem is not None):
-            self._save_together()
-            self.ranks.raise_first(problem)
-        for micro_batch in micro_batches:
-            self.bad_data.name(micro_batch.errors)
-        return micro_batches
-
-    def _set_learning_rate(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, step, self.total_steps, self.config.model.d_model)
-
-    def _accumulate(
-        self, micro_batches: list[Batch], seed: tuple[int, ...], step: int, tokens: float
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Add up the gradients of this rank's micro-batches, and in the last one those of all ranks.
-
-        Returns:
-          Sums over this rank: loss per exit, total loss, frames, unreadable cuts, stop requests, losses that are not
-          finite. For each micro-batch, whether its loss is finite.
-        """
-        sums = torch.zeros(len(self.config.model.exit_layers) + 5, device=self.ranks.device)
-        finite = []
-        self.optimizer.zero_grad(set_to_none=True)
-        for index, micro_batch in zip(self.mine, micro_batches, strict=True):
-            # dropout depends on the micro-batch, so that a resumed run draws the same
-            _seed_everything(*seed, index)
-            batch = micro_batch.to(self.ranks.device)
-            local = self.ranks.world_size > 1 and index != self.mine[-1]
-            with self.ddp.no_sync() if local else nullcontext():  # type: ignore[operator]
-                with self.precision.autocast():
-                    loss = self.ddp(batch.x, batch.x_lens, batch.y, batch.y_lens, step, num_tokens=tokens)
-                # DistributedDataParallel averages over ranks, but the gradients of micro-batches are to be added
-                self.precision.scaler.scale(loss.total * self.ranks.world_size).backward()
-            total = loss.total.detach()
-            finite.append(torch.isfinite(total))
-            frames, not_finite = batch.x_lens.sum().view(1), (~finite[-1]).view(1)
-            sums += torch.cat([loss.per_exit, total.view(1), frames, sums.new_zeros(2), not_finite])
-        sums[-3] = sum(len(micro_batch.errors) for micro_batch in micro_batches)
-        sums[-2] = float(bool(self.stop))
-        return sums, finite
-
-    def _skip(
-        self, step: int, buffers: list[Tensor], micro_batches: list[Batch], finite: list[Tensor], loss_not_finite: bool
-    ) -> bool:
-        """Leave out a step whose gradients are not finite; return whether the batch is bad, and then save it.
-
-        It is not bad if float16's loss scale made the gradients overflow.
-        """
-        for buffer, before in zip(self.loss.buffers(), buffers, strict=True):
-            buffer.copy_(before)  # batch statistics that are not finite would stay so
-        overflow = self.precision.overflow()
-        if overflow and not loss_not_finite:
-            return False
-        # if every loss was finite, any of the micro-batches may be the cause
-        suspects = (batch for batch, ok in zip(micro_batches, finite, strict=True) if not loss_not_finite or not ok)
-        self.bad_data.save(step, suspects)
-        return True
-
     # ---- saving
 
     def _save_and_stop(self) -> None:
@@ -439,9 +447,12 @@ class Trainer:
         self._save_step()
         self.ranks.barrier()
 
-    def _save_step(self) -> None:
-        """Save the state inside an epoch; only between steps."""
-        if self.ranks.is_main:
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * self.options.save_minutes
+
+    def _save_step(self, by_this_rank: bool = False) -> None:
+        """Save the state inside an epoch; only between steps. All ranks have the same; the main one saves it."""
+        if self.ranks.is_main or by_this_rank:
             self.watch.report("saving")
             save_step(self.options.exp_dir, self.progress.epoch + 1, self.progress.step, self._contents())
         self.saved_at = time.monotonic()
@@ -488,9 +499,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} a rank)"
-
-
-def _seed_everything(*key: int) -> None:
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    torch.manual_seed(seed)

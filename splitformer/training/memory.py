@@ -150,7 +150,7 @@ class DryRun:
                 peaks.append((size, self._run(shape._replace(utterances=size))))
             return peaks[-1][1]
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error))):
+            if not out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0]
         # outside the except clause, whose traceback keeps the tensors alive
@@ -169,17 +169,22 @@ class DryRun:
             with self.precision.autocast():
                 loss = self.loss(
                     torch.randn(n, shape.frames, config.num_mel_bins, device=device),
-                    torch.full((n,), shape.frames, device=device),
-                    labels.repeat(n, 1).to(device),
-                    torch.full((n,), len(labels), device=device),
+                    torch.full((n,), shape.frames),
+                    labels.repeat(n, 1),
+                    torch.full((n,), len(labels)),
                     step=LAST_STEP,
                 )
             loss.total.backward()
             del loss, to_come
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                return float(torch.cuda.max_memory_reserved(device))
-            return process_memory("VmHWM") + self.to_come
+                return peak_memory(device)
+            return peak_memory(device) + self.to_come
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether torch, k2 or Python could not allocate memory."""
+    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory", str(error)))
 
 
 def _extrapolated(peaks: list[tuple[int, float]], size: int) -> float:
@@ -201,6 +206,13 @@ def available_memory(device: torch.device) -> float:
 def process_memory(name: str) -> float:
     """Return this process's bytes that Linux calls `name` (VmRSS: in use, VmHWM: the peak); 0 on other systems."""
     return 1024 * _number("/proc/self/status", rf"^{name}:\s+(\d+) kB", 0.0)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that this process has used: of the GPU, or else of the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return process_memory("VmHWM")
 
 
 def reset_peak(device: torch.device) -> None:

@@ -58,10 +58,12 @@ class RunningAverage:
         """the last step in the mean; 0: none yet"""
         self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
 
+    def due(self, step: int) -> bool:
+        """Return whether the weights after `step`, counted from 1, enter the mean."""
+        return step % self.period == 0
+
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Add the weights after `step`, counted from 1; call it after every step."""
-        if step % self.period:
-            return
+        """Add the weights after `step`; call it after every step that is due."""
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 self.state[name].lerp_(tensor.detach(), self.period / step)

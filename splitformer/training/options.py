@@ -43,6 +43,8 @@ class RunOptions:
     """number format of matrix products; auto chooses by device"""
     save_minutes: float = 15.0
     """minutes between checkpoints inside an epoch; 0 saves after every step"""
+    log_minutes: float = 1.0
+    """minutes between lines about the progress in the log, where there is no terminal; 0 logs every step"""
     max_skipped: int = 10
     """largest number of consecutive batches without finite gradients; one more ends the run"""
     timeout_minutes: float = 30.0

@@ -49,10 +49,9 @@ class Precision:
         return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
 
     def overflow(self) -> bool:
-        """Return whether the loss scale can explain gradients that are not finite; if so, it is lowered."""
+        """Return whether the loss scale can explain gradients that are not finite."""
         if self.name != "fp16":
             return False
-        self.scaler.update()
         if self.scaler.get_scale() < SMALLEST_SCALE:
             raise PrecisionError(
                 f"gradients overflow in float16 even at a loss scale of {self.scaler.get_scale():g}: training "

@@ -20,6 +20,7 @@ class StepResult:
     skipped: bool  # the gradients were not finite, and the weights did not change
     bad: bool  # skipped, and float16's loss scale was not the cause
     stop: bool  # a rank was asked to stop
+    exact: bool  # weights and batch statistics are those after this step: the next has not begun
     seconds: float
     waited: float  # seconds of waiting for data
 

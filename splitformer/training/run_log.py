@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from splitformer.checkpoint import save_checkpoint
 from splitformer.data.batches import TENSORS, Batch
+from splitformer.model.subsampling import FRAME_SHIFT
 from splitformer.report.records import EpochRecord, append_epoch
 from splitformer.training.evaluate import DevResult
+from splitformer.training.memory import GIB, peak_memory
 from splitformer.training.progress import EpochTotals, StepResult
 
 log = logging.getLogger(__name__)
@@ -28,8 +33,9 @@ MAX_NAMED = 10
 class RunLog:
     """Writes training.jsonl, TensorBoard and the log; for the main rank."""
 
-    def __init__(self, exp_dir: Path, step: int) -> None:
+    def __init__(self, exp_dir: Path, step: int, lines: StepLines) -> None:
         """`step` is the last step so far; later entries in TensorBoard are replaced."""
+        self.lines = lines
         self.path = exp_dir / "training.jsonl"
         self.writer = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=step + 1)
 
@@ -57,6 +63,45 @@ class RunLog:
                 100 * record.data_wait_share,
                 num_workers,
             )
+
+
+class StepLines:
+    """Logs a line about the last steps every `minutes`; it takes the place of a progress bar."""
+
+    def __init__(self, exits: tuple[int, ...], total_steps: int, minutes: float, device: torch.device) -> None:
+        self.exits, self.total_steps, self.seconds, self.device = exits, total_steps, 60 * minutes, device
+        self.totals = EpochTotals()
+        self.since = time.monotonic()
+
+    def add(self, step: StepResult, number: int, place: str, learning_rate: float) -> None:
+        """Add the result of step `number`; `place` says where in the epoch it is."""
+        self.totals.add(step, math.inf)
+        seconds = time.monotonic() - self.since
+        if seconds < self.seconds:
+            return
+        totals = self.totals
+        per_exit = zip(self.exits, totals.loss_per_exit)
+        left = (self.total_steps - number) * seconds / totals.steps
+        parts = [
+            f"{place}  step {number}  loss {totals.per_token(totals.loss):.3f}",
+            "by exit " + " ".join(f"{layer}:{totals.per_token(loss):.3f}" for layer, loss in per_exit),
+            f"lr {learning_rate:.1e}",
+            f"{totals.frames * FRAME_SHIFT / max(seconds, 1e-9):.0f} s of audio per second",
+            f"waited for data {100 * totals.waited / max(totals.seconds, 1e-9):.0f}%",
+            f"peak memory {peak_memory(self.device) / GIB:.1f} GiB",
+            f"{duration(left)} left",
+        ]
+        if totals.skipped:
+            parts.append(f"{totals.skipped} steps skipped")
+        log.info("%s", "  ".join(parts))
+        self.totals, self.since = EpochTotals(), time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as hours and minutes, after a number of days from one day on."""
+    minutes = round(max(0.0, seconds) / 60)
+    days, minutes = divmod(minutes, 24 * 60)
+    return f"{f'{days} d ' if days else ''}{minutes // 60}:{minutes % 60:02d} h"
 
 
 def epoch_record(

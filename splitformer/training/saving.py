@@ -1,7 +1,8 @@
 """The folder of a run: its lock, and its checkpoints.
 
 `epoch-N.pt` is saved at the end of epoch N; `epoch-N-step-S.pt` inside epoch N, after step S of the run. A file appears
-whole or not at all. If one is damaged nevertheless, the run resumes from the one before.
+whole or not at all. If one is damaged nevertheless, the run resumes from the one before. Older epochs serve averaging
+alone, and lose the state of the optimizer, half of their size.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from splitformer.checkpoint import CheckpointError, epoch_checkpoints, load_checkpoint, save_checkpoint
+from splitformer.checkpoint import (
+    CheckpointError,
+    epoch_checkpoints,
+    load_checkpoint,
+    load_contents,
+    save_checkpoint,
+)
 from splitformer.errors import UserError
 
 log = logging.getLogger(__name__)
 
 KEPT = 2
 """Number of checkpoints inside epochs that are kept."""
+RESUMABLE_EPOCHS = 2
+"""Number of epochs, the newest, whose checkpoints keep the state of the optimizer."""
 TO_RESUME = "to resume, repeat the command (bin/train: with --resume)"
 
 
@@ -75,19 +84,25 @@ def newest_first(exp_dir: Path, inside_epochs: bool = False) -> list[Path]:
 
 
 def load_newest(exp_dir: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the path and the contents of the newest checkpoint that can be read; (None, {}) if there are none.
+    """Return the path and the contents of the newest checkpoint to resume from; (None, {}) if there are none at all.
 
     Raises:
-      CheckpointError: there are checkpoints, but none can be read.
+      CheckpointError: there are checkpoints, but none can be read, or those that can have no optimizer state.
     """
     found = newest_first(exp_dir)
     for path in found:
         try:
-            return path, load_checkpoint(path)
+            contents = load_checkpoint(path)
+            if "optimizer" in contents:
+                return path, contents
+            log.warning("%s has no optimizer state, which only the newest checkpoints have", path)
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
     if found:
-        raise CheckpointError(f"no checkpoint of {exp_dir} can be read: delete epoch-*.pt there to start again")
+        raise CheckpointError(
+            f"no checkpoint of {exp_dir} can be read and resumed from: delete epoch-*.pt there to start again, or "
+            "start another run from the weights of one with --init-from"
+        )
     return None, {}
 
 
@@ -113,7 +128,7 @@ def save_step(exp_dir: Path, epoch: int, step: int, contents: Mapping[str, Any])
 
 
 def save_epoch(exp_dir: Path, epoch: int, contents: Mapping[str, Any], keep_epochs: int) -> None:
-    """Save the checkpoint of an epoch's end; remove those inside epochs, and epochs that averaging does not need.
+    """Save the checkpoint of an epoch's end; remove those inside epochs, and of older ones what averaging can spare.
 
     Args:
       keep_epochs: number of epochs before this one to keep.
@@ -133,7 +148,20 @@ def save_epoch(exp_dir: Path, epoch: int, contents: Mapping[str, Any], keep_epoc
                 f"cannot save {path} ({again}); {_kept(exp_dir)}. Free some space; {TO_RESUME}"
             ) from again
     _remove(newest_first(exp_dir, inside_epochs=True))
-    _remove(old for number, old in epoch_checkpoints(exp_dir).items() if number < epoch - keep_epochs)
+    epochs = epoch_checkpoints(exp_dir)
+    _remove(epochs.pop(number) for number in list(epochs) if number < epoch - keep_epochs)
+    if epoch - RESUMABLE_EPOCHS in epochs:
+        _remove_optimizer(epochs[epoch - RESUMABLE_EPOCHS])
+
+
+def _remove_optimizer(path: Path) -> None:
+    """Write a checkpoint again without the state of the optimizer. If it cannot be, it stays as it is."""
+    try:
+        contents = load_contents(path)
+        if contents.pop("optimizer", None) is not None:
+            save_checkpoint(path, contents)
+    except (CheckpointError, OSError) as error:
+        log.warning("cannot remove the optimizer's state from %s (%s)", path, error)
 
 
 def _kept(exp_dir: Path) -> str:
@@ -143,4 +171,4 @@ def _kept(exp_dir: Path) -> str:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another rank may have removed it, if the memory of several runs out

@@ -121,6 +121,13 @@ def test_synthesised_corpus(driver, tmp_path: Path) -> None:
     assert (experiment / ".training.jsonl.done").exists()
     assert (experiment / "epoch-1.pt").stat().st_mtime_ns == epoch
 
+    # longer than it was planned
+    longer = [str(each).replace("num_epochs=1", "num_epochs=2") for each in arguments]
+    resumed = driver("run.sh", *longer, "--stage", "train", "--stop-stage", "train")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert len(read_training_log(experiment / "training.jsonl")) == 2
+    assert (experiment / "epoch-1.pt").stat().st_mtime_ns == epoch
+
     other = driver("run.sh", *arguments, "--seed", 7, "--stage", "train")
     assert other.returncode == 1 and "started from other data or another configuration" in other.stderr
     assert "< seed 42\n> seed 7\n" in other.stderr

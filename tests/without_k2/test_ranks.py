@@ -24,11 +24,12 @@ from splitformer.cli import command
 from splitformer.data.cut_index import DataError
 from splitformer.errors import UserError
 from splitformer.report.records import read_training_log
+from splitformer.training import loop
 from splitformer.training.distributed import process_group
 from splitformer.training.loop import Trainer
 from splitformer.training.saving import LockError, locked, newest_first
 from splitformer.training.watch import RankState, Watch
-from tests.training_runs import ALONE, ENV, in_fork, options, small_config, train, wait_for, weights
+from tests.training_runs import ALONE, ENV, in_fork, options, slow_disk, small_config, train, wait_for, weights
 from tests.training_runs import command as command_of_training
 
 # ---- one training, whatever the number of ranks
@@ -204,6 +205,52 @@ def test_all_ranks_save_and_end_when_one_cannot_load(corpus, tmp_path, capfd):
     *_, last = capfd.readouterr().err.splitlines()
     assert last == "test: the disk is gone"
     assert load_checkpoint(newest_first(tmp_path)[0])["progress"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_on_a_signal_no_rank_leaves_before_the_state_is_saved(corpus, tmp_path):
+    """torchrun and `launch` kill the other ranks some time after the first has left; a disk may be slower."""
+    exp_dir = tmp_path / "exp"
+    flags = ["--set", "training.num_epochs=500", "--num-processes", "2"]
+    run = subprocess.Popen(
+        command_of_training(corpus, tmp_path, exp_dir, *flags),
+        env=ENV | slow_disk(tmp_path, seconds=3.0),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: newest_first(exp_dir))
+    ranks = children(run.pid)
+    assert len(ranks) == 2
+    run.send_signal(signal.SIGUSR1)
+    wait_for(lambda: not all(map(alive, ranks)))
+    saved = newest_first(exp_dir)[0]
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 143, stderr
+    stopped = re.search(r"stopped by SIGTERM after step (\d+); the state is saved", stderr)
+    assert stopped and load_checkpoint(saved)["progress"]["step"] == int(stopped[1]), stderr
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_all_ranks_save_and_end_when_one_cannot_evaluate(corpus, tmp_path, capfd, monkeypatch):
+    batches = loop.evaluation_batches
+
+    def unreadable(*args, rank, **kwargs):
+        yield next(batches(*args, rank=rank, **kwargs))
+        if rank == 1:
+            raise DataError("the disk is gone")
+
+    monkeypatch.setattr(loop, "evaluation_batches", unreadable)
+    assert in_ranks(lambda ranks: Trainer(small_config(), options(corpus, tmp_path), ranks).train()) == [1, 1]
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last == "test: the disk is gone"
+    saved = load_checkpoint(newest_first(tmp_path)[0])["progress"]
+    assert saved["epoch"] == 0 and saved["batch"] == saved["step"] > 0
 
 
 def test_ranks_that_end_right_after_an_exchange_do_end():

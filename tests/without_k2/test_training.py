@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from lhotse import CutSet
 
-from splitformer.checkpoint import CheckpointError, averaged, load_checkpoint, load_model
+from splitformer.checkpoint import (
+    CheckpointError,
+    averaged,
+    epoch_checkpoints,
+    load_checkpoint,
+    load_contents,
+    load_model,
+)
 from splitformer.config import LossConfig
 from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.manifests import ManifestError
@@ -20,7 +34,8 @@ from splitformer.report.records import read_training_log
 from splitformer.training.evaluate import evaluate
 from splitformer.training.loop import Trainer
 from splitformer.training.optim import RunningAverage
-from tests.training_runs import ALONE, ENV, options, same, small_config, train, training_data, weights
+from splitformer.training.run_log import duration
+from tests.training_runs import ALONE, ENV, command, options, same, small_config, train, training_data, weights
 
 
 def test_it_learns_to_spell(corpus, tmp_path, caplog):
@@ -48,10 +63,81 @@ def test_the_command_resumes_only_if_asked_and_ends_when_all_is_done(corpus, tmp
     flags = ["--set", "training.num_epochs=1"]
     first = train(corpus, tmp_path, tmp_path / "exp", *flags)
     assert first.returncode == 0 and "epoch 1/1" in first.stderr, first.stderr
+    assert ", batch " not in first.stderr, "the log has a line a minute"
     refused = train(corpus, tmp_path, tmp_path / "exp", *flags)
     assert refused.returncode == 1 and "add --resume" in refused.stderr
     again = train(corpus, tmp_path, tmp_path / "exp", *flags, "--resume")
     assert again.returncode == 0 and "nothing to train" in again.stderr
+
+
+def test_without_a_terminal_the_log_says_how_far_training_is(corpus, tmp_path):
+    steps = len(training_data(corpus, tmp_path / "index").plan(1))
+    run = train(corpus, tmp_path, tmp_path / "exp", "--log-minutes", "0", "--set", "training.num_epochs=2")
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stderr.splitlines() if ", batch " in line]
+    assert len(lines) >= 2 * steps - 2, "each step"
+    assert re.search(
+        rf"epoch 1/2, batch 3/{steps}  step 3  loss \d+\.\d+  by exit 1:\d+\.\d+ 2:\d+\.\d+  lr \d\.\de-\d\d  \d+ s of "
+        r"audio per second  waited for data \d+%  peak memory 0\.\d GiB  0:0\d h left",
+        lines[2],
+    ), lines[2]
+
+
+def test_on_a_terminal_there_is_a_progress_bar_instead(corpus, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    run = subprocess.Popen(
+        command(corpus, tmp_path, tmp_path / "exp", "--log-minutes", "0", "--set", "training.num_epochs=1"),
+        stderr=theirs,
+        env=ENV,
+    )
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # the terminal is closed
+        while block := os.read(ours, 4096):
+            shown += block
+    assert run.wait() == 0, shown
+    assert b"step/s" in shown and b"s of audio per second" not in shown
+
+
+def test_durations_are_readable():
+    assert [duration(s) for s in (-1, 59, 3600 * 5 + 61)] == ["0:00 h", "0:01 h", "5:01 h"]
+    assert duration(86400 * 3 + 60) == "3 d 0:01 h"
+
+
+def test_more_epochs_can_be_trained_than_were_planned(corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    Trainer(small_config(num_epochs=1), options(corpus, tmp_path), ALONE).train()
+    longer = Trainer(small_config(num_epochs=3), options(corpus, tmp_path), ALONE)
+    assert longer.progress.epoch == 1 and "training now ends after epoch 3" in caplog.text
+    longer.train()
+    epochs = read_training_log(tmp_path / "training.jsonl")
+    steps = load_checkpoint(tmp_path / "epoch-3.pt")["progress"]["step"]
+    # the rate is that of the longer schedule, which has not yet fallen where the shorter one had ended
+    assert [e.epoch for e in epochs] == [1, 2, 3]
+    assert epochs[0].learning_rate == pytest.approx(0.0, abs=1e-6) and epochs[1].learning_rate > 1e-3
+    assert epochs[2].learning_rate < 1e-4 and longer.total_steps == pytest.approx(steps, abs=3)
+    assert Trainer(small_config(num_epochs=2), options(corpus, tmp_path), ALONE).train() is None, "all are done"
+
+
+def test_only_the_newest_epochs_can_be_resumed_from(corpus, tmp_path, caplog):
+    config = small_config(num_epochs=4, average_epochs=3)
+    Trainer(config, options(corpus, tmp_path), ALONE).train()
+    found = {number: load_contents(path) for number, path in epoch_checkpoints(tmp_path).items()}
+    assert {number: "optimizer" in contents for number, contents in found.items()} == {
+        1: False, 2: False, 3: True, 4: True
+    }  # fmt: skip
+    sizes = {number: path.stat().st_size for number, path in epoch_checkpoints(tmp_path).items()}
+    assert sizes[1] < 0.7 * sizes[4]
+    assert all({"model", "average", "progress"} <= contents.keys() for contents in found.values())
+    assert averaged(tmp_path)["avg"] == 3 and load_model(tmp_path / "epoch-2.pt")
+    for number in (4, 3):
+        (tmp_path / f"epoch-{number}.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"can be read and resumed from: .* --init-from"):
+        Trainer(config, options(corpus, tmp_path), ALONE)
+    assert "epoch-2.pt has no optimizer state" in caplog.text
+    other = replace(options(corpus, tmp_path / "other"), init_from=tmp_path / "epoch-2.pt")
+    assert same(dict(Trainer(config, other, ALONE).loss.model.state_dict()), found[2]["model"])
 
 
 class Recording(RunningAverage):
@@ -89,8 +175,8 @@ def test_the_average_is_the_mean_of_the_weights_over_the_steps(corpus, tmp_path)
     for avg in (0, 7):
         with pytest.raises(CheckpointError, match=f"--avg {avg} with --epoch 3: 1 to 3 epochs can be averaged"):
             averaged(tmp_path, avg=avg)
-    command = [sys.executable, "-m", "splitformer.bin.average", "--exp-dir", tmp_path, "--epoch", "2", "--avg", "1"]
-    run = subprocess.run([*command, "--output", tmp_path / "one.pt"], capture_output=True, text=True, env=ENV)
+    average = [sys.executable, "-m", "splitformer.bin.average", "--exp-dir", tmp_path, "--epoch", "2", "--avg", "1"]
+    run = subprocess.run([*average, "--output", tmp_path / "one.pt"], capture_output=True, text=True, env=ENV)
     assert run.returncode == 0 and "one.pt: epochs 2 to 2" in run.stdout, run.stderr
     assert load_checkpoint(tmp_path / "one.pt")["epoch"] == 2 and not (tmp_path / "averaged.pt").exists()
 

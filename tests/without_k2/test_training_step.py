@@ -22,6 +22,7 @@ from splitformer.model.conformer import MaskedBatchNorm, SelfAttention
 from splitformer.training import fast_cpu
 from splitformer.training.fast_cpu import ByteDropout, ConvolutionLinear, speed_up
 from splitformer.training.optim import adamw
+from splitformer.training.precision import Precision
 from tests.models import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +189,34 @@ def test_dropout_by_bytes_drops_its_share_and_keeps_the_mean():
     assert torch.equal(first, layer(x))
 
 
+def test_under_autocast_the_convolution_module_is_float32_in_its_statistics_alone():
+    torch.manual_seed(8)
+    module = conformer.ConvolutionModule(24, 7, dropout=0.0).train()
+    reference = conformer.ConvolutionModule(24, 7, dropout=0.0).train()
+    reference.load_state_dict(module.state_dict())
+    x = torch.randn(3, 400, 24)
+    _, mask = conformer.frame_masks(torch.tensor([400, 311, 97]), x)
+    types = {}
+    for name, each in module.named_children():
+        each.register_forward_hook(lambda _, inputs, out, name=name: types.update({name: (inputs[0].dtype, out.dtype)}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(x, mask)
+    reference(x, mask)
+    bf16 = torch.bfloat16
+    assert types["depthwise"] == types["batch_norm"] == (bf16, bf16) and types["pointwise2"][0] == bf16
+    for name in ("running_mean", "running_var"):
+        found, expected = (getattr(each.batch_norm, name) for each in (module, reference))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("capability", "name"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")])
+def test_the_gpus_compute_capability_decides_the_precision(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # emulation counts, from torch 2.4
+    assert Precision("auto", torch.device("cuda", 0)).name == name
+
+
 @pytest.mark.skipif(conformer.FUSED_ATTENTION is None, reason="torch 1 has no fused attention")
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_attention_equals_the_plain_one_beside_padding(monkeypatch, training):
@@ -295,6 +324,16 @@ def test_the_benchmark_measures_what_is_asked_for(tmp_path):
     for row in found.values():
         if row is not reference:  # of one measured turn
             assert float(row[0].split()[0]) == pytest.approx(int(row[1]) / int(reference[1]), rel=0.1)
+
+
+def test_the_benchmark_counts_operations(tmp_path):
+    done = benchmark(tmp_path, "--precision", "fp32", "bf16", "--operations")
+    assert done.returncode == 0, done.stderr
+    counts = {name: [int(cell) for cell in cells] for name, cells in rows(done.stdout).items() if name != "precision"}
+    assert list(counts) == ["fp32", "bf16"]
+    for forward, backward, update, together in counts.values():
+        assert min(forward, backward, update) > 0 and forward + backward + update == together
+    assert counts["bf16"][3] > counts["fp32"][3], "casts"
 
 
 def test_the_benchmark_measures_training_on_cuts(corpus, tmp_path):
