@@ -152,6 +152,7 @@ stage_average() {
 # 9: every exit by every method; dev sets too, on which choices are made
 stage_decode() {
     local name split model sets inputs='' words='' choices cuts=() names=() choice_flags=(--methods "${methods[@]}")
+    [[ -z $notice ]] || choice_flags+=(--notice "$notice")
     for name in hlg_scales ngram_lm_scales blank_penalties; do
         local -n values=$name
         ((${#values[@]} == 0)) || choice_flags+=("--${name//_/-}" "${values[@]}")
@@ -209,18 +210,19 @@ stage_early_exit() {
 
 # The recipe continues without exit policies if they cannot be fitted to these sets (status 3): the tables need none.
 run_early_exit() {
-    local calibration common status=0
+    local calibration common records=() status=0
+    [[ -z $notice ]] || records=(--notice "$notice")
     calibration="${dev_list[0]}=$(cuts_of "${dev_list[0]}")"
     common=(--checkpoint "$exp_dir/averaged.pt" --lang-dir "$lang_dir")
     rm -rf "$exp_dir/early_exit"
     mkdir -p "$exp_dir/early_exit"
     rm -f "$exp_dir/policy.json"
     run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" "$@" \
-        --output-dir "$exp_dir/early_exit" --corpus "$corpus" &&
+        --output-dir "$exp_dir/early_exit" --corpus "$corpus" "${records[@]}" &&
         run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" "$@" \
             --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json" &&
         run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:2}" --exit-policy "$exp_dir/policy.json" \
-            --output-dir "$exp_dir/early_exit" --corpus "$corpus" || status=$?
+            --output-dir "$exp_dir/early_exit" --corpus "$corpus" "${records[@]}" || status=$?
     if ((status == 3)); then
         log "could not fit an exit policy (see above); the report has none; remove $exp_dir/early_exit to retry"
         touch "$exp_dir/early_exit/no-policy"

@@ -6,7 +6,7 @@
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
     lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model shar
     musan_dir graphs)
-corpus_flags=(strict estimate_lm decode_only on_the_fly)
+corpus_flags=(strict allow_incomplete estimate_lm decode_only on_the_fly)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --work-dir DIR           folder for data/ and exp/ (default: egs/NAME)
@@ -30,11 +30,13 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --bpe-model FILE         use the tokens of this bpe.model instead of training a tokenizer
   --decode-only            compute no features of training data; with --bpe-model no training data are needed, if the corpus
                            provides a language model and words
+  --allow-incomplete       take a folder of the corpus that lacks some of its files as it is; results are kept apart
   --strict                 unreadable audio and bad transcripts are errors; by default they are skipped"
 
 # Defaults of these options.
 work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
-num_jobs=$(cores) strict=false estimate_lm=false bpe_model='' decode_only=false on_the_fly=false shar='' musan_dir=''
+num_jobs=$(cores) strict=false allow_incomplete=false estimate_lm=false bpe_model='' decode_only=false
+on_the_fly=false shar='' musan_dir=''
 
 # The variables that an egs/NAME/corpus.sh may set, with their defaults. Variables and functions that serve the corpus alone
 # begin with own_, so that a misspelt name is an error.
@@ -51,6 +53,7 @@ speed_perturb=false
 default_config=''
 subsets=''         # names of subsets, if there are any
 subset_tag=''      # appended to names of artefacts that depend on the subset
+notice=''          # what has to stand above every table of results, such as what they cannot be compared with
 
 # Functions that a corpus.sh may redefine. They see all variables of the drivers.
 
@@ -195,7 +198,7 @@ read_description() {
     _new=$( (compgen -v; compgen -A function) | grep -vxF "$_known" | grep -vE '^(own_|_|[A-Z_]+$)' | head -n 1 || :)
     [[ -z $_new ]] || die "$1: unknown variable '$_new'.$(did_you_mean "$_new" "${corpus_options[@]}" \
         corpus_dir corpus_source corpus_from source_options lhotse_recipe lm_arpa_url rescore_lm_arpa_url default_config \
-        subsets subset_tag download_corpus prepare_manifests extra_words)" \
+        subsets subset_tag notice download_corpus prepare_manifests extra_words)" \
         "local/corpus.sh lists the variables; a corpus's own begin with own_"
 }
 

@@ -69,6 +69,8 @@ class Options:
     """name of the corpus in the records"""
     system: str | None = None
     """name of the system in the records (default: that of the exp_dir, without -seedN)"""
+    notice: str = ""
+    """sentence that reports show above every table with these results"""
     max_duration: float = 60.0
     """seconds of audio in a batch"""
 
@@ -113,6 +115,7 @@ def run(options: Options) -> None:
         options.corpus,
         options.system or system_name(source),
         options.max_duration,
+        options.notice,
     )
 
 
@@ -131,6 +134,7 @@ def run_with_policy(options: Options, policy: Path, sets: dict[str, Path], weigh
         options.system,
         options.exit,
         options.max_duration,
+        options.notice,
     )
 
 

@@ -45,6 +45,7 @@ def decode_sets(
     corpus: str,
     system: str,
     max_duration: float = 60.0,
+    notice: str = "",
 ) -> None:
     """Decode sets at every exit with every method; write the words, the errors and one DecodeRecord for each result.
 
@@ -54,6 +55,7 @@ def decode_sets(
         variant, or its default.
       corpus, system: as the records name them.
       max_duration: seconds of audio in a batch.
+      notice: of the records; reports show it above every table.
     Raises:
       UserError: tune_set is none of the sets.
     """
@@ -99,6 +101,7 @@ def decode_sets(
                 system=system,
                 test_set=test_set,
                 method=name,
+                notice=notice,
                 config=config.to_dict() | {"decoding": settings | ({"tuned_on": tune_set} if options else {})},
                 **_model_fields(loaded, layer, costs[method.head][layer]),
                 **_result_fields(result, scored),

@@ -136,10 +136,11 @@ def test_five_utterances_in_another_layout(driver, tmp_path: Path, shared: Path)
     arguments = ["--corpus", "librispeech", "--download-dir", shared / "data", "--work-dir", tmp_path]
     arguments += ["--train-splits", "test-clean", "--dev-splits", "dev-clean", "--test-splits", "dev-clean"]
     arguments += ["--vocab-size", 80, "--estimate-lm", "--num-jobs", 8, "--lm-prune", "1e-3"]
+    arguments += ["--allow-incomplete"]
     for _ in range(2):
         result = driver("prepare.sh", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
-    lang_dir = tmp_path / "data/lang_bpe_80_test-clean"
+    lang_dir = tmp_path / "data/lang_bpe_80_incomplete_test-clean"
     made = {"bpe.model", "tokens.txt", "words.txt", "L.pt", "L_disambig.pt", "HLG.pt", "LG.pt", "G.pt"}
     assert made <= set(os.listdir(lang_dir))
     [whole], [pruned] = ((tmp_path / "data").glob(f"lm*/3gram{name}.arpa") for name in ("", "-pruned-1e-3"))
@@ -244,7 +245,7 @@ def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, argume
         (["--corpus", "nonesuch"], "unknown corpus 'nonesuch'; there are: an4 librispeech mini"),
         (["--stage", "cook"], "unknown stage 'cook' for --stage; stages are: 0 download, 1 manifests"),
         (["--colour", "red"], "unknown option '--colour'. Did you mean --"),
-        (["--corpus", "librispeech", "--subset", "10"], "unknown subset '10'; egs/librispeech has: mini 100 960"),
+        (["--corpus", "librispeech", "--subset", "10"], "'10'; egs/librispeech has: resplit mini 100 960"),
         (["--corpus", "an4", "--subset", "10"], "egs/an4 has: no subsets"),
         (["--token-type", "word"], "--token-type is 'word'; choose one of: bpe char"),
         (["--num-jobs", "0"], "--num-jobs is '0'; it takes an integer from 1 up"),
