@@ -126,7 +126,7 @@ make_fbank() {
     local flags=("${strict_flag[@]}")
     [[ $2 == false ]] || flags+=(--speed-perturb)
     run_python local/compute_fbank.py --recordings "$(recordings_of "$1")" --supervisions "$(supervisions_of "$1")" \
-        --output-cuts "$(cuts_of "$1")" --storage-dir "$fbank_dir/${1}_feats" \
+        --output-cuts "$(cuts_of "$1")" --storage-dir "$(features_of "$1")" \
         --num-jobs "$num_jobs" --fbank "$fbank" --num-mel-bins "$num_mel_bins" "${flags[@]}"
 }
 
@@ -232,6 +232,7 @@ main() {
     vocab_flag=()
     [[ $token_type == char ]] || vocab_flag=(--vocab-size "$vocab_size")
 
+    check_machine "${stage_names[@]:first_stage:last_stage - first_stage + 1}"
     for name in "${stage_names[@]}"; do run_stage "$name"; done
     log "$corpus: stages $first_stage to $last_stage are done; the data are in $data_dir"
 }

@@ -366,11 +366,27 @@ plan_run() {
             features) features=$value ;;
             noise_p) noise_p=$value ;;
             exits) num_exits=$value ;;
+            heads) heads=$value ;;
+            batch_seconds) batch_seconds=$value ;;
             methods) read -ra methods <<<"$value" ;;
             graphs) graphs=$value ;;
             policy) policy=$value ;;
         esac
     done <<<"${plan%%$'\nconfig:\n'*}"
+}
+
+# Checks the machine for all selected stages, those of prepare.sh included.
+check_stages() {
+    local name stages=()
+    for name in "${stage_names[@]:first_stage:last_stage - first_stage + 1}"; do
+        [[ $name == train && -n $checkpoint ]] || stages+=("$name")
+    done
+    if contains train "${stages[@]}" && [[ ! -f $(done_file "$exp_dir/training.jsonl") ]]; then
+        doctor_flags+=(--batch-seconds "$batch_seconds" ${num_workers:+--num-workers "$num_workers"})
+    fi
+    [[ " $heads " != *" transducer "* ]] || doctor_flags+=(--transducer)
+    ((${#stages[@]} == 0)) || check_machine "${stages[@]}"
+    skip_checks=true # prepare.sh need not ask again
 }
 
 # bash reads main to its end before it runs it, so that editing this file during a run does no harm.
@@ -398,6 +414,7 @@ main() {
     choose_features
     check_noise
 
+    check_stages
     if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
     for name in train average decode early_exit report; do run_stage "$name"; done
     if ((last_stage == 11)); then

@@ -6,7 +6,7 @@
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
     lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model shar
     musan_dir graphs)
-corpus_flags=(strict allow_incomplete estimate_lm decode_only on_the_fly)
+corpus_flags=(skip_checks strict allow_incomplete estimate_lm decode_only on_the_fly)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --work-dir DIR           folder for data/ and exp/ (default: egs/NAME)
@@ -30,13 +30,14 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --bpe-model FILE         use the tokens of this bpe.model instead of training a tokenizer
   --decode-only            compute no features of training data; with --bpe-model no training data are needed, if the corpus
                            provides a language model and words
+  --skip-checks            do not ask 'splitformer doctor' whether this machine has what the stages need
   --allow-incomplete       take a folder of the corpus that lacks some of its files as it is; results are kept apart
   --strict                 unreadable audio and bad transcripts are errors; by default they are skipped"
 
 # Defaults of these options.
 work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
 num_jobs=$(cores) strict=false allow_incomplete=false estimate_lm=false bpe_model='' decode_only=false
-on_the_fly=false shar='' musan_dir=''
+skip_checks=false on_the_fly=false shar='' musan_dir=''
 
 # The variables that an egs/NAME/corpus.sh may set, with their defaults. Variables and functions that serve the corpus alone
 # begin with own_, so that a misspelt name is an error.
@@ -46,6 +47,7 @@ corpus_dir=''      # folder of the corpus (default: DATA_DIR/corpus)
 corpus_source=''   # identifies the audio and transcripts; another source means that manifests are made again
 corpus_from=''     # own data: what local/manifests_from_source.py reads, with the options source_options
 source_options=()
+split_hours=''     # hours of audio of the splits, as NAME=HOURS separated by spaces, to check the space on disk
 token_type=bpe vocab_size=256
 lm_order=3 lm_arpa_url='' lm_prune='' # the language model of HLG and LG; without a URL it is estimated from the text
 rescore_lm_order='' rescore_lm_arpa_url='' # the language model of G, which rescores lattices (default: the same)
@@ -61,6 +63,9 @@ notice=''          # what has to stand above every table of results, such as wha
 download_corpus() {
     [[ -d $corpus_dir ]] || die "there is no $corpus_dir, and egs/$corpus/corpus.sh does not say how to download it"
 }
+
+# Prints what download_corpus writes, a line PATH=GB for each file and folder, as far as that is known.
+download_sizes() { :; }
 
 # prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, from own data if corpus_from is set,
 # else by Lhotse's recipe
@@ -100,6 +105,31 @@ run_python() {
 ask_python() {
     check_python
     "$python" "$@"
+}
+
+# check_machine STAGE...: whether this machine has what the stages need: packages, GPU, disk, shared memory. It is asked before
+# the first stage. `doctor_flags`: further options.
+doctor_flags=()
+check_machine() {
+    [[ $skip_checks == false ]] || return 0
+    local flags=(--quiet --stages "$@" --graphs "$graphs" --fbank "$fbank" --num-mel-bins "$num_mel_bins")
+    local size split hours copies
+    if contains download "$@"; then
+        while read -r size; do flags+=(--store-gigabytes "$size"); done < <(download_sizes)
+    fi
+    for hours in $(! contains fbank "$@" || [[ -n $limit_utterances ]] || echo "$split_hours"); do
+        split=${hours%=*} copies=1
+        contains "$split" "${splits[@]}" || continue
+        [[ ! -f $(done_file "$(cuts_of "$split")") ]] || continue
+        if contains "$split" "${train_list[@]}"; then
+            [[ $on_the_fly == false && $decode_only == false ]] || continue
+            [[ $speed_perturb == false ]] || copies=3
+            [[ -z $shar ]] || flags+=(--store-hours "$(train_artefact_of "$split")=${hours#*=}")
+        fi
+        for ((; copies > 0; copies--)); do flags+=(--store-hours "$(features_of "$split")=${hours#*=}"); done
+    done
+    ask_python -m splitformer.bin.doctor "${flags[@]}" "${doctor_flags[@]}" ||
+        die "stopped before the first stage, see above; --skip-checks runs the stages all the same"
 }
 
 load_corpus() {
@@ -198,7 +228,7 @@ read_description() {
     _new=$( (compgen -v; compgen -A function) | grep -vxF "$_known" | grep -vE '^(own_|_|[A-Z_]+$)' | head -n 1 || :)
     [[ -z $_new ]] || die "$1: unknown variable '$_new'.$(did_you_mean "$_new" "${corpus_options[@]}" \
         corpus_dir corpus_source corpus_from source_options lhotse_recipe lm_arpa_url rescore_lm_arpa_url default_config \
-        subsets subset_tag notice download_corpus prepare_manifests extra_words)" \
+        subsets subset_tag notice split_hours download_sizes download_corpus prepare_manifests extra_words)" \
         "local/corpus.sh lists the variables; a corpus's own begin with own_"
 }
 
@@ -225,6 +255,7 @@ absolute_path() {
 
 recordings_of() { echo "$manifests_dir/${1}_recordings.jsonl.gz"; }
 supervisions_of() { echo "$manifests_dir/${1}_supervisions.jsonl.gz"; }
+features_of() { echo "$fbank_dir/${1}_feats"; }
 cuts_of() { echo "$fbank_dir/${1}_cuts.jsonl.gz"; }
 
 # The artefact that holds a training split for training: cuts with features, Shar or not, or cuts without features.

@@ -63,6 +63,12 @@ lm_order=3 rescore_lm_order=3
 lm_arpa_url=$(own_lm_arpa_of "${given[lm_order]:-$lm_order}")
 rescore_lm_arpa_url=$(own_lm_arpa_of "${given[rescore_lm_order]:-$rescore_lm_order}")
 
+split_hours="dev-clean=5.4 dev-other=5.1 test-clean=5.4 test-other=5.3 train-clean-100=100.6 train-clean-360=363.6
+    train-other-500=496.7 dev-clean-2=2.0 train-clean-5=5.3 resplit-train=9.2 resplit-dev=0.6 resplit-test=1.1"
+declare -gA own_archive_gb=(
+    [dev-clean]=0.34 [dev-other]=0.32 [test-clean]=0.35 [test-other]=0.33 [train-clean-100]=6.4 [train-clean-360]=23.1
+    [train-other-500]=30.6 [dev-clean-2]=0.13 [train-clean-5]=0.34
+)
 declare -gA own_archive_md5=(
     [dev-clean]=42e2234ba48799c1f50f24a7926300a1
     [dev-other]=c8d0bcc9cca99d4f8b62fcc847357931
@@ -75,11 +81,25 @@ declare -gA own_archive_md5=(
     [train-clean-5]=5df7d4e78065366204ca6845bb08f490
 )
 
+# The splits of LibriSpeech that are read.
+own_parts() {
+    if [[ $subset == resplit ]]; then echo "${own_sources[@]}"; else echo "${splits[@]}"; fi
+}
+
+# Archives, and as much again unpacked.
+download_sizes() {
+    local split size
+    for split in $(own_parts); do
+        size=${own_archive_gb[$split]:-}
+        [[ -z $size || -d $corpus_dir/$split ]] ||
+            printf '%s\n' "$download_dir/$split.tar.gz=$size" "$corpus_dir/$split=$size"
+    done
+}
+
 # Existing splits are used if they are complete; new ones are unpacked into a temporary folder and renamed.
 download_corpus() {
-    local split resource flags parts=("${splits[@]}")
-    [[ $subset != resplit ]] || parts=("${own_sources[@]}")
-    for split in "${parts[@]}"; do
+    local split resource flags
+    for split in $(own_parts); do
         flags=()
         [[ $allow_incomplete == false ]] || flags+=(--allow-incomplete)
         [[ $subset != resplit || $split != dev-clean ]] || flags+=(--allow-fewer-speakers)

@@ -238,6 +238,33 @@ def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, argume
     assert not (tmp_path / "work").exists()
 
 
+def test_a_gpu_without_kernels_stops_run_sh_before_the_first_stage(driver, tmp_path: Path) -> None:
+    """An H100 under torch 1.13.1+cu117 would fail in training, after hours of preparation."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        "torch.cuda.get_device_name = lambda index: 'NVIDIA H100 80GB HBM3'\n"
+        "torch.cuda.get_device_capability = lambda index: (9, 0)\n"
+        "torch.cuda.get_arch_list = lambda: ['sm_37', 'sm_80', 'sm_86']\n"
+    )
+    arguments = ["--work-dir", tmp_path / "work", "--limit-utterances", 4]
+    done = driver("run.sh", *arguments, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "stage 0" not in done.stdout and not (tmp_path / "work").exists(), done.stdout
+    assert "no kernels for GPU 0 NVIDIA H100" in done.stderr and "docs/training.md" in done.stderr
+    assert "--skip-checks" in done.stderr
+    # preparation does not compute on it
+    done = driver("prepare.sh", *arguments, "--stop-stage", "download", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "note: torch" in done.stdout, done.stderr
+
+
+def test_a_disk_without_room_stops_preparation_before_the_first_stage(driver, tmp_path: Path) -> None:
+    arguments = ["--corpus", "tedlium", "--work-dir", tmp_path / "work", "--num-mel-bins", 10**7]
+    done = driver("prepare.sh", *arguments)
+    assert done.returncode == 1 and "stage 0" not in done.stdout and not (tmp_path / "work").exists(), done.stdout
+    assert "GB will be written below" in done.stderr and "--on-the-fly" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["prepare.sh", "run.sh"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
