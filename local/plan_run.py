@@ -20,8 +20,8 @@ class Options:
     """Check a run's configuration, methods and exit policy; print `name=value` lines and the resolved configuration.
 
     features, noise_p, heads, batch_seconds and exits (their number) come from the configuration; methods are those to
-    decode with, graphs is what they read from the lang_dir, as the option --graphs of prepare.sh takes it, and policy the
-    exit policy.
+    decode with, graphs is what they read from the lang_dir, as the option --graphs of prepare.sh takes it, and policy
+    the exit policy.
     """
 
     config: Path
