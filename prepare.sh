@@ -38,8 +38,7 @@ stage_download() {
 bring_corpus() {
     download_corpus
     [[ -d $corpus_dir ]] || die "download_corpus of egs/$corpus/corpus.sh did not make $corpus_dir"
-    printf '%s\n' "$corpus_dir" >"$1.tmp"
-    mv -f "$1.tmp" "$1"
+    write_line "$1" "$corpus_dir"
 }
 
 # 1: Lhotse manifests of the corpus and of the noise, validated

@@ -111,8 +111,7 @@ train_system() {
     done
     if [[ ! -f $started_from ]]; then
         mkdir -p "$exp_dir"
-        printf '%s\n' "$fingerprint" >"$started_from.tmp"
-        mv -f "$started_from.tmp" "$started_from"
+        write_line "$started_from" "$fingerprint"
     elif [[ $(<"$started_from") != "$fingerprint" ]]; then
         die "$exp_dir holds a run that started from other data or another configuration (<: then, >: now):
 $(diff "$started_from" - <<<"$fingerprint" | grep '^[<>]')
@@ -416,6 +415,8 @@ main() {
 
     check_stages
     if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
+    locked_folders+=("$exp_dir")
+    if ((last_stage >= 7 && first_stage <= 10)) && [[ -d $data_dir ]]; then lock_folder shared "$data_dir"; fi
     for name in train average decode early_exit report; do run_stage "$name"; done
     if ((last_stage == 11)); then
         log "results are in $([[ $publish == true ]] && echo "egs/$corpus" || echo "$exp_root")/RESULTS.md"

@@ -199,6 +199,7 @@ load_corpus() {
         [[ -z $corpus_from ]] || contains "$each" train dev test ||
             option_error "unknown split '$each'; own data have: train dev test"
     done
+    locked_folders=("$data_dir")
     manifests_dir=$data_dir/manifests
     place_features
     lm_dir=$data_dir/lm$subset_tag

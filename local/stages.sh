@@ -81,23 +81,77 @@ run_stage() {
 
 # make_artefact PATH FINGERPRINT COMMAND...: runs the command, which makes PATH, unless PATH has this fingerprint
 make_artefact() {
-    local path=$1 fingerprint=$2 done_file
+    local path=$1 fingerprint=$2 folder
     shift 2
-    done_file=$(done_file "$path")
-    if [[ -e $path && -f $done_file ]]; then
-        if [[ $(<"$done_file") == "$fingerprint" ]]; then
-            log "$path exists already"
-            return
-        fi
-        log "$path was made from other inputs; rebuilding it"
+    if ! is_made "$path" "$fingerprint"; then
+        for folder in "${locked_folders[@]}"; do
+            if [[ $path == "$folder"/* ]]; then lock_folder exclusive "$folder"; fi
+        done
     fi
-    rm -f "$done_file"
+    if is_made "$path" "$fingerprint"; then # asked again: another process may have made it before the lock
+        log "$path exists already"
+        return
+    fi
+    [[ ! -f $(done_file "$path") ]] || log "$path was made from other inputs; rebuilding it"
+    rm -f "$(done_file "$path")"
     mkdir -p "$(dirname "$path")"
     "$@"
     [[ -e $path ]] || die "$1 succeeded, but $path does not exist"
-    done_file=$(done_file "$path")
-    printf '%s\n' "$fingerprint" >"$done_file.tmp"
-    mv -f "$done_file.tmp" "$done_file"
+    write_line "$(done_file "$path")" "$fingerprint"
+}
+
+# is_made PATH FINGERPRINT
+is_made() {
+    local done_file
+    done_file=$(done_file "$1")
+    [[ -e $1 && -f $done_file && $(<"$done_file") == "$2" ]]
+}
+
+# write_line FILE TEXT: the file appears when it is complete
+write_line() {
+    local temporary=$1.$HOSTNAME.$$.tmp
+    printf '%s\n' "$2" >"$temporary"
+    mv -f "$temporary" "$1"
+}
+
+# Folders that make_artefact locks before it changes something in them.
+locked_folders=()
+declare -A lock_of=() lock_kind=()
+
+# lock_folder exclusive|shared FOLDER: exclusive to change the folder, shared to read it. The lock is the kernel's: it ends
+# with this driver and what it has started, however they end.
+lock_folder() {
+    local kind=$1 folder=$2 file=$2/.driver-lock lock
+    [[ ${lock_kind[$folder]:-} != exclusive && ${lock_kind[$folder]:-} != "$kind" ]] || return 0
+    if [[ ! -v "lock_of[$folder]" ]]; then
+        if [[ $kind == shared && ! -w $folder ]]; then return; fi # a read-only folder cannot change
+        mkdir -p "$folder"
+        exec {lock}<>"$file"
+        lock_of[$folder]=$lock
+    fi
+    lock=${lock_of[$folder]}
+    if ! flock --nonblock "--$kind" "$lock"; then
+        die "$folder is in use by $(holder_of "$file" "$lock"); wait until that has ended, or choose other folders" \
+            "(--work-dir, --exp-dir)"
+    fi
+    lock_kind[$folder]=$kind
+    if [[ $kind == exclusive ]]; then
+        printf '%s, process %s on host %s, since %(%F %T)T\n' "${0##*/}" "$$" "$HOSTNAME" -1 >"$file"
+    fi
+}
+
+# holder_of LOCK_FILE DESCRIPTOR: who holds the lock: the text of the file, or, of those who read the folder, their processes
+holder_of() {
+    local each pid readers=''
+    if ! flock --nonblock --shared "$2"; then
+        cat "$1"
+        return
+    fi
+    for each in /proc/[0-9]*/fd/*; do
+        pid=${each#/proc/} pid=${pid%%/*}
+        if [[ $each -ef $1 && $pid != "$$" && $pid != "$BASHPID" && $readers != *" $pid"* ]]; then readers+=" $pid"; fi
+    done
+    echo "runs that read it${readers:+ (on this host, process$readers)}"
 }
 
 done_file() {

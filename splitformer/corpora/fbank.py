@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +32,7 @@ from splitformer.data.cut_features import with_features
 from splitformer.data.features import FbankOptions, extract, load_samples, make_extractor
 from splitformer.data.manifests import ManifestError, cuts_from_manifests, read_cuts, read_pairs, use_soundfile
 from splitformer.errors import UserError
-from splitformer.files import atomic_folder
+from splitformer.files import atomic_folder, remove_abandoned
 from splitformer.model.subsampling import SAMPLING_RATE
 
 SPEED_FACTORS = (0.9, 1.1)
@@ -185,7 +184,7 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
     if (folder / "fingerprint").is_file() and (folder / "fingerprint").read_text() == fingerprint:
         return folder
     use_soundfile()
-    with atomic_folder(folder, exclusive=True) as temporary:
+    with atomic_folder(folder) as temporary:
         loaded, waveforms, skipped = _load_audio(cuts, options, strict)
         extractor = make_extractor(options)
         with make_writer(temporary, options) as writer, manifest_writer(temporary / "cuts.jsonl") as write_cut:
@@ -236,7 +235,7 @@ def _load_audio(cuts: list[MonoCut], options: FbankOptions, strict: bool) -> tup
 
 def _remove_leftovers(storage_dir: Path, num_shards: int) -> None:
     """Remove the shards of an earlier, longer corpus, and temporary folders of killed jobs."""
+    remove_abandoned(storage_dir)
     for path in storage_dir.iterdir():
-        abandoned = path.name.startswith(".") and time.time() - path.stat().st_mtime > 60
-        if abandoned or (path.name.isdigit() and int(path.name) >= num_shards):
+        if path.name.isdigit() and int(path.name) >= num_shards:
             shutil.rmtree(path, ignore_errors=True)

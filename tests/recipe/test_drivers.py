@@ -258,6 +258,26 @@ def test_a_gpu_without_kernels_stops_run_sh_before_the_first_stage(driver, tmp_p
     assert done.returncode == 0 and "note: torch" in done.stdout, done.stderr
 
 
+def test_two_preparations_of_one_folder(repo_root: Path, tmp_path: Path) -> None:
+    """The second is refused, or finds everything made; the data are whole, and a further run does nothing."""
+    command = ["./prepare.sh", "--corpus", "mini", "--limit-utterances", "12", "--work-dir", tmp_path, "--num-jobs", "2"]
+    command += ["--stop-stage", "bpe"]
+    environment = {**os.environ, "SPLITFORMER_PYTHON": sys.executable}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    runs = [subprocess.Popen(command, cwd=repo_root, env=environment, text=True, **pipes) for _ in range(2)]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    statuses = [run.returncode for run in runs]
+    assert 0 in statuses and set(statuses) <= {0, 1}, outputs
+    for run, (_, error) in zip(runs, outputs):
+        if run.returncode:
+            [other] = [each for each in runs if each is not run]
+            assert f"is in use by prepare.sh, process {other.pid} on host" in error, error
+    assert len(list(read_cuts(tmp_path / "data/limit-12/fbank/train_cuts.jsonl.gz"))) == 12
+    again = subprocess.run(command, cwd=repo_root, env=environment, text=True, capture_output=True)
+    assert again.returncode == 0
+    assert all("exists already" in line or "stage" in line for line in again.stdout.splitlines()), again.stdout
+
+
 def test_a_disk_without_room_stops_preparation_before_the_first_stage(driver, tmp_path: Path) -> None:
     arguments = ["--corpus", "tedlium", "--work-dir", tmp_path / "work", "--num-mel-bins", 10**7]
     done = driver("prepare.sh", *arguments)

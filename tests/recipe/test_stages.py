@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -82,6 +83,67 @@ def test_stages_by_number_and_by_name(bash) -> None:
     assert result.returncode == 2
     assert "unknown stage 'four' for --stage; stages are: 0 one, 1 two, 2 three" in result.stderr
     assert "comes after" in bash(script, "--stage", "2", "--stop-stage", "0").stderr
+
+
+LOCKED = """
+locked_folders=("$1")
+make() { touch "$1/started"; while [[ ! -e $1/end ]]; do sleep 0.02; done; touch "$1/made"; }
+make_artefact "$1/made" "options" make "$1"
+echo finished
+"""
+
+
+def start(repo_root: Path, script: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", "-c", PRELUDE + script, "driver.sh", str(folder)], cwd=repo_root, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def test_a_second_driver_is_refused_and_told_who_changes_the_folder(repo_root: Path, tmp_path: Path) -> None:
+    first = start(repo_root, LOCKED, tmp_path)
+    wait_for(tmp_path / "started")
+    second = start(repo_root, LOCKED, tmp_path)
+    output, error = second.communicate(timeout=20)
+    assert second.returncode == 1 and not output, output
+    assert f"{tmp_path} is in use by driver.sh, process {first.pid} on host {socket.gethostname()}, since 20" in error
+    (tmp_path / "end").touch()
+    assert "finished" in first.communicate(timeout=20)[0]
+    # what is made already needs no lock
+    third = start(repo_root, LOCKED, tmp_path)
+    assert "exists already" in third.communicate(timeout=20)[0]
+
+
+def test_a_killed_driver_leaves_no_lock(repo_root: Path, tmp_path: Path) -> None:
+    first = start(repo_root, LOCKED, tmp_path)
+    wait_for(tmp_path / "started")
+    first.kill()
+    first.communicate()
+    (tmp_path / "end").touch()
+    deadline = time.monotonic() + 20
+    while "finished" not in start(repo_root, LOCKED, tmp_path).communicate(timeout=20)[0]:  # its last `sleep` ends
+        assert time.monotonic() < deadline
+
+
+def test_a_folder_that_is_read_cannot_be_changed_and_may_be_read_by_others(repo_root: Path, tmp_path: Path) -> None:
+    read = 'lock_folder shared "$1"; touch "$1/$2.reads"; while [[ ! -e $1/end ]]; do sleep 0.02; done'
+    readers = [start(repo_root, read.replace("$2", name), tmp_path) for name in ("one", "two")]
+    for name in ("one", "two"):
+        wait_for(tmp_path / f"{name}.reads")
+    writer = start(repo_root, LOCKED, tmp_path)
+    _, error = writer.communicate(timeout=20)
+    assert writer.returncode == 1 and "is in use by runs that read it" in error
+    assert all(f" {reader.pid}" in error for reader in readers)
+    (tmp_path / "end").touch()
+    assert [reader.wait(20) for reader in readers] == [0, 0]
+    assert "finished" in start(repo_root, LOCKED, tmp_path).communicate(timeout=20)[0]
 
 
 def test_a_missing_input_stops_the_run(bash, tmp_path: Path) -> None:

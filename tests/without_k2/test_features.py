@@ -231,6 +231,18 @@ def test_a_run_killed_twice_ends_with_the_same_features(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
+def test_processes_that_compute_the_same_features_do_not_destroy_each_other(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * (3 * SHARD_CUTS + 7))
+    processes = [start_script(files, tmp_path / "out", num_jobs=2) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, errors
+    fbank(files, tmp_path / "alone")
+    one, other = (list(stored(tmp_path / name)) for name in ("alone", "out"))
+    for a, b in zip(one, other, strict=True):
+        assert a.id == b.id and a.load_features().tobytes() == b.load_features().tobytes()
+    assert not list((tmp_path / "out/feats").glob(".*"))
+
+
 def check_leftovers(out: Path, failed: subprocess.CompletedProcess[str]) -> None:
     assert failed.returncode == 1, failed.stderr
     assert "1 of 2 shards are complete and kept" in failed.stderr and "run the same command again" in failed.stderr
