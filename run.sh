@@ -16,12 +16,12 @@ source local/corpus.sh
 config='' seed=42 exp_dir='' policy='' max_relative_wer=0.05 stage=0 stop_stage=report publish=false
 # shellcheck disable=SC2034  # train_system and stage_decode name them
 {
-    num_processes='' num_workers='' accum_grad='' precision=''
+    num_processes='' num_workers='' accum_grad='' precision='' timeout_minutes=''
     hlg_scales=() ngram_lm_scales=() blank_penalties=()
 }
 checkpoint='' word_list='' init_from='' freeze_encoder_layers=''
 methods=() set=()
-value_options=(config seed num_processes num_workers accum_grad precision exp_dir policy max_relative_wer stage
+value_options=(config seed num_processes num_workers accum_grad precision timeout_minutes exp_dir policy max_relative_wer stage
     stop_stage checkpoint word_list init_from freeze_encoder_layers "${corpus_options[@]}")
 flag_options=(publish "${corpus_flags[@]}")
 list_options=(methods set hlg_scales ngram_lm_scales blank_penalties)
@@ -40,6 +40,7 @@ usage: ./run.sh [options]
   --accum-grad N           micro-batches into which a training process divides its share of a batch, to save memory
   --precision auto|bf16|fp16|fp32
                            number format of products in training (default: auto, by the device)
+  --timeout-minutes X      minutes after which training processes stop waiting for one another (default: 30)
   --exp-dir DIR            folder for checkpoints and decoding (default: WORK_DIR/exp/CONFIG-seedN)
   --methods NAME ...       decoding methods of docs/decoding.md (default: greedy_search, ctc-decoding and 1best for CTC alone;
                            all methods for a system with a transducer)
@@ -106,7 +107,7 @@ train_system() {
         flags+=(--noise-cuts "$(noise_cuts_of)")
     fi
     [[ $on_the_fly == false ]] || flags+=(--on-the-fly)
-    for name in num_workers accum_grad precision; do
+    for name in num_workers accum_grad precision timeout_minutes; do
         [[ -z ${!name} ]] || flags+=("--${name//_/-}" "${!name}")
     done
     if [[ ! -f $started_from ]]; then
@@ -402,6 +403,7 @@ main() {
     load_corpus
     check_number seed zero
     for name in num_processes num_workers accum_grad; do check_number "$name" empty; done
+    [[ -z $timeout_minutes ]] || check_decimals timeout_minutes
     [[ -z $precision ]] || check_choice precision auto bf16 fp16 fp32
     ((${#seed} <= 18)) || option_error "--seed $seed: at most 18 digits"
     for name in max_relative_wer hlg_scales ngram_lm_scales blank_penalties; do check_decimals "$name"; done

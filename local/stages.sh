@@ -20,24 +20,35 @@ die() {
     exit 1
 }
 
+# Between the commands of stages, signals end the driver too where it is process 1 of a container, which ignores them by default.
+stop_on_signals() {
+    trap 'exit 143' TERM HUP QUIT
+    trap 'exit 138' USR1
+    trap 'exit 130' INT
+}
+stop_on_signals
+
 # supervise COMMAND...: runs a command in a session of its own, which the signals of the terminal do not reach, and returns
-# its status. SIGTERM, Ctrl-C and a closed terminal end the command by SIGTERM, and the driver exits when it has ended:
-# training saves its state first. A second Ctrl-C kills it.
+# its status. SIGTERM, Slurm's SIGUSR1, Ctrl-C and a closed terminal end the command by SIGTERM, and the driver exits when it
+# has ended: training saves its state first. A second Ctrl-C kills it.
 supervise() {
-    local status=0 group signal=''
+    local status=0 group='' signal=''
+    trap 'signal=TERM; send TERM "$group"' TERM HUP QUIT
+    trap 'signal=USR1; send TERM "$group"' USR1
+    trap 'if [[ $signal == INT ]]; then send KILL "$group"; else signal=INT; send TERM "$group"; fi' INT
     setsid -- "$@" &
     group=$!
-    trap 'signal=TERM; send TERM "$group"' TERM HUP QUIT
-    trap 'if [[ $signal == INT ]]; then send KILL "$group"; else signal=INT; send TERM "$group"; fi' INT
+    [[ -z $signal ]] || send TERM "$group" # a signal before the group was known
     while :; do # a signal ends `wait`, not the command
         status=0
         wait "$group" || status=$?
         kill -0 "$group" 2>/dev/null || break
     done
-    trap - TERM HUP QUIT INT
+    stop_on_signals
     [[ -z $signal ]] || send TERM "$group" # children that the command left behind
     case $signal in
         TERM) log "stopped by SIGTERM; the same command resumes"; exit 143 ;;
+        USR1) log "stopped by SIGUSR1; the same command resumes"; exit 138 ;;
         INT) log "stopped by Ctrl-C; the same command resumes"; exit 130 ;;
     esac
     return "$status"
@@ -45,6 +56,7 @@ supervise() {
 
 # send SIGNAL PID: signals a process group; just after the start, before setsid has made it, the process
 send() {
+    [[ -n $2 ]] || return 0
     kill "-$1" -- "-$2" 2>/dev/null || kill "-$1" "$2" 2>/dev/null || :
 }
 

@@ -207,7 +207,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
     assert [cut.duration for cut in read_cuts(data / "fbank/musan_cuts.jsonl.gz")] == [10.0]  # 2 s are too short
 
     # run.sh hands them to training
-    circumstances = ["--num-workers", 2, "--accum-grad", 2, "--precision", "fp32"]
+    circumstances = ["--num-workers", 2, "--accum-grad", 2, "--precision", "fp32", "--timeout-minutes", 7]
     for flags in (["--on-the-fly", "--speed-perturb", "true", *circumstances], ["--shar", "numpy"]):
         exp_dir = tmp_path / flags[0].strip("-")
         options = [*flags, *SMALL, "--set", "augment.noise_p=0.5", "--exp-dir", exp_dir]
@@ -228,6 +228,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         (["--musan-dir", "nowhere"], "--musan-dir: there is no folder"),
         (["--shar", "zip"], "--shar is 'zip'; choose one of: numpy lilcom"),
         (["--precision", "fp8"], "--precision is 'fp8'; choose one of: auto bf16 fp16 fp32"),
+        (["--timeout-minutes", "long"], "--timeout-minutes is 'long'; it takes numbers such as 0.5"),
         (["--accum-grad", "0"], "--accum-grad is '0'; it takes an integer from 1 up"),
         (["--shar", "numpy", "--on-the-fly"], "choose one of them"),
     ],
@@ -260,7 +261,8 @@ def test_a_gpu_without_kernels_stops_run_sh_before_the_first_stage(driver, tmp_p
 
 def test_two_preparations_of_one_folder(repo_root: Path, tmp_path: Path) -> None:
     """The second is refused, or finds everything made; the data are whole, and a further run does nothing."""
-    command = ["./prepare.sh", "--corpus", "mini", "--limit-utterances", "12", "--work-dir", tmp_path, "--num-jobs", "2"]
+    command = ["./prepare.sh", "--corpus", "mini", "--limit-utterances", "12", "--work-dir", tmp_path, "--num-jobs", 2]
+    command = list(map(str, command))
     command += ["--stop-stage", "bpe"]
     environment = {**os.environ, "SPLITFORMER_PYTHON": sys.executable}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -186,29 +187,41 @@ def test_command_line_overrides_corpus(bash) -> None:
     assert result.stdout == "mine false\n"
 
 
-@pytest.mark.parametrize(("signal_name", "status"), [("TERM", 143), ("INT", 130), ("HUP", 143)])
+SAVES = """
+save() { sleep 0.5; touch "$1/saved"; exit 143; }
+work() { trap 'save "$1"' TERM; sleep 60 & touch "$1/started"; wait; }
+export -f save work
+supervise bash -c 'work "$1"' work "$1"
+echo after
+"""
+
+
+@pytest.mark.parametrize("stdin", ["open", "closed"])
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130), ("HUP", 143), ("USR1", 138)])
 def test_a_signal_to_the_driver_reaches_what_it_runs_and_waits_for_it(
-    repo_root: Path, tmp_path: Path, signal_name: str, status: int
+    repo_root: Path, tmp_path: Path, name: str, status: int, stdin: str
 ) -> None:
     """The command saves its state when it is asked to stop; a child of its own ends with it."""
-    script = f"""
-    save() {{ sleep 0.5; touch "{tmp_path}/saved"; exit 143; }}
-    work() {{ trap save TERM; sleep 60 & touch "{tmp_path}/started"; wait; }}
-    export -f save work
-    supervise bash -c work
-    echo after
-    """
-    driver = subprocess.Popen(
-        ["bash", "-c", PRELUDE + script, "driver.sh"], cwd=repo_root, text=True, stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    driver.send_signal(getattr(signal, f"SIG{signal_name}"))
+    driver = start(repo_root, ("exec <&-\n" if stdin == "closed" else "") + SAVES, tmp_path)
+    wait_for(tmp_path / "started")
+    driver.send_signal(getattr(signal, f"SIG{name}"))
     output, _ = driver.communicate(timeout=20)
     assert driver.returncode == status and (tmp_path / "saved").exists()
     assert "the same command resumes" in output and "after" not in output
+
+
+@pytest.mark.parametrize("script", [SAVES, 'touch "$1/started" "$1/saved"; sleep 1; echo after'])
+def test_a_signal_reaches_a_driver_that_is_process_1(repo_root: Path, tmp_path: Path, script: str) -> None:
+    """A container's process 1 ignores signals without a handler: inside a command of a stage, and between two."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", PRELUDE + script, "driver.sh", str(tmp_path)]
+    if subprocess.run([*command[:4], "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let us make a PID namespace")
+    container = subprocess.Popen(command, cwd=repo_root, text=True, stdout=subprocess.PIPE)
+    wait_for(tmp_path / "started")
+    [driver] = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+    os.kill(int(driver), signal.SIGTERM)
+    output, _ = container.communicate(timeout=20)
+    assert container.returncode == 143 and (tmp_path / "saved").exists() and "after" not in output
 
 
 def test_a_command_of_a_stage_fails_as_it_would_alone(bash) -> None:
