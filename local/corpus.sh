@@ -4,7 +4,7 @@
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
-    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model shar
+    lm_order lm_prune rescore_lm_order speed_perturb fbank executor num_mel_bins limit_utterances num_jobs bpe_model shar
     musan_dir graphs)
 corpus_flags=(skip_checks strict allow_incomplete estimate_lm decode_only on_the_fly)
 
@@ -24,6 +24,8 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
                            number, lilcom takes a third of the space and rounds
   --musan-dir DIR          noise in the layout of MUSAN, for training with augment.noise_p
   --num-jobs N             processes for data preparation (default: one per core)
+  --executor local|dask:ADDRESS
+                           what computes features: processes here (default), or the workers of a Dask scheduler
   --lm-prune X             prune n-grams worth less than X (such as 1e-7) of the perplexity from HLG and LG; G keeps them
   --estimate-lm            estimate the language model from the training text, even if the corpus provides one
   --graphs 'HLG LG G'      decoding graphs to make; 'words' makes the lexicon alone, 'none' not even that (default: all)
@@ -35,7 +37,7 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --strict                 unreadable audio and bad transcripts are errors; by default they are skipped"
 
 # Defaults of these options.
-work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
+work_dir='' download_dir='' subset='' fbank=lhotse executor=local num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
 num_jobs=$(cores) strict=false allow_incomplete=false estimate_lm=false bpe_model='' decode_only=false
 skip_checks=false on_the_fly=false shar='' musan_dir=''
 

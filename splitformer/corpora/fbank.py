@@ -8,18 +8,21 @@ jobs. Cuts without features are for training that computes them on the fly, with
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from lhotse import LilcomChunkyWriter
 from lhotse.cut import MonoCut
@@ -91,6 +94,7 @@ def compute_fbank(
     num_jobs: int = 1,
     speed_perturb: bool = False,
     strict: bool = False,
+    executor: str = "local",
 ) -> FbankSummary:
     """Compute and store the features of a split, and write its cuts.
 
@@ -98,7 +102,8 @@ def compute_fbank(
 
     Args:
       output_cuts: cuts manifest to write, `.jsonl` or `.jsonl.gz`; it refers to the features by `storage_dir` as given.
-      num_jobs: processes; no more are started than there are shards.
+      num_jobs: processes; no more are started than there are shards, and one if they compute on a GPU.
+      executor: what runs them: "local", or "dask:ADDRESS" for the workers of a Dask scheduler, whatever their number.
       strict: raise for unreadable audio instead of skipping it.
     Raises:
       ManifestError: there is no cut, none has readable audio, or, if `strict`, one has not.
@@ -118,7 +123,7 @@ def compute_fbank(
             tqdm(total=num_cuts, desc=f"fbank {Path(output_cuts).name}", unit=" cuts") as bar,
         ):
             cuts = all_cuts(recordings, supervisions, speed_perturb)
-            for shard in _make_shards(cuts, storage_dir, options, strict, min(num_jobs, num_shards)):
+            for shard in _make_shards(cuts, storage_dir, options, strict, min(num_jobs, num_shards), executor):
                 summary.skipped.update(json.loads((shard / "skipped.json").read_text(encoding="utf-8")))
                 # an empty manifest, of a shard without readable audio, is no file that Lhotse reads
                 for cut in read_cuts(shard / "cuts.jsonl") if (shard / "cuts.jsonl").stat().st_size else ():
@@ -147,31 +152,98 @@ def _is_disk_full(error: OSError) -> bool:
     return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def make_share(
+    recordings: str | Path,
+    supervisions: str | Path,
+    storage_dir: str | Path,
+    options: FbankOptions,
+    share: tuple[int, int],
+    *,
+    num_jobs: int = 1,
+    speed_perturb: bool = False,
+    strict: bool = False,
+) -> int:
+    """Make the I-th of N shares of a split's shards, `share` = (I, N), and return their number; no cuts are written.
+
+    N processes, such as those of a Slurm array, make all shards. `compute_fbank` then finds them and writes the cuts.
+    """
+    storage_dir = Path(storage_dir)
+    storage_dir.mkdir(parents=True, exist_ok=True)
+    cuts = all_cuts(recordings, supervisions, speed_perturb)
+    return sum(1 for _ in _make_shards(cuts, storage_dir, options, strict, num_jobs, share=share))
+
+
 def _make_shards(
-    cuts: Iterator[MonoCut], storage_dir: Path, options: FbankOptions, strict: bool, num_jobs: int
+    cuts: Iterator[MonoCut],
+    storage_dir: Path,
+    options: FbankOptions,
+    strict: bool,
+    num_jobs: int,
+    executor: str = "local",
+    share: tuple[int, int] = (1, 1),
 ) -> Iterator[Path]:
-    """Yield the folders of all shards in order; only a few shards' cuts are in memory at a time."""
+    """Yield the folders of all shards of a share in order; only a few shards' cuts are in memory at a time."""
     groups = iter(lambda: list(itertools.islice(cuts, SHARD_CUTS)), [])
-    tasks = ((storage_dir / f"{number:05d}", group, options, strict) for number, group in enumerate(groups))
-    if num_jobs <= 1:
+    numbered = itertools.islice(enumerate(groups), share[0] - 1, None, share[1])
+    tasks = ((storage_dir / f"{number:05d}", group, options, strict) for number, group in numbered)
+    num_jobs = 1 if executor == "local" and on_gpu(options) else num_jobs
+    if executor == "local" and num_jobs <= 1:
         yield from itertools.starmap(make_shard, tasks)
         return
-    pool = ProcessPoolExecutor(
-        num_jobs,
-        mp_context=multiprocessing.get_context("fork"),  # the parent computes nothing that a fork could break
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
+    pool, in_flight = (_local_pool(num_jobs), 3 * num_jobs) if executor == "local" else _dask_pool(executor)
     try:
         waiting: deque[Future[Path]] = deque()
         for task in tasks:
-            waiting.append(pool.submit(make_shard, *task))
-            if len(waiting) >= 3 * num_jobs:
+            waiting.append(pool.submit(_make_shard_from, os.getcwd(), *task))
+            if len(waiting) >= in_flight:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def on_gpu(options: FbankOptions) -> bool:
+    """Whether the features are computed on a GPU, where one process is enough and each further one costs memory."""
+    return options.extractor == "kaldifeat" and torch.cuda.is_available()
+
+
+def _local_pool(num_jobs: int) -> Executor:
+    return ProcessPoolExecutor(
+        num_jobs,
+        mp_context=multiprocessing.get_context("fork"),  # the parent computes nothing that a fork could break
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+
+
+def _dask_pool(executor: str) -> tuple[Executor, int]:
+    """Return an executor on the workers of the scheduler "dask:ADDRESS", and how many tasks to give it at a time.
+
+    Raises:
+      UserError: the name is another, Dask is not installed, or there is no scheduler, or none with a worker.
+    """
+    kind, _, address = executor.partition(":")
+    if kind != "dask" or not address:
+        raise UserError(f"--executor {executor}: choose local, or dask:ADDRESS with the address of a Dask scheduler")
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError(f"--executor {executor} needs Dask: pip install 'splitformer[dask]'") from error
+    try:
+        client = Client(address, timeout=30)
+        client.wait_for_workers(1, timeout=60)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        raise UserError(f"--executor {executor}: no scheduler with a worker answers there ({error})") from error
+    # a shard whose worker is lost goes to another one
+    return client.get_executor(pure=False, retries=3), 3 * sum(client.nthreads().values())
+
+
+def _make_shard_from(working_dir: str, folder: Path, cuts: list[MonoCut], options: FbankOptions, strict: bool) -> Path:
+    """`make_shard` in a process that may have been started elsewhere: paths of manifests may be relative."""
+    os.chdir(working_dir)
+    torch.set_num_threads(1)
+    return make_shard(folder, cuts, options, strict)
 
 
 def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict: bool = False) -> Path:
@@ -181,7 +253,7 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
     """
     content = [options.extractor, options.num_mel_bins, is_module_available("lilcom"), *(c.to_dict() for c in cuts)]
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-    if (folder / "fingerprint").is_file() and (folder / "fingerprint").read_text() == fingerprint:
+    if _is_complete(folder, fingerprint):
         return folder
     use_soundfile()
     with atomic_folder(folder) as temporary:
@@ -189,7 +261,7 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
         extractor = make_extractor(options)
         with make_writer(temporary, options) as writer, manifest_writer(temporary / "cuts.jsonl") as write_cut:
             for cut, feats in zip(loaded, extract(extractor, waveforms) if waveforms else []):
-                key = writer.write(cut.id, feats)
+                key = writer.write(_file_name(cut.id), feats)
                 place = str(writer.storage_path).replace(str(temporary), str(folder), 1)
                 storage = {"storage_type": writer.name, "storage_path": place, "storage_key": key}
                 write_cut(with_features(cut, feats, extractor.name, extractor.frame_shift, storage))
@@ -200,6 +272,26 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
     return folder
+
+
+def _is_complete(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder was made with this fingerprint, and no file of features is gone."""
+    try:
+        if (folder / "fingerprint").read_text() != fingerprint:
+            return False
+        with open(folder / "cuts.jsonl", encoding="utf-8") as lines:
+            features = [json.loads(line)["features"] for line in lines]
+    except FileNotFoundError:
+        return False
+    packed = LilcomChunkyWriter.name
+    names = {Path(f["storage_path"]).name if f["storage_type"] == packed else f["storage_key"] for f in features}
+    return all((folder / name).is_file() for name in names)
+
+
+def _file_name(cut_id: str) -> str:
+    """Return the id, or a hash of it if it is not plainly the name of a file: anybody may have written a manifest."""
+    plain = re.fullmatch(r"\w[\w.+@=-]*", cut_id) and len(cut_id.encode()) <= 200
+    return cut_id if plain else hashlib.sha256(cut_id.encode()).hexdigest()[:32]
 
 
 def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
@@ -216,9 +308,13 @@ def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
 def _load_audio(cuts: list[MonoCut], options: FbankOptions, strict: bool) -> tuple[list, list, dict[str, str]]:
     """Return the cuts with readable audio, their samples, and {cut id: reason} of the others."""
     loaded, waveforms, skipped = [], [], {}
-    for cut in cuts:
+    reads: list[Callable[[], np.ndarray]] = [functools.partial(load_samples, cut, options) for cut in cuts]
+    if on_gpu(options):  # one process: it reads with threads, so that the GPU waits less
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            reads = [pool.submit(read).result for read in reads]
+    for cut, read in zip(cuts, reads):
         try:
-            waveforms.append(load_samples(cut, options))
+            waveforms.append(read())
             loaded.append(cut)
         except ImportError:
             raise
