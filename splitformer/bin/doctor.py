@@ -55,7 +55,7 @@ OPTIONAL = {
     "onnxruntime": "running exported models, and int8",
     "sherpa_onnx": "tests of exported models",
     "safetensors": "weights in that format",
-    "dask": "--executor dask:ADDRESS",
+    "distributed": "--executor dask:ADDRESS",
     "espeakng_loader": "the synthesised corpus",
 }
 """{package: what needs it}"""

@@ -191,8 +191,8 @@ def _make_shards(
         yield from itertools.starmap(make_shard, tasks)
         return
     pool, in_flight = (_local_pool(num_jobs), 3 * num_jobs) if executor == "local" else _dask_pool(executor)
+    waiting: deque[Future[Path]] = deque()
     try:
-        waiting: deque[Future[Path]] = deque()
         for task in tasks:
             waiting.append(pool.submit(_make_shard_from, os.getcwd(), *task))
             if len(waiting) >= in_flight:
@@ -200,7 +200,9 @@ def _make_shards(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        pool.shutdown()
 
 
 def on_gpu(options: FbankOptions) -> bool:

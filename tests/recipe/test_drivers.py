@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -278,6 +279,39 @@ def test_two_preparations_of_one_folder(repo_root: Path, tmp_path: Path) -> None
     again = subprocess.run(command, cwd=repo_root, env=environment, text=True, capture_output=True)
     assert again.returncode == 0
     assert all("exists already" in line or "stage" in line for line in again.stdout.splitlines()), again.stdout
+
+
+def test_features_that_were_removed_are_computed_again(driver, tmp_path: Path) -> None:
+    """All of them, or a file; by several processes with --shard, too; not if they were packed as Shar."""
+    arguments = ["--corpus", "mini", "--limit-utterances", 12, "--work-dir", tmp_path, "--num-jobs", 1]
+    fbank = tmp_path / "data/limit-12/fbank"
+    first = driver("prepare.sh", *arguments, "--stop-stage", "manifests")
+    assert first.returncode == 0, first.stderr
+    stage = ["--stage", "fbank", "--stop-stage", "fbank"]
+    for number in (1, 2):
+        share = driver("prepare.sh", *arguments, *stage, "--shard", f"{number}/2")
+        assert share.returncode == 0 and not list(fbank.glob("*_cuts.jsonl.gz")), share.stderr
+    assert driver("prepare.sh", *arguments, *stage).returncode == 0
+    made = snapshot(fbank)
+    again = driver("prepare.sh", *arguments, *stage)
+    assert again.returncode == 0 and snapshot(fbank) == made, again.stdout
+    features = [cut.load_features().tobytes() for cut in read_cuts(fbank / "train_cuts.jsonl.gz")]
+
+    def removed_and_made(path: Path) -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        done = driver("prepare.sh", *arguments, *stage)
+        assert done.returncode == 0 and "features of train are missing" in done.stdout, done.stdout + done.stderr
+        cuts = read_cuts(fbank / "train_cuts.jsonl.gz")
+        assert [cut.load_features().tobytes() for cut in cuts] == features
+
+    removed_and_made(fbank / "train_feats")
+    removed_and_made(fbank / "train_feats/00000/feats.lca")
+    assert driver("prepare.sh", *arguments, *stage, "--shar", "numpy").returncode == 0
+    shutil.rmtree(fbank / "train_feats")
+    packed = driver("prepare.sh", *arguments, *stage, "--shar", "numpy")
+    assert packed.returncode == 0 and not (fbank / "train_feats").exists(), packed.stdout
+    wrong = driver("prepare.sh", *arguments, "--shard", "1/2")
+    assert wrong.returncode == 2 and "--shard needs --stage fbank --stop-stage fbank" in wrong.stderr
 
 
 def test_a_disk_without_room_stops_preparation_before_the_first_stage(driver, tmp_path: Path) -> None:

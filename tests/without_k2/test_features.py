@@ -228,6 +228,7 @@ def same_features(one: Path, other: Path) -> bool:
     return cuts[0] == cuts[1] and files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_shares_of_several_processes_are_the_shards_of_one(tmp_path: Path) -> None:
     files = make_split(tmp_path, [0.1] * (4 * SHARD_CUTS + 5))
     fbank(files, tmp_path / "alone")
@@ -261,6 +262,7 @@ def test_bad_executors_and_shares(tmp_path: Path, flags: list[str], message: str
     assert done.returncode == 1 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_of_a_dask_scheduler_compute_the_shards_of_one_process(tmp_path: Path) -> None:
     """Two workers in processes of their own, of which one is killed at work."""
     pytest.importorskip("distributed")
@@ -352,6 +354,7 @@ def test_a_run_killed_twice_ends_with_the_same_features(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
+@pytest.mark.slow
 def test_processes_that_compute_the_same_features_do_not_destroy_each_other(tmp_path: Path) -> None:
     files = make_split(tmp_path, [0.1] * (3 * SHARD_CUTS + 7))
     processes = [start_script(files, tmp_path / "out", num_jobs=2) for _ in range(3)]
