@@ -44,6 +44,7 @@ skip_checks=false on_the_fly=false shar='' musan_dir=''
 # The variables that an egs/NAME/corpus.sh may set, with their defaults. Variables and functions that serve the corpus alone
 # begin with own_, so that a misspelt name is an error.
 train_splits='' dev_splits='' test_splits='' # names, separated by spaces
+tune_sets=''       # TEST=DEV ...: the dev sets on which choices for these test sets are made (default: the first one)
 lhotse_recipe=''   # NAME of lhotse.recipes.prepare_NAME, which makes the manifests
 corpus_dir=''      # folder of the corpus (default: DATA_DIR/corpus)
 corpus_source=''   # identifies the audio and transcripts; another source means that manifests are made again
@@ -231,7 +232,7 @@ read_description() {
     _new=$( (compgen -v; compgen -A function) | grep -vxF "$_known" | grep -vE '^(own_|_|[A-Z_]+$)' | head -n 1 || :)
     [[ -z $_new ]] || die "$1: unknown variable '$_new'.$(did_you_mean "$_new" "${corpus_options[@]}" \
         corpus_dir corpus_source corpus_from source_options lhotse_recipe lm_arpa_url rescore_lm_arpa_url default_config \
-        subsets subset_tag notice split_hours download_sizes download_corpus prepare_manifests extra_words)" \
+        subsets subset_tag notice tune_sets split_hours download_sizes download_corpus prepare_manifests extra_words)" \
         "local/corpus.sh lists the variables; a corpus's own begin with own_"
 }
 
@@ -275,6 +276,18 @@ train_artefact_of() {
 # The path in it that training reads. Lhotse's reader takes every file of a Shar folder for a shard, .done too.
 train_cuts_of() {
     if [[ -n $shar ]]; then echo "$(train_artefact_of "$1")/shards"; else train_artefact_of "$1"; fi
+}
+
+# dev_set_of TEST: the dev set on which choices for a test set are made
+dev_set_of() {
+    local each
+    for each in $tune_sets; do
+        if [[ ${each%%=*} == "$1" ]] && contains "${each#*=}" "${dev_list[@]}"; then
+            echo "${each#*=}"
+            return
+        fi
+    done
+    echo "${dev_list[0]}"
 }
 
 # Noise is a split of this name; it is never packed as Shar.

@@ -8,6 +8,7 @@ subset=${subset:-960}
 corpus_dir=$download_dir/LibriSpeech
 corpus_source="OpenSLR 12 and 31"
 lhotse_recipe=librispeech
+tune_sets="test-clean=dev-clean test-other=dev-other"
 
 case $subset in
     resplit)

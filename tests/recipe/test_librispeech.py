@@ -104,6 +104,25 @@ def test_an_incomplete_folder_is_not_taken_for_whole(repo_root: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_what_is_chosen_for_test_other_is_chosen_on_dev_other(repo_root: Path, tmp_path: Path) -> None:
+    splits = {"train-clean-5": 8, "dev-clean": 4, "dev-other": 4, "test-clean": 4, "test-other": 4}
+    write_librispeech(tmp_path, splits)
+    arguments = ["--train-splits", "train-clean-5", "--download-dir", tmp_path, "--work-dir", tmp_path / "work"]
+    arguments += ["--allow-incomplete", "--estimate-lm", "--num-jobs", 1, "--vocab-size", 40, "--num-processes", 1]
+    arguments += ["--speed-perturb", "false", "--methods", "greedy_search", "1best", "--hlg-scales", 0.5, 1]
+    done = run(repo_root, "run.sh", *arguments, "--blank-penalties", 0, "--policy", "posterior", "--set", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [experiment] = (path.parent for path in (tmp_path / "work").rglob("averaged.pt"))
+    for kind in ("clean", "other"):
+        record = DecodeRecord.load(experiment / f"decode/test-{kind}-exit-02-1best.json")
+        assert record.config["decoding"]["tuned_on"] == f"dev-{kind}"
+        name = "policy.json" if kind == "clean" else "policy-dev-other.json"
+        assert json.loads((experiment / name).read_text())["fitted_on"]["set"] == f"dev-{kind}"
+        tradeoff = json.loads((experiment / f"early_exit/tradeoff-test-{kind}.json").read_text())
+        assert tradeoff["calibration_set"] == f"dev-{kind}"
+
+
+@pytest.mark.slow
 def test_the_resplit_of_real_speech_has_the_documented_sizes(repo_root: Path, tmp_path: Path, shared: Path) -> None:
     unpack = shared / "data/librispeech_opus/unpack.py"
     if not unpack.is_file():
