@@ -12,8 +12,8 @@ corpus=mini
 # shellcheck source=local/corpus.sh
 source local/corpus.sh
 
-stage=0 stop_stage=6
-value_options=(stage stop_stage "${corpus_options[@]}")
+stage=0 stop_stage=6 shard=''
+value_options=(shard stage stop_stage "${corpus_options[@]}")
 flag_options=("${corpus_flags[@]}")
 list_options=()
 
@@ -22,6 +22,9 @@ usage() {
 usage: ./prepare.sh --corpus NAME [options]
 
 $corpus_usage
+  --shard I/N              compute the I-th of N shares of the features, in one of N processes on any machines that share the
+                           folder, such as a Slurm array; run without it then, which collects them. Needs --stage fbank
+                           --stop-stage fbank
   --stage A, --stop-stage B
                            first and last stage, by number or name: 0 download, 1 manifests, 2 fbank, 3 bpe, 4 lang, 5 lm,
                            6 graphs
@@ -38,8 +41,7 @@ stage_download() {
 bring_corpus() {
     download_corpus
     [[ -d $corpus_dir ]] || die "download_corpus of egs/$corpus/corpus.sh did not make $corpus_dir"
-    printf '%s\n' "$corpus_dir" >"$1.tmp"
-    mv -f "$1.tmp" "$1"
+    write_line "$1" "$corpus_dir"
 }
 
 # 1: Lhotse manifests of the corpus and of the noise, validated
@@ -82,7 +84,7 @@ stage_fbank() {
         if [[ $on_the_fly == false ]] && contains "$split" "${train_list[@]}"; then perturb=$speed_perturb; fi
         store_features "$split" "$perturb"
     done
-    [[ $decode_only == false ]] || return 0
+    [[ $decode_only == false && -z $shard ]] || return 0
     for split in "${train_list[@]}"; do
         if [[ $on_the_fly == true ]]; then store_cuts "$split" "$speed_perturb"; fi
         if [[ -n $shar ]]; then
@@ -97,24 +99,40 @@ stage_fbank() {
 
 # store_features SPLIT SPEED_PERTURBATION
 store_features() {
-    local inputs
+    local inputs fingerprint cuts
+    cuts=$(cuts_of "$1")
     inputs=$(checksum "$(recordings_of "$1")" "$(supervisions_of "$1")")
-    forget_lost_features "$1"
-    make_artefact "$(cuts_of "$1")" \
-        "manifests $inputs fbank $fbank mel bins $num_mel_bins speed perturbation $2 strict $strict" \
+    fingerprint="manifests $inputs fbank $fbank mel bins $num_mel_bins speed perturbation $2 strict $strict"
+    if is_made "$cuts" "$fingerprint" && ! has_features "$1"; then
+        log "features of $1 are missing in $(features_of "$1"); computing them again"
+        lock_folder exclusive "$data_dir"
+        rm -f "$(done_file "$cuts")"
+    fi
+    if [[ -n $shard ]]; then
+        if is_made "$cuts" "$fingerprint"; then return; fi
+        lock_folder shared "$data_dir" # for all processes that compute a share
         make_fbank "$1" "$2"
+    else
+        make_artefact "$cuts" "$fingerprint" make_fbank "$1" "$2"
+    fi
 }
 
-# forget_lost_features SPLIT: if shards of features were removed, the manifest that names them is made again with them;
-# not if they were packed as Shar, which replaces them.
-forget_lost_features() {
-    local done_file packed='' shards=("$fbank_dir/${1}_feats"/[0-9]*)
-    done_file=$(done_file "$(cuts_of "$1")")
-    if [[ -n $shar ]]; then packed=$(done_file "$fbank_dir/${1}_shar_$shar"); fi
-    if [[ ! -f $done_file || -n $packed && -f $packed ]]; then return; fi
-    if [[ -d ${shards[-1]} ]] && ((10#${shards[-1]##*/} == ${#shards[@]} - 1)); then return; fi
-    log "features of $1 are gone; computing them again"
-    rm -f "$done_file"
+# has_features SPLIT: whether the stored features are those that the fbank stage left. Features that were packed as Shar
+# are not needed any more.
+has_features() {
+    local folder shar_folder
+    folder=$(features_of "$1")
+    if [[ -n $shar ]]; then
+        shar_folder=$(train_artefact_of "$1")
+        if is_made "$shar_folder" "cuts $(fingerprint_of "$(cuts_of "$1")")"; then return 0; fi
+    fi
+    [[ -d $folder ]] || return 1
+    [[ ! -f $folder/.contents || $(contents_of "$folder") == "$(<"$folder/.contents")" ]] # earlier versions wrote none
+}
+
+# contents_of FOLDER: the number of its files, and their bytes
+contents_of() {
+    find "$1" -type f -not -name .contents -printf '%s\n' | awk '{ bytes += $1 } END { printf "%d %.0f", NR, bytes }'
 }
 
 # store_cuts SPLIT SPEED_PERTURBATION
@@ -139,8 +157,12 @@ make_fbank() {
     local flags=("${strict_flag[@]}")
     [[ $2 == false ]] || flags+=(--speed-perturb)
     run_python local/compute_fbank.py --recordings "$(recordings_of "$1")" --supervisions "$(supervisions_of "$1")" \
-        --output-cuts "$(cuts_of "$1")" --storage-dir "$fbank_dir/${1}_feats" \
-        --num-jobs "$num_jobs" --fbank "$fbank" --num-mel-bins "$num_mel_bins" "${flags[@]}"
+        --output-cuts "$(cuts_of "$1")" --storage-dir "$(features_of "$1")" \
+        --num-jobs "$num_jobs" --fbank "$fbank" --num-mel-bins "$num_mel_bins" --executor "$executor" \
+        ${shard:+--shard "$shard"} "${flags[@]}"
+    if [[ -z $shard ]]; then
+        write_line "$(features_of "$1")/.contents" "$(contents_of "$(features_of "$1")")"
+    fi
 }
 
 # needs NAME...: whether one of these graphs (HLG, LG, G, or words for the lexicon) is to be made
@@ -238,6 +260,7 @@ stage_graphs() {
 main() {
     parse_options "$@"
     select_stages download manifests fbank bpe lang lm graphs
+    [[ -z $shard || $first_stage/$last_stage == 2/2 ]] || option_error "--shard needs --stage fbank --stop-stage fbank"
     load_corpus
     extra_words_file=$lm_dir/extra_words.txt
     strict_flag=()
@@ -245,6 +268,7 @@ main() {
     vocab_flag=()
     [[ $token_type == char ]] || vocab_flag=(--vocab-size "$vocab_size")
 
+    check_machine "${stage_names[@]:first_stage:last_stage - first_stage + 1}"
     for name in "${stage_names[@]}"; do run_stage "$name"; done
     log "$corpus: stages $first_stage to $last_stage are done; the data are in $data_dir"
 }

@@ -114,8 +114,7 @@ train_system() {
     done
     if [[ ! -f $started_from ]]; then
         mkdir -p "$exp_dir"
-        printf '%s\n' "$fingerprint" >"$started_from.tmp"
-        mv -f "$started_from.tmp" "$started_from"
+        write_line "$started_from" "$fingerprint"
     elif [[ $(without_length <"$started_from") != "$(without_length <<<"$fingerprint")" ]]; then
         die "$exp_dir holds a run that started from other data or another configuration (<: then, >: now):
 $(diff "$started_from" - <<<"$fingerprint" | grep '^[<>]')
@@ -158,6 +157,7 @@ stage_average() {
 # 9: every exit by every method; dev sets too, on which choices are made
 stage_decode() {
     local name split model sets inputs='' words='' choices cuts=() names=() choice_flags=(--methods "${methods[@]}")
+    [[ -z $notice ]] || choice_flags+=(--notice "$notice")
     for name in hlg_scales ngram_lm_scales blank_penalties; do
         local -n values=$name
         ((${#values[@]} == 0)) || choice_flags+=("--${name//_/-}" "${values[@]}")
@@ -181,6 +181,11 @@ stage_decode() {
         esac
     done
     choices="${choice_flags[*]}${words:+ words $words}"
+    choice_flags+=(--tune-set "${dev_list[0]}")
+    for split in "${test_list[@]}"; do
+        name=$(dev_set_of "$split")
+        [[ $name == "${dev_list[0]}" ]] || { choice_flags+=("$split=$name") choices+=" $split=$name"; }
+    done
     make_artefact "$exp_dir/decode" "model $model sets ${names[*]} $sets graphs$inputs choices $choices" \
         run_decoding --cuts "${cuts[@]}" "${choice_flags[@]}"
 }
@@ -188,18 +193,22 @@ stage_decode() {
 run_decoding() {
     rm -rf "$exp_dir/decode" # records of another model must not stay among the new ones
     run_python -m splitformer.bin.decode --checkpoint "$exp_dir/averaged.pt" "$@" --lang-dir "$lang_dir" \
-        --tune-set "${dev_list[0]}" --output-dir "$exp_dir/decode" --corpus "$corpus"
+        --output-dir "$exp_dir/decode" --corpus "$corpus"
 }
 
-# 10: exit policies, fitted on the first dev set: WER against cost on the test sets, and decoding with one of them
+# 10: exit policies, fitted on the dev set of each test set: WER against cost on the test set, and decoding with one of them.
+# That of the first dev set is policy.json, that of another one policy-DEV.json.
 stage_early_exit() {
-    local split tests=() model records sets
+    local split tests=() cuts=() model records sets name
     if ((num_exits == 1)); then
         log "skipping exit policies: the model has a single exit"
         return
     fi
     for split in "${test_list[@]}"; do
-        contains "$split" "${dev_list[@]}" || tests+=("$split=$(cuts_of "$split")")
+        if ! contains "$split" "${dev_list[@]}"; then
+            tests+=("$split")
+            cuts+=("$(cuts_of "$split")")
+        fi
     done
     if ((${#tests[@]} == 0)); then
         log "skipping exit policies: no test set besides the dev sets"
@@ -207,28 +216,53 @@ stage_early_exit() {
     fi
     model=$(fingerprint_of "$exp_dir/averaged.pt")
     records=$(fingerprint_of "$exp_dir/decode")
-    sets=$(fingerprint_of "$(cuts_of "${dev_list[0]}")" "${tests[@]#*=}")
-    [[ -f $exp_dir/policy.json || -f $exp_dir/early_exit/no-policy ]] || rm -f "$exp_dir/early_exit/.done"
+    for name in "${dev_list[@]:1}"; do
+        if [[ -n $(tests_of "$name" "${tests[@]}") ]]; then cuts+=("$(cuts_of "$name")"); fi
+    done
+    sets=$(fingerprint_of "$(cuts_of "${dev_list[0]}")" "${cuts[@]}")
+    compgen -G "$exp_dir/policy*.json" >/dev/null || [[ -f $exp_dir/early_exit/no-policy ]] ||
+        rm -f "$exp_dir/early_exit/.done"
     make_artefact "$exp_dir/early_exit" "model $model records $records sets $sets policy $policy $max_relative_wer" \
-        run_early_exit --test-cuts "${tests[@]}"
+        run_early_exit "${tests[@]}"
 }
 
-# The recipe continues without exit policies if they cannot be fitted to these sets (status 3): the tables need none.
+# tests_of DEV TEST...: those of the test sets for which choices are made on this dev set
+tests_of() {
+    local split
+    for split in "${@:2}"; do
+        if [[ $(dev_set_of "$split") == "$1" ]]; then echo "$split"; fi
+    done
+}
+
+# run_early_exit TEST...
 run_early_exit() {
-    local calibration common status=0
-    calibration="${dev_list[0]}=$(cuts_of "${dev_list[0]}")"
-    common=(--checkpoint "$exp_dir/averaged.pt" --lang-dir "$lang_dir")
-    rm -rf "$exp_dir/early_exit"
+    local name split cuts output
+    rm -rf "$exp_dir/early_exit" "$exp_dir"/policy*.json
     mkdir -p "$exp_dir/early_exit"
-    rm -f "$exp_dir/policy.json"
-    run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" "$@" \
-        --output-dir "$exp_dir/early_exit" --corpus "$corpus" &&
-        run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" "$@" \
-            --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$exp_dir/policy.json" &&
-        run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:2}" --exit-policy "$exp_dir/policy.json" \
-            --output-dir "$exp_dir/early_exit" --corpus "$corpus" || status=$?
+    for name in "${dev_list[@]}"; do
+        cuts=()
+        for split in $(tests_of "$name" "$@"); do cuts+=("$split=$(cuts_of "$split")"); done
+        output=$exp_dir/policy.json
+        [[ $name == "${dev_list[0]}" ]] || output=$exp_dir/policy-$name.json
+        if ((${#cuts[@]} > 0)); then fit_policy "$name" "$output" "${cuts[@]}"; fi
+    done
+}
+
+# fit_policy DEV FILE TEST=CUTS...
+# The recipe continues without exit policies if they cannot be fitted to these sets (status 3): the tables need none.
+fit_policy() {
+    local calibration common records=() status=0
+    [[ -z $notice ]] || records=(--notice "$notice")
+    calibration="$1=$(cuts_of "$1")"
+    common=(--checkpoint "$exp_dir/averaged.pt" --lang-dir "$lang_dir")
+    run_python -m splitformer.bin.tradeoff "${common[@]}" --cuts "$calibration" --test-cuts "${@:3}" \
+        --output-dir "$exp_dir/early_exit" --corpus "$corpus" "${records[@]}" &&
+        run_python -m splitformer.bin.calibrate "${common[@]}" --cuts "$calibration" --test-cuts "${@:3}" \
+            --policy "$policy" --max-relative-wer "$max_relative_wer" --output "$2" &&
+        run_python -m splitformer.bin.decode "${common[@]}" --cuts "${@:3}" --exit-policy "$2" \
+            --output-dir "$exp_dir/early_exit" --corpus "$corpus" "${records[@]}" || status=$?
     if ((status == 3)); then
-        log "could not fit an exit policy (see above); the report has none; remove $exp_dir/early_exit to retry"
+        log "could not fit an exit policy on $1 (see above); the report has none; remove $exp_dir/early_exit to retry"
         touch "$exp_dir/early_exit/no-policy"
     elif ((status > 0)); then
         die "exit policies were not fitted, see above"
@@ -370,11 +404,27 @@ plan_run() {
             features) features=$value ;;
             noise_p) noise_p=$value ;;
             exits) num_exits=$value ;;
+            heads) heads=$value ;;
+            batch_seconds) batch_seconds=$value ;;
             methods) read -ra methods <<<"$value" ;;
             graphs) graphs=$value ;;
             policy) policy=$value ;;
         esac
     done <<<"${plan%%$'\nconfig:\n'*}"
+}
+
+# Checks the machine for all selected stages, those of prepare.sh included.
+check_stages() {
+    local name stages=()
+    for name in "${stage_names[@]:first_stage:last_stage - first_stage + 1}"; do
+        [[ $name == train && -n $checkpoint ]] || stages+=("$name")
+    done
+    if contains train "${stages[@]}" && [[ ! -f $(done_file "$exp_dir/training.jsonl") ]]; then
+        doctor_flags+=(--batch-seconds "$batch_seconds" ${num_workers:+--num-workers "$num_workers"})
+    fi
+    [[ " $heads " != *" transducer "* ]] || doctor_flags+=(--transducer)
+    ((${#stages[@]} == 0)) || check_machine "${stages[@]}"
+    skip_checks=true # prepare.sh need not ask again
 }
 
 # bash reads main to its end before it runs it, so that editing this file during a run does no harm.
@@ -405,7 +455,10 @@ main() {
     choose_features
     check_noise
 
+    check_stages
     if ((first_stage < ${#prepare_stages[@]})); then run_prepare; fi
+    locked_folders+=("$exp_dir")
+    if ((last_stage >= 7 && first_stage <= 10)) && [[ -d $data_dir ]]; then lock_folder shared "$data_dir"; fi
     for name in train average decode early_exit report; do run_stage "$name"; done
     if ((last_stage == 11)); then
         log "results are in $([[ $publish == true ]] && echo "egs/$corpus" || echo "$exp_root")/RESULTS.md"

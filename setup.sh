@@ -147,7 +147,7 @@ if [ "$name" = k2 ]; then
     install_kaldifeat
     "$venv/bin/python" -c 'import torch, torchaudio, k2, lhotse, sentencepiece, kaldialign, kaldilm'
 else
-    "$venv/bin/python" -c 'import torch, lhotse, sentencepiece, kaldialign'
+    "$venv/bin/python" -c 'import torch, lhotse, sentencepiece, kaldialign, kaldilm, lilcom'
 fi
 # The command `splitformer`, of the code in this folder.
 "$uv" pip install -q --no-deps --no-build-isolation -p "$venv/bin/python" -e . || say "the command 'splitformer' is not" \

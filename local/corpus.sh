@@ -4,9 +4,9 @@
 # shellcheck disable=SC2034,SC2154  # variables are shared with the drivers
 
 corpus_options=(corpus work_dir download_dir subset train_splits dev_splits test_splits token_type vocab_size
-    lm_order lm_prune rescore_lm_order speed_perturb fbank num_mel_bins limit_utterances num_jobs bpe_model shar
+    lm_order lm_prune rescore_lm_order speed_perturb fbank executor num_mel_bins limit_utterances num_jobs bpe_model shar
     musan_dir graphs)
-corpus_flags=(strict estimate_lm decode_only on_the_fly)
+corpus_flags=(skip_checks strict allow_incomplete estimate_lm decode_only on_the_fly)
 
 corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
   --work-dir DIR           folder for data/ and exp/ (default: egs/NAME)
@@ -24,26 +24,33 @@ corpus_usage="  --corpus NAME            a folder of egs/ (default: $corpus)
                            number, lilcom takes a third of the space and rounds
   --musan-dir DIR          noise in the layout of MUSAN, for training with augment.noise_p
   --num-jobs N             processes for data preparation (default: one per core)
+  --executor local|dask:ADDRESS
+                           what computes features: processes here (default), or the workers of a Dask scheduler
   --lm-prune X             prune n-grams worth less than X (such as 1e-7) of the perplexity from HLG and LG; G keeps them
   --estimate-lm            estimate the language model from the training text, even if the corpus provides one
   --graphs 'HLG LG G'      decoding graphs to make; 'words' makes the lexicon alone, 'none' not even that (default: all)
   --bpe-model FILE         use the tokens of this bpe.model instead of training a tokenizer
   --decode-only            compute no features of training data; with --bpe-model no training data are needed, if the corpus
                            provides a language model and words
+  --skip-checks            do not ask 'splitformer doctor' whether this machine has what the stages need
+  --allow-incomplete       take a folder of the corpus that lacks some of its files as it is; results are kept apart
   --strict                 unreadable audio and bad transcripts are errors; by default they are skipped"
 
 # Defaults of these options.
-work_dir='' download_dir='' subset='' fbank=lhotse num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
-num_jobs=$(cores) strict=false estimate_lm=false bpe_model='' decode_only=false on_the_fly=false shar='' musan_dir=''
+work_dir='' download_dir='' subset='' fbank=lhotse executor=local num_mel_bins=80 limit_utterances='' graphs='HLG LG G'
+num_jobs=$(cores) strict=false allow_incomplete=false estimate_lm=false bpe_model='' decode_only=false
+skip_checks=false on_the_fly=false shar='' musan_dir=''
 
 # The variables that an egs/NAME/corpus.sh may set, with their defaults. Variables and functions that serve the corpus alone
 # begin with own_, so that a misspelt name is an error.
 train_splits='' dev_splits='' test_splits='' # names, separated by spaces
+tune_sets=''       # TEST=DEV ...: the dev sets on which choices for these test sets are made (default: the first one)
 lhotse_recipe=''   # NAME of lhotse.recipes.prepare_NAME, which makes the manifests
 corpus_dir=''      # folder of the corpus (default: DATA_DIR/corpus)
 corpus_source=''   # identifies the audio and transcripts; another source means that manifests are made again
 corpus_from=''     # own data: what local/manifests_from_source.py reads, with the options source_options
 source_options=()
+split_hours=''     # hours of audio of the splits, as NAME=HOURS separated by spaces, to check the space on disk
 token_type=bpe vocab_size=256
 lm_order=3 lm_arpa_url='' lm_prune='' # the language model of HLG and LG; without a URL it is estimated from the text
 rescore_lm_order='' rescore_lm_arpa_url='' # the language model of G, which rescores lattices (default: the same)
@@ -51,6 +58,7 @@ speed_perturb=false
 default_config=''
 subsets=''         # names of subsets, if there are any
 subset_tag=''      # appended to names of artefacts that depend on the subset
+notice=''          # what has to stand above every table of results, such as what they cannot be compared with
 
 # Functions that a corpus.sh may redefine. They see all variables of the drivers.
 
@@ -58,6 +66,9 @@ subset_tag=''      # appended to names of artefacts that depend on the subset
 download_corpus() {
     [[ -d $corpus_dir ]] || die "there is no $corpus_dir, and egs/$corpus/corpus.sh does not say how to download it"
 }
+
+# Prints what download_corpus writes, a line PATH=GB for each file and folder, as far as that is known.
+download_sizes() { :; }
 
 # prepare_manifests SPLIT RECORDINGS SUPERVISIONS: writes the two manifests of a split, from own data if corpus_from is set,
 # else by Lhotse's recipe
@@ -97,6 +108,31 @@ run_python() {
 ask_python() {
     check_python
     "$python" "$@"
+}
+
+# check_machine STAGE...: whether this machine has what the stages need: packages, GPU, disk, shared memory. It is asked before
+# the first stage. `doctor_flags`: further options.
+doctor_flags=()
+check_machine() {
+    [[ $skip_checks == false ]] || return 0
+    local flags=(--quiet --stages "$@" --graphs "$graphs" --fbank "$fbank" --num-mel-bins "$num_mel_bins")
+    local size split hours copies
+    if contains download "$@"; then
+        while read -r size; do flags+=(--store-gigabytes "$size"); done < <(download_sizes)
+    fi
+    for hours in $(! contains fbank "$@" || [[ -n $limit_utterances ]] || echo "$split_hours"); do
+        split=${hours%=*} copies=1
+        contains "$split" "${splits[@]}" || continue
+        [[ ! -f $(done_file "$(cuts_of "$split")") ]] || continue
+        if contains "$split" "${train_list[@]}"; then
+            [[ $on_the_fly == false && $decode_only == false ]] || continue
+            [[ $speed_perturb == false ]] || copies=3
+            [[ -z $shar ]] || flags+=(--store-hours "$(train_artefact_of "$split")=${hours#*=}")
+        fi
+        for ((; copies > 0; copies--)); do flags+=(--store-hours "$(features_of "$split")=${hours#*=}"); done
+    done
+    ask_python -m splitformer.bin.doctor "${flags[@]}" "${doctor_flags[@]}" ||
+        die "stopped before the first stage, see above; --skip-checks runs the stages all the same"
 }
 
 load_corpus() {
@@ -166,6 +202,7 @@ load_corpus() {
         [[ -z $corpus_from ]] || contains "$each" train dev test ||
             option_error "unknown split '$each'; own data have: train dev test"
     done
+    locked_folders=("$data_dir")
     manifests_dir=$data_dir/manifests
     place_features
     lm_dir=$data_dir/lm$subset_tag
@@ -195,7 +232,7 @@ read_description() {
     _new=$( (compgen -v; compgen -A function) | grep -vxF "$_known" | grep -vE '^(own_|_|[A-Z_]+$)' | head -n 1 || :)
     [[ -z $_new ]] || die "$1: unknown variable '$_new'.$(did_you_mean "$_new" "${corpus_options[@]}" \
         corpus_dir corpus_source corpus_from source_options lhotse_recipe lm_arpa_url rescore_lm_arpa_url default_config \
-        subsets subset_tag download_corpus prepare_manifests extra_words)" \
+        subsets subset_tag notice tune_sets split_hours download_sizes download_corpus prepare_manifests extra_words)" \
         "local/corpus.sh lists the variables; a corpus's own begin with own_"
 }
 
@@ -222,6 +259,7 @@ absolute_path() {
 
 recordings_of() { echo "$manifests_dir/${1}_recordings.jsonl.gz"; }
 supervisions_of() { echo "$manifests_dir/${1}_supervisions.jsonl.gz"; }
+features_of() { echo "$fbank_dir/${1}_feats"; }
 cuts_of() { echo "$fbank_dir/${1}_cuts.jsonl.gz"; }
 
 # The artefact that holds a training split for training: cuts with features, Shar or not, or cuts without features.
@@ -238,6 +276,18 @@ train_artefact_of() {
 # The path in it that training reads. Lhotse's reader takes every file of a Shar folder for a shard, .done too.
 train_cuts_of() {
     if [[ -n $shar ]]; then echo "$(train_artefact_of "$1")/shards"; else train_artefact_of "$1"; fi
+}
+
+# dev_set_of TEST: the dev set on which choices for a test set are made
+dev_set_of() {
+    local each
+    for each in $tune_sets; do
+        if [[ ${each%%=*} == "$1" ]] && contains "${each#*=}" "${dev_list[@]}"; then
+            echo "${each#*=}"
+            return
+        fi
+    done
+    echo "${dev_list[0]}"
 }
 
 # Noise is a split of this name; it is never packed as Shar.

@@ -19,8 +19,9 @@ from splitformer.errors import UserError
 class Options:
     """Check a run's configuration, methods and exit policy; print `name=value` lines and the resolved configuration.
 
-    features, noise_p and exits (their number) come from the configuration; methods are those to decode with, graphs is
-    what they read from the lang_dir, as the option --graphs of prepare.sh takes it, and policy the exit policy.
+    features, noise_p, heads, batch_seconds and exits (their number) come from the configuration; methods are those to
+    decode with, graphs is what they read from the lang_dir, as the option --graphs of prepare.sh takes it, and policy
+    the exit policy.
     """
 
     config: Path
@@ -50,6 +51,8 @@ def run(options: Options) -> None:
     facts = {
         "features": config.data.features,
         "noise_p": config.augment.noise_p,
+        "heads": " ".join(heads),
+        "batch_seconds": config.data.max_duration,
         "exits": len(config.model.exit_layers),
         "methods": " ".join(method.name for method in methods),
         "graphs": " ".join(graphs),

@@ -20,24 +20,35 @@ die() {
     exit 1
 }
 
+# Between the commands of stages, signals end the driver too where it is process 1 of a container, which ignores them by default.
+stop_on_signals() {
+    trap 'exit 143' TERM HUP QUIT
+    trap 'exit 138' USR1
+    trap 'exit 130' INT
+}
+stop_on_signals
+
 # supervise COMMAND...: runs a command in a session of its own, which the signals of the terminal do not reach, and returns
-# its status. SIGTERM, Ctrl-C and a closed terminal end the command by SIGTERM, and the driver exits when it has ended:
-# training saves its state first. A second Ctrl-C kills it.
+# its status. SIGTERM, Slurm's SIGUSR1, Ctrl-C and a closed terminal end the command by SIGTERM, and the driver exits when it
+# has ended: training saves its state first. A second Ctrl-C kills it.
 supervise() {
-    local status=0 group signal=''
+    local status=0 group='' signal=''
+    trap 'signal=TERM; send TERM "$group"' TERM HUP QUIT
+    trap 'signal=USR1; send TERM "$group"' USR1
+    trap 'if [[ $signal == INT ]]; then send KILL "$group"; else signal=INT; send TERM "$group"; fi' INT
     setsid -- "$@" &
     group=$!
-    trap 'signal=TERM; send TERM "$group"' TERM HUP QUIT
-    trap 'if [[ $signal == INT ]]; then send KILL "$group"; else signal=INT; send TERM "$group"; fi' INT
+    [[ -z $signal ]] || send TERM "$group" # a signal before the group was known
     while :; do # a signal ends `wait`, not the command
         status=0
         wait "$group" || status=$?
         kill -0 "$group" 2>/dev/null || break
     done
-    trap - TERM HUP QUIT INT
+    stop_on_signals
     [[ -z $signal ]] || send TERM "$group" # children that the command left behind
     case $signal in
         TERM) log "stopped by SIGTERM; the same command resumes"; exit 143 ;;
+        USR1) log "stopped by SIGUSR1; the same command resumes"; exit 138 ;;
         INT) log "stopped by Ctrl-C; the same command resumes"; exit 130 ;;
     esac
     return "$status"
@@ -45,6 +56,7 @@ supervise() {
 
 # send SIGNAL PID: signals a process group; just after the start, before setsid has made it, the process
 send() {
+    [[ -n $2 ]] || return 0
     kill "-$1" -- "-$2" 2>/dev/null || kill "-$1" "$2" 2>/dev/null || :
 }
 
@@ -81,23 +93,77 @@ run_stage() {
 
 # make_artefact PATH FINGERPRINT COMMAND...: runs the command, which makes PATH, unless PATH has this fingerprint
 make_artefact() {
-    local path=$1 fingerprint=$2 done_file
+    local path=$1 fingerprint=$2 folder
     shift 2
-    done_file=$(done_file "$path")
-    if [[ -e $path && -f $done_file ]]; then
-        if [[ $(<"$done_file") == "$fingerprint" ]]; then
-            log "$path exists already"
-            return
-        fi
-        log "$path was made from other inputs; rebuilding it"
+    if ! is_made "$path" "$fingerprint"; then
+        for folder in "${locked_folders[@]}"; do
+            if [[ $path == "$folder"/* ]]; then lock_folder exclusive "$folder"; fi
+        done
     fi
-    rm -f "$done_file"
+    if is_made "$path" "$fingerprint"; then # asked again: another process may have made it before the lock
+        log "$path exists already"
+        return
+    fi
+    [[ ! -f $(done_file "$path") ]] || log "$path was made from other inputs; rebuilding it"
+    rm -f "$(done_file "$path")"
     mkdir -p "$(dirname "$path")"
     "$@"
     [[ -e $path ]] || die "$1 succeeded, but $path does not exist"
-    done_file=$(done_file "$path")
-    printf '%s\n' "$fingerprint" >"$done_file.tmp"
-    mv -f "$done_file.tmp" "$done_file"
+    write_line "$(done_file "$path")" "$fingerprint"
+}
+
+# is_made PATH FINGERPRINT
+is_made() {
+    local done_file
+    done_file=$(done_file "$1")
+    [[ -e $1 && -f $done_file && $(<"$done_file") == "$2" ]]
+}
+
+# write_line FILE TEXT: the file appears when it is complete
+write_line() {
+    local temporary=$1.$HOSTNAME.$$.tmp
+    printf '%s\n' "$2" >"$temporary"
+    mv -f "$temporary" "$1"
+}
+
+# Folders that make_artefact locks before it changes something in them.
+locked_folders=()
+declare -A lock_of=() lock_kind=()
+
+# lock_folder exclusive|shared FOLDER: exclusive to change the folder, shared to read it. The lock is the kernel's: it ends
+# with this driver and what it has started, however they end.
+lock_folder() {
+    local kind=$1 folder=$2 file=$2/.driver-lock lock
+    [[ ${lock_kind[$folder]:-} != exclusive && ${lock_kind[$folder]:-} != "$kind" ]] || return 0
+    if [[ ! -v "lock_of[$folder]" ]]; then
+        if [[ $kind == shared && ! -w $folder ]]; then return; fi # a read-only folder cannot change
+        mkdir -p "$folder"
+        exec {lock}<>"$file"
+        lock_of[$folder]=$lock
+    fi
+    lock=${lock_of[$folder]}
+    if ! flock --nonblock "--$kind" "$lock"; then
+        die "$folder is in use by $(holder_of "$file" "$lock"); wait until that has ended, or choose other folders" \
+            "(--work-dir, --exp-dir)"
+    fi
+    lock_kind[$folder]=$kind
+    if [[ $kind == exclusive ]]; then
+        printf '%s, process %s on host %s, since %(%F %T)T\n' "${0##*/}" "$$" "$HOSTNAME" -1 >"$file"
+    fi
+}
+
+# holder_of LOCK_FILE DESCRIPTOR: who holds the lock: the text of the file, or, of those who read the folder, their processes
+holder_of() {
+    local each pid readers=''
+    if ! flock --nonblock --shared "$2"; then
+        cat "$1"
+        return
+    fi
+    for each in /proc/[0-9]*/fd/*; do
+        pid=${each#/proc/} pid=${pid%%/*}
+        if [[ $each -ef $1 && $pid != "$$" && $pid != "$BASHPID" && $readers != *" $pid"* ]]; then readers+=" $pid"; fi
+    done
+    echo "runs that read it${readers:+ (on this host, process$readers)}"
 }
 
 done_file() {

@@ -1,6 +1,6 @@
 """Configuration: everything that affects the results, as frozen dataclasses.
 
-The defaults are the published system (arXiv 2506.18035). A conf file (TOML) states only what differs from them; unknown
+The defaults are the published architecture (arXiv 2506.18035). A conf file (TOML) states only what differs; unknown
 keys and values of the wrong type are errors. Paths, devices, workers and seeds are options of the commands, not
 configuration. Every checkpoint contains the resolved configuration.
 """
@@ -154,7 +154,8 @@ class OptimConfig:
     base_lr: float = 1.0
     """noam: factor of d_model^-0.5 (Vaswani et al. 2017, equation 3); cosine: the peak"""
     warmup_steps: int = 4400
-    """noam: steps of warm-up, as in the authors' code (one epoch of 960 hours in their batches of 64)"""
+    """noam: steps of warm-up: one epoch of 960 hours in batches of 64. (The authors' code divides each batch into four
+    steps, see egs/librispeech/conf/published-training.toml.)"""
     warmup_fraction: float = 0.08
     """cosine: share of all steps in which the rate rises linearly"""
     beta1: float = 0.9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import secrets
@@ -50,25 +52,79 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, exclusive: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, and rename it to `path` at the end of the block.
 
     A folder that is there is replaced. On any failure the temporary folder is removed and `path` stays as it was.
-
-    Args:
-      exclusive: no other process makes this folder now; temporary folders that killed processes left are removed.
+    Several processes may make the folder at once: each has a temporary folder, and the last one stays. The temporary
+    folder is locked while its process lives, so that folders of killed processes are known, and removed.
     """
     path = Path(path)
-    for killed in path.parent.glob(f".{path.name[:200]}.*.tmp") if exclusive else ():
-        shutil.rmtree(killed, ignore_errors=True)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, path.name)
+    temporary, lock = _locked_folder(path)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        _replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Remove the temporary folders below `folder`, of targets called `name`, whose processes have ended.
+
+    On a file system that cannot lock folders, none is removed.
+    """
+    import fcntl  # not on every system that the recogniser runs on
+
+    pattern = name if name == "*" else glob.escape(name[:200])
+    for left in folder.glob(f".{pattern}.*.tmp"):
+        if not left.is_dir():
+            continue
+        with suppress(OSError):  # locked, or gone
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """Make a temporary folder beside `path`; return it and the descriptor that holds its lock."""
+    import fcntl
+
+    while True:
+        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            lock = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if temporary.is_dir():  # else remove_abandoned saw it before the lock
+            return temporary, lock
+        os.close(lock)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`, whatever is there and whoever else does so at the same time."""
+    while True:
+        try:
+            new.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        old = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        with suppress(FileNotFoundError):
+            path.rename(old)
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink()
 
 
 def read_text(path: str | Path) -> str:

@@ -61,18 +61,21 @@ def session(
     return np.concatenate(pieces), [(round(start, 2), round(end, 2)) for start, end in spans]
 
 
-def write_librispeech(root: Path, splits: dict[str, int]) -> None:
-    """Write `LibriSpeech/<split>/<speaker>/<chapter>/` with FLAC and trans.txt; {split: utterances of two speakers}."""
-    speaker = 100
+def write_librispeech(root: Path, splits: dict[str, int], speakers: dict[str, Sequence[int]] | None = None) -> None:
+    """Write `LibriSpeech/<split>/<speaker>/<chapter>/` with FLAC and trans.txt.
+
+    splits: {split: utterances of all its speakers}; speakers: {split: their numbers}, by default two for each split.
+    """
+    names = iter(range(101, 1000))
     for split, count in splits.items():
-        for part in range(2):
-            speaker += 1
+        own = (speakers or {}).get(split) or [next(names), next(names)]
+        for part, speaker in enumerate(own):
             folder = root / "LibriSpeech" / split / str(speaker) / "7"
             folder.mkdir(parents=True)
             lines = []
-            for number in range(part, count, 2):
+            for number in range(part, count, len(own)):
                 name, text = f"{speaker}-7-{number:04d}", ENGLISH[number % len(ENGLISH)]
-                samples = speak(text, f"en-us+m{part + 1}", 10 * speaker + number)
+                samples = speak(text, f"en-us+m{part % 4 + 1}", 10 * speaker + number)
                 soundfile.write(folder / f"{name}.flac", samples, SAMPLING_RATE)
                 lines.append(f"{name} {text.upper()}\n")
             (folder / f"{speaker}-7.trans.txt").write_text("".join(lines))

@@ -8,6 +8,7 @@ train_splits="train"
 dev_splits="dev"
 test_splits="test"
 lhotse_recipe=tedlium
+split_hours="train=452 dev=1.6 test=2.6"
 
 token_type=bpe
 vocab_size=256

@@ -10,6 +10,7 @@ train_splits="train"
 dev_splits="dev"
 test_splits="test"
 lhotse_recipe=voxpopuli
+split_hours="train=543"
 
 token_type=bpe
 vocab_size=256

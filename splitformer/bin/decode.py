@@ -15,7 +15,7 @@ import torch
 
 from splitformer.checkpoint import averaged
 from splitformer.cli import command
-from splitformer.decoding.decode import decode_sets, read_hot_words, system_name
+from splitformer.decoding.decode import decode_sets, read_hot_words, system_name, tune_sets
 from splitformer.decoding.loading import check_features, load_for_decoding, named_sets
 from splitformer.decoding.methods import methods_of
 from splitformer.decoding.searches import NOT_TUNED, Weights, make_methods
@@ -49,8 +49,8 @@ class Options:
     """load and run the model up to the exit after this layer"""
     exit_policy: Path | None = None
     """policy.json of bin/calibrate, which chooses an exit for each utterance"""
-    tune_set: str | None = None
-    """name of the set of --cuts on which weights are chosen"""
+    tune_set: tuple[str, ...] = ()
+    """name of the set of --cuts on which weights are chosen; SET=NAME names another one for a single set"""
     hlg_scales: tuple[float, ...] = ()
     """weights of the language model to choose from, for CTC (1: unscaled)"""
     ngram_lm_scales: tuple[float, ...] = ()
@@ -69,6 +69,8 @@ class Options:
     """name of the corpus in the records"""
     system: str | None = None
     """name of the system in the records (default: that of the exp_dir, without -seedN)"""
+    notice: str = ""
+    """sentence that reports show above every table with these results"""
     max_duration: float = 60.0
     """seconds of audio in a batch"""
 
@@ -80,13 +82,14 @@ def run(options: Options) -> None:
     if options.checkpoint and (options.epoch is not None or options.avg is not None):
         raise UserError("--epoch and --avg choose checkpoints of --exp-dir; leave them out, or give --exp-dir")
     weights = {name: getattr(options, name) for name in Weights._fields if getattr(options, name)}
-    if options.tune_set is None and (several := [name for name, values in weights.items() if len(values) > 1]):
+    if not options.tune_set and (several := [name for name, values in weights.items() if len(values) > 1]):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in several)
         raise UserError(f"{names}: several values to choose from; name the set to choose on with --tune-set")
     sets = named_sets("--cuts", options.cuts)
     if options.exit_policy:
         run_with_policy(options, options.exit_policy, sets, weights)
         return
+    tune_set_of = tune_sets(options.tune_set, sets)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = options.checkpoint or averaged(source, options.epoch, options.avg)
     loaded = load_for_decoding(checkpoint, options.lang_dir, device, options.exit)
@@ -108,11 +111,12 @@ def run(options: Options) -> None:
         loaded,
         methods,
         sets,
-        options.tune_set,
+        tune_set_of,
         options.output_dir,
         options.corpus,
         options.system or system_name(source),
         options.max_duration,
+        options.notice,
     )
 
 
@@ -131,6 +135,7 @@ def run_with_policy(options: Options, policy: Path, sets: dict[str, Path], weigh
         options.system,
         options.exit,
         options.max_duration,
+        options.notice,
     )
 
 

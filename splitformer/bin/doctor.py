@@ -1,57 +1,96 @@
-"""Check this Python environment: what it has, what is missing or does not fit together, and the remedy."""
+"""Check this machine and its Python environment: what is missing or does not fit together, and the remedy.
+
+    python -m splitformer.bin.doctor                              # all that the recipe needs
+    python -m splitformer.bin.doctor --stages train decode        # what these stages of run.sh need
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from splitformer.cli import command
+from splitformer.errors import UserError
 
 SETUP = "run ./setup.sh, and the recipe with .venv/bin/python as run.sh does"
 NEWER_TORCH = "see 'GPUs that need a newer torch' in docs/training.md"
 
-REQUIRED = {
-    "numpy": "everything",
-    "torch": "everything",
-    "tyro": "commands",
-    "rapidfuzz": "edit distances",
-    "k2": "lexicons, decoding graphs and the searches that read them, transducer training",
-    "lhotse": "data preparation, training and decoding",
-    "soundfile": "reading audio",
-    "sentencepiece": "tokens",
-    "kaldilm": "language models in graphs",
-    "kaldialign": "word error rates",
-    "filelock": "training",
-    "tensorboard": "training",
-    "tqdm": "progress bars",
-    "matplotlib": "the report's plots",
-    **({"tomli": "configurations"} if sys.version_info < (3, 11) else {}),
+STAGES = (
+    "download", "manifests", "fbank", "bpe", "lang", "lm", "graphs",
+    "train", "average", "decode", "early_exit", "report",
+)  # fmt: skip
+SEARCHING = ("decode", "early_exit")
+
+# {package, as Python imports it: (what needs it, stages that need it)}
+REQUIRED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "numpy": ("everything", STAGES),
+    "torch": ("everything", STAGES),
+    "tyro": ("commands", STAGES),
+    "tqdm": ("progress bars", STAGES),
+    **({"tomli": ("configurations", STAGES)} if sys.version_info < (3, 11) else {}),
+    "lhotse": ("data", ("download", "manifests", "fbank", "bpe", "train", *SEARCHING)),
+    "soundfile": ("reading audio", ("download", "manifests", "fbank", "bpe", "train", *SEARCHING)),
+    "sentencepiece": ("tokens", ("manifests", "fbank", "bpe", "lang", "train", *SEARCHING)),
+    "rapidfuzz": ("edit distances", ("train", *SEARCHING)),
+    "k2": ("lexicons, decoding graphs and searches, training a transducer", ("lang", "graphs", "train", *SEARCHING)),
+    "kaldilm": ("language models in graphs", ("graphs",)),
+    "filelock": ("training", ("train",)),
+    "tensorboard": ("training", ("train",)),
+    "kaldialign": ("word error rates", SEARCHING),
+    "matplotlib": ("the report's plots", ("report",)),
 }
 OPTIONAL = {
-    "torchaudio": "some of Lhotse's readers and augmentations",
+    "torchaudio": "--fbank linear-mel, some of Lhotse's readers",
     "kaldifeat": "--fbank kaldifeat",
-    "lilcom": "compressed feature files",
+    "lilcom": "compressed features: without it, those of each utterance are a file, and three times as large",
     "onnx": "splitformer export",
     "onnxruntime": "running exported models, and int8",
     "sherpa_onnx": "tests of exported models",
     "safetensors": "weights in that format",
+    "distributed": "--executor dask:ADDRESS",
     "espeakng_loader": "the synthesised corpus",
 }
-"""{package, as Python imports it: what needs it}"""
+"""{package: what needs it}"""
+LILCOM_BYTES, FLOAT_BYTES = 35.3e6, 115.2e6
+"""Bytes of an hour of features with 80 bins: as lilcom packs them (docs/data_at_scale.md), and as float32."""
+PREFETCHED = 2
+"""Batches that a loading process keeps ready in shared memory: torch's default."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Check this Python environment. The exit status is 0 if the recipe can run, and 1 if it cannot."""
+    """Check this machine and Python environment. The exit status is 0 if the stages can run, and 1 if they cannot."""
 
     verbose: bool = False
     """also print what torch.utils.collect_env reports, for a bug report"""
+    quiet: bool = False
+    """print problems alone"""
+    stages: tuple[str, ...] = ()
+    """stages of run.sh that are to run (default: all)"""
+    graphs: str = "HLG LG G"
+    """decoding graphs that they make and read; 'words' for the lexicon alone, 'none'"""
+    transducer: bool = False
+    """the model that is trained has a transducer"""
+    fbank: Literal["lhotse", "kaldifeat", "linear-mel"] = "lhotse"
+    """program that computes the features"""
+    num_mel_bins: int = 80
+    """features per frame"""
+    store_hours: tuple[str, ...] = ()
+    """DIR=HOURS: hours of audio whose features are to be stored there; of one DIR, all are added"""
+    store_gigabytes: tuple[str, ...] = ()
+    """PATH=GB: size of a file or folder that is to be written"""
+    batch_seconds: float = 0.0
+    """seconds of audio in a training batch, of all processes together"""
+    num_workers: int = 1
+    """data loading processes of each training process"""
 
 
 @dataclass(frozen=True)
@@ -61,76 +100,213 @@ class Problem:
     what: str
     remedy: str
     fatal: bool = True
+    package: str = ""
 
 
 def run(options: Options) -> int:
-    rows, problems = examine()
+    if unknown := sorted(set(options.stages) - set(STAGES)):
+        raise UserError(f"--stages {' '.join(unknown)}: choose among {', '.join(STAGES)}")
+    rows, problems = examine(options)
+    problems += check_disk(options) + check_shared_memory(options)
+    if options.quiet:
+        rows = []
     for name, version, remark in rows:
         print(f"{name:<16} {version:<16} {remark}".rstrip())
     if options.verbose:
         from torch.utils import collect_env
 
         print(f"\n{collect_env.get_pretty_env_info()}")
-    for problem in problems:
-        print(f"\n{'PROBLEM' if problem.fatal else 'note'}: {problem.what}\n  remedy: {problem.remedy}")
     fatal = sum(problem.fatal for problem in problems)
-    verdict = f"cannot run here: fix the {fatal} problem{'s' * (fatal > 1)} above" if fatal else "can run here"
-    print(f"\nThe recipe {verdict}.")
+    out = sys.stderr if options.quiet and fatal else sys.stdout
+    for problem in problems:
+        print(f"\n{'PROBLEM' if problem.fatal else 'note'}: {problem.what}\n  remedy: {problem.remedy}", file=out)
+    if fatal or not options.quiet:
+        what = f"Stages {', '.join(options.stages)}" if options.stages else "The recipe"
+        verdict = f"cannot run here: fix the {fatal} problem{'s' * (fatal > 1)} above" if fatal else "can run here"
+        print(f"\n{what} {verdict}.", file=out)
     return 1 if fatal else 0
 
 
-def examine() -> tuple[list[tuple[str, str, str]], list[Problem]]:
+def needed(options: Options) -> dict[str, str]:
+    """Return {package: what needs it} for the packages without which the selected stages do not run."""
+    stages = set(options.stages or STAGES)
+    graphs = set() if options.graphs == "none" else set(options.graphs.split())
+    packages = {name: purpose for name, (purpose, of) in REQUIRED.items() if stages & set(of)}
+    if options.stages:  # else everything is asked for
+        k2_stages = {"lang"} if graphs else set()
+        k2_stages |= {"graphs", *SEARCHING} if graphs - {"words"} else set()
+        k2_stages |= {"train"} if options.transducer else set()
+        if not stages & k2_stages:
+            packages.pop("k2", None)
+        if not graphs - {"words"}:
+            packages.pop("kaldilm", None)
+    if "fbank" in stages and options.fbank != "lhotse":
+        name = "kaldifeat" if options.fbank == "kaldifeat" else "torchaudio"
+        packages[name] = f"--fbank {options.fbank}"
+    return packages
+
+
+def examine(options: Options) -> tuple[list[tuple[str, str, str]], list[Problem]]:
     """Rows (name, version, remark) of Python and every package of the recipe, and the problems."""
     rows = [("python", sys.version.split()[0], sys.executable)]
-    versions = {name: version for name in (*REQUIRED, *OPTIONAL) if (version := installed_version(name))}
-    problems = check_versions(versions)
-    for name, needed_for in {**REQUIRED, **OPTIONAL}.items():
+    purposes = {**{name: purpose for name, (purpose, _) in REQUIRED.items()}, **OPTIONAL}
+    versions = {name: version for name in purposes if (version := installed_version(name))}
+    required = needed(options)
+    asked = required if options.quiet else purposes  # importing everything takes seconds
+    problems = [each for each in check_versions(versions) if not options.quiet or each.package in asked]
+    for name, purpose in purposes.items():
+        if name not in asked:
+            continue
         version, error = versions.get(name), import_error(name)
-        remarks = [f"optional, for {needed_for}"] if name in OPTIONAL else []
+        remarks = [] if name in required else [f"optional, for {purpose}" if name in OPTIONAL else f"for {purpose}"]
         if error is not None:
             remarks.insert(0, "MISSING" if version is None else "DOES NOT IMPORT")
-            if version is not None or name in REQUIRED:  # the row says enough of an optional package that is missing
+            if version is not None or name in required:  # the row says enough of an optional package that is missing
                 state = "is missing" if version is None else f"{version} does not import: {error}"
                 remedy = SETUP
                 if name == "k2" and release(versions.get("torch", "")) >= (2,):
                     remedy = f"install the k2 that was built for torch {versions['torch']} ({NEWER_TORCH}), or {SETUP}"
-                what = f"{name} {state}; it is needed for {needed_for}"
-                problems.append(Problem(what, remedy, fatal=name in REQUIRED))
+                what = f"{name} {state}; it is needed for {required.get(name, purpose)}"
+                problems.append(Problem(what, remedy, fatal=name in required, package=name))
         elif name == "torch":
             torch = sys.modules["torch"]
-            gpus, gpu_problems = check_gpus(torch)
+            gpus, gpu_problems = check_gpus(torch, uses_gpu(options))
             remarks.append(f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA")
             remarks += gpus or ["no GPU: computes on the CPU"]
             problems += gpu_problems
         if built := built_for_torch(name):
             remarks.append(f"built for torch {built}")
         rows.append((name, version or "-", "; ".join(remarks)))
+    for names, check in WORK_TOGETHER.items():
+        if all(name in required and sys.modules.get(name) for name in names):
+            problems += try_together(names, versions, check)
+    if "fbank" in (options.stages or STAGES) and options.fbank != "linear-mel" and "lilcom" not in versions:
+        what = f"lilcom is missing; it is for {OPTIONAL['lilcom']}"
+        problems.append(Problem(what, "pip install lilcom", fatal=False, package="lilcom"))
     return rows, problems
 
 
+def uses_gpu(options: Options) -> bool:
+    """Whether a selected stage computes on a GPU if there is one."""
+    stages = set(options.stages or STAGES)
+    return bool(stages & {"train", *SEARCHING}) or ("fbank" in stages and options.fbank == "kaldifeat")
+
+
 def check_versions(versions: dict[str, str]) -> list[Problem]:
-    """Installed versions {package: version} that are known not to go together."""
+    """Packages {name: version} that were compiled for another torch: they crash, or do not import."""
     torch = versions.get("torch")
-    if torch is None:
-        return []
     problems = []
     for name in ("k2", "torchaudio", "kaldifeat"):
         built = built_for_torch(name) or pinned_torch(name)
-        if name in versions and built and release(built) != release(torch):
+        if torch and name in versions and built and release(built) != release(torch):
             remedy = f"install the {name} that was built for torch {torch} ({NEWER_TORCH}), or {SETUP}"
-            problems.append(Problem(f"{name} was built for torch {built}, this is {torch}", remedy, fatal=name == "k2"))
-    lhotse, numpy = versions.get("lhotse", ""), versions.get("numpy", "")
-    if release(torch) < (2,) and release(lhotse) > (1, 32, 1):
-        what = f"lhotse {lhotse} is incompatible with torch {torch}: its samplers fail"
-        problems.append(Problem(what, f"install lhotse==1.32.1, the last for torch 1.13, or {SETUP}"))
-    if release(torch) < (2, 3) and release(numpy) >= (2,):
-        what = f"numpy {numpy} is incompatible with torch {torch}, which was built against numpy 1"
-        problems.append(Problem(what, f"install 'numpy<2', or {SETUP}"))
+            what = f"{name} was built for torch {built}, this is {torch}"
+            problems.append(Problem(what, remedy, fatal=name == "k2", package=name))
     return problems
 
 
-def check_gpus(torch: ModuleType) -> tuple[list[str], list[Problem]]:
-    """Descriptions of the GPUs that torch sees, and what is wrong with them."""
+def numpy_of_tensor() -> None:
+    import torch
+
+    torch.zeros(1).numpy()
+
+
+def sampler_of_cuts() -> None:
+    from lhotse import CutSet
+    from lhotse.dataset import SimpleCutSampler
+
+    SimpleCutSampler(CutSet.from_cuts([]), max_cuts=1)
+
+
+WORK_TOGETHER: dict[tuple[str, ...], Callable[[], None]] = {
+    ("torch", "numpy"): numpy_of_tensor,
+    ("torch", "lhotse"): sampler_of_cuts,
+}
+"""{packages: what they do together}: tried, because no list of versions that go together stays true"""
+LAST_FOR_TORCH_1 = {"numpy": "'numpy<2'", "lhotse": "lhotse==1.32.1"}
+
+
+def try_together(names: Sequence[str], versions: dict[str, str], check: Callable[[], None]) -> list[Problem]:
+    """A problem if `check`, which uses the packages together, fails."""
+    try:
+        check()
+    except Exception as error:  # whatever packages raise that do not fit
+        first, other = names
+        what = f"{other} {versions.get(other)} does not work with {first} {versions.get(first)}: {one_line(error)}"
+        wanted = LAST_FOR_TORCH_1[other] if release(versions.get(first, "")) < (2,) else f"a newer {other} or {first}"
+        return [Problem(what, f"install {wanted}, or {SETUP}", package=other)]
+    return []
+
+
+# ---- the machine
+
+
+def check_disk(options: Options) -> list[Problem]:
+    """Disks without room for what the stages will write."""
+    bytes_of_hour = FLOAT_BYTES
+    if options.fbank != "linear-mel" and installed_version("lilcom"):
+        bytes_of_hour = LILCOM_BYTES
+    bytes_of_hour *= options.num_mel_bins / 80
+    sizes: dict[Path, float] = {}
+    for option, unit, values in (
+        ("--store-hours", bytes_of_hour, options.store_hours),
+        ("--store-gigabytes", 1e9, options.store_gigabytes),
+    ):
+        for value in values:
+            name, _, number = value.rpartition("=")
+            if not re.fullmatch(r"\d+(\.\d+)?", number) or not name:
+                raise UserError(f"{option} {value}: expected PATH=NUMBER")
+            sizes[Path(name)] = sizes.get(Path(name), 0.0) + unit * float(number)
+    wanted: dict[int, tuple[Path, float]] = {}  # {file system: (a folder on it, bytes)}
+    for path, size in sizes.items():
+        folder = existing(path)
+        disk = os.stat(folder).st_dev
+        rest = max(0.0, size - written(path))  # an earlier run may have been interrupted
+        wanted[disk] = folder, wanted.get(disk, (folder, 0.0))[1] + rest
+    problems = []
+    for folder, size in wanted.values():
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize
+        if size > free:
+            what = f"about {size / 1e9:.1f} GB will be written below {folder}, where {free / 1e9:.1f} GB are free"
+            remedy = "free some space, choose another disk by --work-dir and --download-dir, or store less: "
+            remedy += "--on-the-fly, --speed-perturb false"
+            if bytes_of_hour > LILCOM_BYTES and options.fbank != "linear-mel":
+                remedy += ", or lilcom, which takes a third of the space (pip install lilcom)"
+            problems.append(Problem(what, remedy))
+    return problems
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder that exists: `path` itself, or one above it."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.is_dir())
+
+
+def written(path: Path) -> int:
+    """Bytes on disk of a file or of all files below a folder, and of a download that has not ended."""
+    files = [path, path.with_name(f"{path.name}.part"), *(path.rglob("*") if path.is_dir() else ())]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
+def check_shared_memory(options: Options, folder: Path = Path("/dev/shm")) -> list[Problem]:
+    """A problem if the loading processes' batches do not fit into shared memory: they would die of SIGBUS."""
+    size = PREFETCHED * options.num_workers * options.batch_seconds * 100 * 4 * options.num_mel_bins
+    if not size or not folder.is_dir():
+        return []
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if size <= free:
+        return []
+    what = f"batches of {options.num_workers} loading processes take {size / 1e6:.0f} MB of shared memory, and "
+    what += f"{folder} has {free / 1e6:.0f} MB free"
+    remedy = "give the container more (docker run --shm-size=8g, or --ipc=host), or mount -o remount,size=8g "
+    remedy += f"{folder}; fewer --num-workers or a smaller data.max_duration need less"
+    return [Problem(what, remedy)]
+
+
+def check_gpus(torch: ModuleType, used: bool = True) -> tuple[list[str], list[Problem]]:
+    """Descriptions of the GPUs that torch sees, and what is wrong with them; fatal if they are `used`."""
     if not torch.cuda.is_available():
         if not Path("/proc/driver/nvidia/version").exists():
             return [], []
@@ -146,7 +322,7 @@ def check_gpus(torch: ModuleType) -> tuple[list[str], list[Problem]]:
         if not has_kernels(capability, architectures):
             what = f"torch {torch.__version__} has no kernels for {name}, only {' '.join(architectures)}"
             remedy = f"{NEWER_TORCH}; CUDA_VISIBLE_DEVICES= hides the GPU and computes on the CPU"
-            problems.append(Problem(what, remedy))
+            problems.append(Problem(what, remedy, fatal=used))
     return lines, problems
 
 
@@ -210,8 +386,12 @@ def import_error(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # a broken binary package raises nearly anything
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return one_line(error)
     return None
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def run(options: Options) -> None:
     if not runs:
         raise UserError(f"no results in {options.exp_root} or {output / 'results'}: train and decode a system first")
     results = Results(options.corpus, runs, options.dev_sets)
-    published = load_published(options.published) if options.published else []
+    # figures with a notice are not those of the corpus: nothing that others published may stand beside them
+    published = load_published(options.published) if options.published and not results.notices else []
     plots = plot_all(results, published, output)
     report = output / "RESULTS.md"
     with atomic_write(report) as file:

@@ -44,6 +44,8 @@ class Options(CalibrationOptions):
     """corpus that the records name"""
     system: str | None = None
     """system that the records name (default: the exp_dir's name without -seedN)"""
+    notice: str = ""
+    """sentence that reports show above every table with these results"""
     draws: int = 1000
     """number of bootstrap samples"""
 
@@ -80,6 +82,7 @@ def run(options: Options) -> None:
             command=command_line(ROOT),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             warning=calibration.warnings[test],
+            notice=options.notice,
         ).save(options.output_dir / f"tradeoff-{test}.json")
         for saving in found.savings:
             if saving.allowed == 0.05:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import shutil
@@ -29,7 +30,7 @@ def fetch(url: str, archive: str | Path, md5: str | None = None) -> Path:
     """Download the file `archive` from `url` unless it exists; verify its checksum in either case.
 
     A download goes to `archive` + ".part", resumes if that exists, and is moved into place if its checksum is right. An
-    existing file is never changed.
+    existing file is never changed. A second process waits for the first one's download.
 
     Args:
       md5: checksum in hexadecimal digits; None if none is published.
@@ -44,19 +45,25 @@ def fetch(url: str, archive: str | Path, md5: str | None = None) -> Path:
                 f"expected {md5}; remove it and run this again to download it from {url}"
             )
         return archive
-    try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        part = archive.with_name(archive.name + ".part")
-        resumable_download(url, filename=part)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise ArchiveError(
-            f"there is no {archive}, and it cannot be downloaded from {url} ({error}); run this again to "
-            f"resume, or put {archive.name} into a folder and pass that as --download-dir"
-        ) from error
-    if md5 is not None and (found := md5_of(part)) != md5:
-        part.unlink()
-        raise ArchiveError(f"{url}: the download has md5 {found}, expected {md5}; it was removed, run this again")
-    part.rename(archive)
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    part = archive.with_name(archive.name + ".part")
+    with open(part, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that downloads the file
+        if archive.is_file():
+            if part.is_file() and not part.stat().st_size:
+                part.unlink()
+            return fetch(url, archive, md5)
+        try:
+            resumable_download(url, filename=part)
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise ArchiveError(
+                f"there is no {archive}, and it cannot be downloaded from {url} ({error}); run this again to "
+                f"resume, or put {archive.name} into a folder and pass that as --download-dir"
+            ) from error
+        if md5 is not None and (found := md5_of(part)) != md5:
+            part.unlink()
+            raise ArchiveError(f"{url}: the download has md5 {found}, expected {md5}; it was removed, run this again")
+        part.rename(archive)
     return archive
 
 
@@ -85,7 +92,7 @@ def unpack_tar(archive: str | Path, member: str, target: str | Path) -> int:
     links: dict[Path, str] = {}
     try:
         with (
-            atomic_folder(target, exclusive=True) as temporary,
+            atomic_folder(target) as temporary,
             tarfile.open(archive) as tar,
             tqdm(desc=f"unpack {archive.name}", unit=" files") as bar,
         ):

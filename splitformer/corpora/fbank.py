@@ -8,19 +8,20 @@ jobs. Cuts without features are for training that computes them on the fly, with
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from lhotse import LilcomChunkyWriter
 from lhotse.cut import MonoCut
@@ -33,7 +34,7 @@ from splitformer.data.cut_features import with_features
 from splitformer.data.features import FbankOptions, extract, load_samples, make_extractor
 from splitformer.data.manifests import ManifestError, cuts_from_manifests, read_cuts, read_pairs, use_soundfile
 from splitformer.errors import UserError
-from splitformer.files import atomic_folder
+from splitformer.files import atomic_folder, remove_abandoned
 from splitformer.model.subsampling import SAMPLING_RATE
 
 SPEED_FACTORS = (0.9, 1.1)
@@ -92,6 +93,7 @@ def compute_fbank(
     num_jobs: int = 1,
     speed_perturb: bool = False,
     strict: bool = False,
+    executor: str = "local",
 ) -> FbankSummary:
     """Compute and store the features of a split, and write its cuts.
 
@@ -99,7 +101,8 @@ def compute_fbank(
 
     Args:
       output_cuts: cuts manifest to write, `.jsonl` or `.jsonl.gz`; it refers to the features by `storage_dir` as given.
-      num_jobs: processes; no more are started than there are shards.
+      num_jobs: processes; no more are started than there are shards, and one if they compute on a GPU.
+      executor: what runs them: "local", or "dask:ADDRESS" for the workers of a Dask scheduler, whatever their number.
       strict: raise for unreadable audio instead of skipping it.
     Raises:
       ManifestError: there is no cut, none has readable audio, or, if `strict`, one has not.
@@ -119,7 +122,7 @@ def compute_fbank(
             tqdm(total=num_cuts, desc=f"fbank {Path(output_cuts).name}", unit=" cuts") as bar,
         ):
             cuts = all_cuts(recordings, supervisions, speed_perturb)
-            for shard in _make_shards(cuts, storage_dir, options, strict, min(num_jobs, num_shards)):
+            for shard in _make_shards(cuts, storage_dir, options, strict, min(num_jobs, num_shards), executor):
                 summary.skipped.update(json.loads((shard / "skipped.json").read_text(encoding="utf-8")))
                 # an empty manifest, of a shard without readable audio, is no file that Lhotse reads
                 for cut in read_cuts(shard / "cuts.jsonl") if (shard / "cuts.jsonl").stat().st_size else ():
@@ -148,31 +151,100 @@ def _is_disk_full(error: OSError) -> bool:
     return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def make_share(
+    recordings: str | Path,
+    supervisions: str | Path,
+    storage_dir: str | Path,
+    options: FbankOptions,
+    share: tuple[int, int],
+    *,
+    num_jobs: int = 1,
+    speed_perturb: bool = False,
+    strict: bool = False,
+) -> int:
+    """Make the I-th of N shares of a split's shards, `share` = (I, N), and return their number; no cuts are written.
+
+    N processes, such as those of a Slurm array, make all shards. `compute_fbank` then finds them and writes the cuts.
+    """
+    storage_dir = Path(storage_dir)
+    storage_dir.mkdir(parents=True, exist_ok=True)
+    cuts = all_cuts(recordings, supervisions, speed_perturb)
+    return sum(1 for _ in _make_shards(cuts, storage_dir, options, strict, num_jobs, share=share))
+
+
 def _make_shards(
-    cuts: Iterator[MonoCut], storage_dir: Path, options: FbankOptions, strict: bool, num_jobs: int
+    cuts: Iterator[MonoCut],
+    storage_dir: Path,
+    options: FbankOptions,
+    strict: bool,
+    num_jobs: int,
+    executor: str = "local",
+    share: tuple[int, int] = (1, 1),
 ) -> Iterator[Path]:
-    """Yield the folders of all shards in order; only a few shards' cuts are in memory at a time."""
+    """Yield the folders of all shards of a share in order; only a few shards' cuts are in memory at a time."""
     groups = iter(lambda: list(itertools.islice(cuts, SHARD_CUTS)), [])
-    tasks = ((storage_dir / f"{number:05d}", group, options, strict) for number, group in enumerate(groups))
-    if num_jobs <= 1:
+    numbered = itertools.islice(enumerate(groups), share[0] - 1, None, share[1])
+    tasks = ((storage_dir / f"{number:05d}", group, options, strict) for number, group in numbered)
+    num_jobs = 1 if executor == "local" and on_gpu(options) else num_jobs
+    if executor == "local" and num_jobs <= 1:
         yield from itertools.starmap(make_shard, tasks)
         return
-    pool = ProcessPoolExecutor(
+    pool, in_flight = (_local_pool(num_jobs), 3 * num_jobs) if executor == "local" else _dask_pool(executor)
+    waiting: deque[Future[Path]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_make_shard_from, os.getcwd(), *task))
+            if len(waiting) >= in_flight:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        pool.shutdown()
+
+
+def on_gpu(options: FbankOptions) -> bool:
+    """Whether the features are computed on a GPU, where one process is enough and each further one costs memory."""
+    return options.extractor == "kaldifeat" and torch.cuda.is_available()
+
+
+def _local_pool(num_jobs: int) -> Executor:
+    return ProcessPoolExecutor(
         num_jobs,
         mp_context=multiprocessing.get_context("fork"),  # the parent computes nothing that a fork could break
         initializer=torch.set_num_threads,
         initargs=(1,),
     )
+
+
+def _dask_pool(executor: str) -> tuple[Executor, int]:
+    """Return an executor on the workers of the scheduler "dask:ADDRESS", and how many tasks to give it at a time.
+
+    Raises:
+      UserError: the name is another, Dask is not installed, or there is no scheduler, or none with a worker.
+    """
+    kind, _, address = executor.partition(":")
+    if kind != "dask" or not address:
+        raise UserError(f"--executor {executor}: choose local, or dask:ADDRESS with the address of a Dask scheduler")
     try:
-        waiting: deque[Future[Path]] = deque()
-        for task in tasks:
-            waiting.append(pool.submit(make_shard, *task))
-            if len(waiting) >= 3 * num_jobs:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        from distributed import Client
+    except ImportError as error:
+        raise UserError(f"--executor {executor} needs Dask: pip install 'splitformer[dask]'") from error
+    try:
+        client = Client(address, timeout=30)
+        client.wait_for_workers(1, timeout=60)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        raise UserError(f"--executor {executor}: no scheduler with a worker answers there ({error})") from error
+    # a shard whose worker is lost goes to another one
+    return client.get_executor(pure=False, retries=3), 3 * sum(client.nthreads().values())
+
+
+def _make_shard_from(working_dir: str, folder: Path, cuts: list[MonoCut], options: FbankOptions, strict: bool) -> Path:
+    """`make_shard` in a process that may have been started elsewhere: paths of manifests may be relative."""
+    os.chdir(working_dir)
+    torch.set_num_threads(1)
+    return make_shard(folder, cuts, options, strict)
 
 
 def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict: bool = False) -> Path:
@@ -182,10 +254,10 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
     """
     content = [options.extractor, options.num_mel_bins, is_module_available("lilcom"), *(c.to_dict() for c in cuts)]
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-    if (folder / "fingerprint").is_file() and (folder / "fingerprint").read_text() == fingerprint:
+    if _is_complete(folder, fingerprint):
         return folder
     use_soundfile()
-    with atomic_folder(folder, exclusive=True) as temporary:
+    with atomic_folder(folder) as temporary:
         loaded, waveforms, skipped = _load_audio(cuts, options, strict)
         extractor = make_extractor(options)
         with make_writer(temporary, options) as writer, manifest_writer(temporary / "cuts.jsonl") as write_cut:
@@ -203,6 +275,20 @@ def make_shard(folder: Path, cuts: list[MonoCut], options: FbankOptions, strict:
     return folder
 
 
+def _is_complete(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder was made with this fingerprint, and no file of features is gone."""
+    try:
+        if (folder / "fingerprint").read_text() != fingerprint:
+            return False
+        with open(folder / "cuts.jsonl", encoding="utf-8") as lines:
+            features = [json.loads(line)["features"] for line in lines]
+    except FileNotFoundError:
+        return False
+    packed = LilcomChunkyWriter.name
+    names = {Path(f["storage_path"]).name if f["storage_type"] == packed else f["storage_key"] for f in features}
+    return all((folder / name).is_file() for name in names)
+
+
 def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
     """Return the writer of a shard: Lhotse's lilcom archive (lossy, a third of the size), or plain numpy files.
 
@@ -217,9 +303,13 @@ def make_writer(folder: Path, options: FbankOptions) -> FeaturesWriter:
 def _load_audio(cuts: list[MonoCut], options: FbankOptions, strict: bool) -> tuple[list, list, dict[str, str]]:
     """Return the cuts with readable audio, their samples, and {cut id: reason} of the others."""
     loaded, waveforms, skipped = [], [], {}
-    for cut in cuts:
+    reads: list[Callable[[], np.ndarray]] = [functools.partial(load_samples, cut, options) for cut in cuts]
+    if on_gpu(options):  # one process: it reads with threads, so that the GPU waits less
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            reads = [pool.submit(read).result for read in reads]
+    for cut, read in zip(cuts, reads):
         try:
-            waveforms.append(load_samples(cut, options))
+            waveforms.append(read())
             loaded.append(cut)
         except ImportError:
             raise
@@ -236,7 +326,7 @@ def _load_audio(cuts: list[MonoCut], options: FbankOptions, strict: bool) -> tup
 
 def _remove_leftovers(storage_dir: Path, num_shards: int) -> None:
     """Remove the shards of an earlier, longer corpus, and temporary folders of killed jobs."""
+    remove_abandoned(storage_dir)
     for path in storage_dir.iterdir():
-        abandoned = path.name.startswith(".") and time.time() - path.stat().st_mtime > 60
-        if abandoned or (path.name.isdigit() and int(path.name) >= num_shards):
+        if path.name.isdigit() and int(path.name) >= num_shards:
             shutil.rmtree(path, ignore_errors=True)

@@ -42,7 +42,7 @@ def export_shar(cuts: str | Path, folder: str | Path, packing: Packing, shard_cu
         raise UserError(f"{cuts} has energies without a logarithm, lilcom is too coarse for: choose packing numpy")
     count = 0
     with (
-        atomic_folder(folder, exclusive=True) as temporary,
+        atomic_folder(folder) as temporary,
         JsonlShardWriter(f"{temporary}/cuts.%06d.jsonl.gz", shard_cuts) as manifest,
         ArrayTarWriter(f"{temporary}/features.%06d.tar", shard_cuts, packing) as archive,
     ):

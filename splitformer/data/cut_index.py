@@ -325,7 +325,7 @@ def index_cuts(
         with _locked(root, fingerprint):
             report = _stored_report(folder)  # another process may have made it meanwhile
             if report is None:
-                with atomic_folder(folder, exclusive=True) as temporary:
+                with atomic_folder(folder) as temporary:
                     report = _scan(cuts, keep, temporary, files, progress)
                 _remove_outdated(root)
     return CutIndex(folder), report

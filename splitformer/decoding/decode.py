@@ -40,25 +40,23 @@ def decode_sets(
     loaded: Loaded,
     methods: Sequence[Method],
     sets: Mapping[str, Path],
-    tune_set: str | None,
+    tune_set_of: Mapping[str, str],
     output_dir: Path,
     corpus: str,
     system: str,
     max_duration: float = 60.0,
+    notice: str = "",
 ) -> None:
     """Decode sets at every exit with every method; write the words, the errors and one DecodeRecord for each result.
 
     Args:
       sets: {name: path of the cuts}.
-      tune_set: the set on which options are chosen; it is decoded first. Without it, a method uses its only
-        variant, or its default.
+      tune_set_of: {set: the set on which its options are chosen}, see `tune_sets`; those are decoded first. For a set
+        without one, a method uses its only variant, or its default.
       corpus, system: as the records name them.
       max_duration: seconds of audio in a batch.
-    Raises:
-      UserError: tune_set is none of the sets.
+      notice: of the records; reports show it above every table.
     """
-    if tune_set and tune_set not in sets:
-        raise UserError(f"--tune-set {tune_set} is not among --cuts: {', '.join(sets)}")
     model, config, _, tokenizer = loaded
     device = next(model.parameters()).device
     costs = _costs(model, config.model.num_mel_bins)
@@ -73,11 +71,13 @@ def decode_sets(
         return decode_cuts(model, progress, some, options_of, tokenizer.decode, device)
 
     leader_of = {name: method_of[method.follows or name] for name, method in method_of.items()}
-    chosen = {
+    untuned = {
         (layer, name): leader_of[name].variants[0] if len(leader_of[name].variants) == 1 else method_of[name].default
         for layer, name in keys
     }
-    for test_set in sorted(sets, key=lambda name: name != tune_set):
+    choices: dict[str, dict[tuple[int, str], Options]] = {}
+    for test_set in sorted(sets, key=lambda name: name != tune_set_of.get(name)):
+        tune_set = tune_set_of.get(test_set, "")
         decoded: dict[Key, Decoded] = {}
         remaining = methods
         if test_set == tune_set:
@@ -85,8 +85,9 @@ def decode_sets(
             variants = {(layer, name): method_of[name].variants for layer, name in keys}
             decoded = decode(test_set, "choosing weights on", leaders, variants)
             best = best_options(decoded)
-            chosen = {(layer, name): best[layer, leader_of[name].name] for layer, name in keys}
+            choices[tune_set] = {(layer, name): best[layer, leader_of[name].name] for layer, name in keys}
             remaining = [method for method in methods if method.follows]
+        chosen = choices.get(tune_set, untuned)
         if remaining:
             decoded |= decode(test_set, "decoding", remaining, {key: [options] for key, options in chosen.items()})
         for layer, name in keys:
@@ -99,11 +100,32 @@ def decode_sets(
                 system=system,
                 test_set=test_set,
                 method=name,
+                notice=notice,
                 config=config.to_dict() | {"decoding": settings | ({"tuned_on": tune_set} if options else {})},
                 **_model_fields(loaded, layer, costs[method.head][layer]),
                 **_result_fields(result, scored),
             )
             _write(record, scored, output_dir)
+
+
+def tune_sets(values: Sequence[str], sets: Mapping[str, Path]) -> dict[str, str]:
+    """Return {set: the set on which its options are chosen}, which for a tune set is itself.
+
+    Args:
+      values: of --tune-set: NAME for all sets, and SET=NAME for single ones.
+    Raises:
+      UserError: a name is none of the sets, or there are several for one set.
+    """
+    everything = [value for value in values if "=" not in value]
+    pairs = [value.split("=", 1) for value in values if "=" in value]
+    named = dict(pairs)
+    if unknown := sorted({*everything, *(name for pair in pairs for name in pair)} - sets.keys()):
+        raise UserError(f"--tune-set {', '.join(unknown)} is not among --cuts: {', '.join(sets)}")
+    if len(everything) > 1 or len(named) < len(pairs):
+        raise UserError(f"--tune-set {' '.join(values)}: give one NAME for all sets, and SET=NAME once for other sets")
+    found = {name: named.get(name, everything[0] if everything else "") for name in sets}
+    found |= {name: name for name in (*everything, *named.values())}
+    return {name: tune_set for name, tune_set in found.items() if tune_set}
 
 
 def _model_fields(loaded: Loaded, layer: int, cost: ExitCost) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def decode_early(
     system: str | None = None,
     exit_layer: int | None = None,
     max_duration: float = 60.0,
+    notice: str = "",
 ) -> None:
     """Decode sets with a policy; write the words, the errors and one EarlyExitRecord for each set.
 
@@ -63,6 +64,7 @@ def decode_early(
       corpus, system: as the record names them; the default system is the exp_dir's name without -seedN.
       exit_layer: the model is loaded up to this exit.
       max_duration: seconds of audio in a batch.
+      notice: of the records; reports show it above every table.
     Raises:
       PolicyError: the policy was fitted for another model.
       UserError: the policy was fitted on utterances or speakers of a set (`check_unseen`).
@@ -111,6 +113,7 @@ def decode_early(
             command=command_line(ROOT),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             warning=warnings[name],
+            notice=notice,
         )
         stem = f"{name}-{fitted.title}"
         write_recogs(output_dir / f"recogs-{stem}.txt", scored)

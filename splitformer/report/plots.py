@@ -47,6 +47,8 @@ def plot_all(results: Results, published: Sequence[Published], folder: str | Pat
             figures[f"Dynamic exits of {system}"] = (f"early-exit-{system}.png", figure)
     for name, figure in figures.values():
         FigureCanvasAgg(figure)
+        if results.notices:
+            figure.suptitle("\n".join(results.notices), fontsize=8)
         figure.tight_layout()
         with atomic_write(Path(folder) / name, "wb") as file:  # without the version of matplotlib
             figure.savefig(file, format="png", dpi=80, metadata={"Software": None})

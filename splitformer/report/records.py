@@ -85,6 +85,8 @@ class SetRecord(Record):
     """command line that wrote the record"""
     date: str
     """ISO 8601"""
+    notice: str = ""
+    """what has to stand above every table with this result, such as what it cannot be compared with"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,9 @@ def render(results: Results, published: Sequence[Published], plots: Mapping[str,
         paragraphs += _system(results, system)
         paragraphs.append(images.get(f"Training of {system}", ""))
         paragraphs += policy_section(results, system, images.get(f"Dynamic exits of {system}", ""))
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
+    text = "\n\n".join(filter(None, paragraphs)) + "\n"
+    notice = " ".join(f"**{each}**" for each in results.notices)
+    return text.replace("\n\n| ", f"\n\n{notice}\n\n| ") if notice else text
 
 
 def _sets(results: Results) -> str:

@@ -46,6 +46,12 @@ class Results:
     def test_sets(self) -> list[str]:
         return sorted({record.test_set for record in self._records()} - set(self.dev_sets))
 
+    @property
+    def notices(self) -> list[str]:
+        """The distinct notices of all records: sentences that stand above every table."""
+        runs = [(*run.decode, *run.tradeoffs, *run.early_exits) for run in self.runs]
+        return list(dict.fromkeys(record.notice for records in runs for record in records if record.notice))
+
     def runs_of(self, system: str) -> list[Run]:
         return [run for run in self.runs if run.system == system]
 

@@ -39,7 +39,7 @@ average_epochs = 1
 CORPORA = {
     "tedlium": ["--vocab-size", "40"],
     "voxpopuli": ["--token-type", "char"],
-    "librispeech": ["--subset", "mini", "--vocab-size", "40", "--estimate-lm"],
+    "librispeech": ["--subset", "mini", "--vocab-size", "40", "--estimate-lm", "--allow-incomplete"],
 }
 
 
@@ -251,8 +251,8 @@ def test_init_from_says_what_is_wrong_before_any_work(repo_root: Path, tmp_path:
 WITH_A_RECIPE_OF_LHOTSE, WITHOUT = 60, 150
 LONGER = {
     "an4": WITHOUT,
-    # three subsets, nine archives with checksums, the authors' language models and confs of their own weights
-    "librispeech": 130,
+    # four subsets, nine archives with checksums, the authors' language models, and confs of their training and weights
+    "librispeech": 220,
 }
 
 
@@ -275,5 +275,17 @@ def test_published_figures_have_their_source(repo_root: Path) -> None:
         systems = load_published(repo_root / f"egs/{corpus}/published.toml")
         assert "2405.17376" in systems[0].source
         assert [systems[0].wer_per_exit[layer]["test"] for layer in (2, 4, 6, 8, 10, 12)] == figures
+    confs = repo_root / "egs/librispeech/conf"
+    card = load_published(repo_root / "egs/librispeech/published.toml")[2:]
+    assert [system.name for system in card] == ["wav2vec 2.0 with exits", "WavLM with exits"]
+    assert all("MaxLSB/Splitformer" in system.url for system in card)
+    assert [(by_set["test-clean"], by_set["test-other"]) for by_set in card[1].wer_per_exit.values()] == [
+        (28.0, 48.5), (13.9, 27.3), (8.7, 18.4), (4.8, 12.4), (4.0, 9.5), (3.6, 8.8)
+    ]  # fmt: skip
+    authors = load_config(confs / "published-training.toml")
+    assert authors.model == load_config(confs / "splitformer.toml").model
+    assert (authors.data.features, authors.augment.p, authors.training.num_epochs) == ("linear-mel", 0.0, 150)
+    for corpus in ("librispeech", "voxpopuli"):
+        assert load_config(repo_root / f"egs/{corpus}/conf/single-exit.toml").model.exit_layers == (12,)
     single = load_published(repo_root / "egs/tedlium/published.toml")[1]
     assert single.wer == {"test": 16.4} and "2309.09546" in single.source

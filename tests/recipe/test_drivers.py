@@ -144,10 +144,11 @@ def test_five_utterances_in_another_layout(driver, tmp_path: Path, shared: Path)
     arguments = ["--corpus", "librispeech", "--download-dir", shared / "data", "--work-dir", tmp_path]
     arguments += ["--train-splits", "test-clean", "--dev-splits", "dev-clean", "--test-splits", "dev-clean"]
     arguments += ["--vocab-size", 80, "--estimate-lm", "--num-jobs", 8, "--lm-prune", "1e-3"]
+    arguments += ["--allow-incomplete"]
     for _ in range(2):
         result = driver("prepare.sh", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
-    lang_dir = tmp_path / "data/lang_bpe_80_test-clean"
+    lang_dir = tmp_path / "data/lang_bpe_80_incomplete_test-clean"
     made = {"bpe.model", "tokens.txt", "words.txt", "L.pt", "L_disambig.pt", "HLG.pt", "LG.pt", "G.pt"}
     assert made <= set(os.listdir(lang_dir))
     [whole], [pruned] = ((tmp_path / "data").glob(f"lm*/3gram{name}.arpa") for name in ("", "-pruned-1e-3"))
@@ -218,10 +219,10 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
     for folder in feats.values():
         shutil.rmtree(folder)
     again = driver("prepare.sh", *arguments, "--shar", "numpy", "--stop-stage", "bpe")
-    assert again.returncode == 0 and "features of test are gone" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "features of test are missing" in again.stdout, again.stdout + again.stderr
     assert not feats["train"].exists() and list(feats["test"].iterdir())
     again = driver("prepare.sh", *arguments, "--shar", "numpy", "--stop-stage", "bpe")
-    assert "are gone" not in again.stdout
+    assert "are missing" not in again.stdout
 
     # run.sh hands them to training
     circumstances = ["--num-workers", 2, "--accum-grad", 2, "--precision", "fp32", "--timeout-minutes", 5]
@@ -245,6 +246,7 @@ def test_training_data_on_the_fly_and_in_shar_with_noise(driver, tmp_path: Path)
         (["--musan-dir", "nowhere"], "--musan-dir: there is no folder"),
         (["--shar", "zip"], "--shar is 'zip'; choose one of: numpy lilcom"),
         (["--precision", "fp8"], "--precision is 'fp8'; choose one of: auto bf16 fp16 fp32"),
+        (["--timeout-minutes", "long"], "--timeout-minutes is 'long'; it takes numbers such as 0.5"),
         (["--accum-grad", "0"], "--accum-grad is '0'; it takes an integer from 1 up"),
         (["--shar", "numpy", "--on-the-fly"], "choose one of them"),
     ],
@@ -255,6 +257,87 @@ def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, argume
     assert not (tmp_path / "work").exists()
 
 
+def test_a_gpu_without_kernels_stops_run_sh_before_the_first_stage(driver, tmp_path: Path) -> None:
+    """An H100 under torch 1.13.1+cu117 would fail in training, after hours of preparation."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        "torch.cuda.get_device_name = lambda index: 'NVIDIA H100 80GB HBM3'\n"
+        "torch.cuda.get_device_capability = lambda index: (9, 0)\n"
+        "torch.cuda.get_arch_list = lambda: ['sm_37', 'sm_80', 'sm_86']\n"
+    )
+    arguments = ["--work-dir", tmp_path / "work", "--limit-utterances", 4]
+    done = driver("run.sh", *arguments, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "stage 0" not in done.stdout and not (tmp_path / "work").exists(), done.stdout
+    assert "no kernels for GPU 0 NVIDIA H100" in done.stderr and "docs/training.md" in done.stderr
+    assert "--skip-checks" in done.stderr
+    # preparation does not compute on it
+    done = driver("prepare.sh", *arguments, "--stop-stage", "download", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "note: torch" in done.stdout, done.stderr
+
+
+def test_two_preparations_of_one_folder(repo_root: Path, tmp_path: Path) -> None:
+    """The second is refused, or finds everything made; the data are whole, and a further run does nothing."""
+    command = ["./prepare.sh", "--corpus", "mini", "--limit-utterances", "12", "--work-dir", tmp_path, "--num-jobs", 2]
+    command = list(map(str, command))
+    command += ["--stop-stage", "bpe"]
+    environment = {**os.environ, "SPLITFORMER_PYTHON": sys.executable}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    runs = [subprocess.Popen(command, cwd=repo_root, env=environment, text=True, **pipes) for _ in range(2)]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    statuses = [run.returncode for run in runs]
+    assert 0 in statuses and set(statuses) <= {0, 1}, outputs
+    for run, (_, error) in zip(runs, outputs):
+        if run.returncode:
+            [other] = [each for each in runs if each is not run]
+            assert f"is in use by prepare.sh, process {other.pid} on host" in error, error
+    assert len(list(read_cuts(tmp_path / "data/limit-12/fbank/train_cuts.jsonl.gz"))) == 12
+    again = subprocess.run(command, cwd=repo_root, env=environment, text=True, capture_output=True)
+    assert again.returncode == 0
+    assert all("exists already" in line or "stage" in line for line in again.stdout.splitlines()), again.stdout
+
+
+def test_features_that_were_removed_are_computed_again(driver, tmp_path: Path) -> None:
+    """All of them, or a file; by several processes with --shard, too; not if they were packed as Shar."""
+    arguments = ["--corpus", "mini", "--limit-utterances", 12, "--work-dir", tmp_path, "--num-jobs", 1]
+    fbank = tmp_path / "data/limit-12/fbank"
+    first = driver("prepare.sh", *arguments, "--stop-stage", "manifests")
+    assert first.returncode == 0, first.stderr
+    stage = ["--stage", "fbank", "--stop-stage", "fbank"]
+    for number in (1, 2):
+        share = driver("prepare.sh", *arguments, *stage, "--shard", f"{number}/2")
+        assert share.returncode == 0 and not list(fbank.glob("*_cuts.jsonl.gz")), share.stderr
+    assert driver("prepare.sh", *arguments, *stage).returncode == 0
+    made = snapshot(fbank)
+    again = driver("prepare.sh", *arguments, *stage)
+    assert again.returncode == 0 and snapshot(fbank) == made, again.stdout
+    features = [cut.load_features().tobytes() for cut in read_cuts(fbank / "train_cuts.jsonl.gz")]
+
+    def removed_and_made(path: Path) -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        done = driver("prepare.sh", *arguments, *stage)
+        assert done.returncode == 0 and "features of train are missing" in done.stdout, done.stdout + done.stderr
+        cuts = read_cuts(fbank / "train_cuts.jsonl.gz")
+        assert [cut.load_features().tobytes() for cut in cuts] == features
+
+    removed_and_made(fbank / "train_feats")
+    removed_and_made(fbank / "train_feats/00000/feats.lca")
+    assert driver("prepare.sh", *arguments, *stage, "--shar", "numpy").returncode == 0
+    shutil.rmtree(fbank / "train_feats")
+    packed = driver("prepare.sh", *arguments, *stage, "--shar", "numpy")
+    assert packed.returncode == 0 and not (fbank / "train_feats").exists(), packed.stdout
+    wrong = driver("prepare.sh", *arguments, "--shard", "1/2")
+    assert wrong.returncode == 2 and "--shard needs --stage fbank --stop-stage fbank" in wrong.stderr
+
+
+def test_a_disk_without_room_stops_preparation_before_the_first_stage(driver, tmp_path: Path) -> None:
+    arguments = ["--corpus", "tedlium", "--work-dir", tmp_path / "work", "--num-mel-bins", 10**7]
+    done = driver("prepare.sh", *arguments)
+    assert done.returncode == 1 and "stage 0" not in done.stdout and not (tmp_path / "work").exists(), done.stdout
+    assert "GB will be written below" in done.stderr and "--on-the-fly" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["prepare.sh", "run.sh"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -262,7 +345,7 @@ def test_choices_of_training_data_that_contradict(driver, tmp_path: Path, argume
         (["--corpus", "nonesuch"], "unknown corpus 'nonesuch'; there are: an4 librispeech mini"),
         (["--stage", "cook"], "unknown stage 'cook' for --stage; stages are: 0 download, 1 manifests"),
         (["--colour", "red"], "unknown option '--colour'. Did you mean --"),
-        (["--corpus", "librispeech", "--subset", "10"], "unknown subset '10'; egs/librispeech has: mini 100 960"),
+        (["--corpus", "librispeech", "--subset", "10"], "'10'; egs/librispeech has: resplit mini 100 960"),
         (["--corpus", "an4", "--subset", "10"], "egs/an4 has: no subsets"),
         (["--token-type", "word"], "--token-type is 'word'; choose one of: bpe char"),
         (["--num-jobs", "0"], "--num-jobs is '0'; it takes an integer from 1 up"),

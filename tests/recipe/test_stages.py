@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -84,6 +86,67 @@ def test_stages_by_number_and_by_name(bash) -> None:
     assert "comes after" in bash(script, "--stage", "2", "--stop-stage", "0").stderr
 
 
+LOCKED = """
+locked_folders=("$1")
+make() { touch "$1/started"; while [[ ! -e $1/end ]]; do sleep 0.02; done; touch "$1/made"; }
+make_artefact "$1/made" "options" make "$1"
+echo finished
+"""
+
+
+def start(repo_root: Path, script: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", "-c", PRELUDE + script, "driver.sh", str(folder)], cwd=repo_root, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def test_a_second_driver_is_refused_and_told_who_changes_the_folder(repo_root: Path, tmp_path: Path) -> None:
+    first = start(repo_root, LOCKED, tmp_path)
+    wait_for(tmp_path / "started")
+    second = start(repo_root, LOCKED, tmp_path)
+    output, error = second.communicate(timeout=20)
+    assert second.returncode == 1 and not output, output
+    assert f"{tmp_path} is in use by driver.sh, process {first.pid} on host {socket.gethostname()}, since 20" in error
+    (tmp_path / "end").touch()
+    assert "finished" in first.communicate(timeout=20)[0]
+    # what is made already needs no lock
+    third = start(repo_root, LOCKED, tmp_path)
+    assert "exists already" in third.communicate(timeout=20)[0]
+
+
+def test_a_killed_driver_leaves_no_lock(repo_root: Path, tmp_path: Path) -> None:
+    first = start(repo_root, LOCKED, tmp_path)
+    wait_for(tmp_path / "started")
+    first.kill()
+    first.communicate()
+    (tmp_path / "end").touch()
+    deadline = time.monotonic() + 20
+    while "finished" not in start(repo_root, LOCKED, tmp_path).communicate(timeout=20)[0]:  # its last `sleep` ends
+        assert time.monotonic() < deadline
+
+
+def test_a_folder_that_is_read_cannot_be_changed_and_may_be_read_by_others(repo_root: Path, tmp_path: Path) -> None:
+    read = 'lock_folder shared "$1"; touch "$1/$2.reads"; while [[ ! -e $1/end ]]; do sleep 0.02; done'
+    readers = [start(repo_root, read.replace("$2", name), tmp_path) for name in ("one", "two")]
+    for name in ("one", "two"):
+        wait_for(tmp_path / f"{name}.reads")
+    writer = start(repo_root, LOCKED, tmp_path)
+    _, error = writer.communicate(timeout=20)
+    assert writer.returncode == 1 and "is in use by runs that read it" in error
+    assert all(f" {reader.pid}" in error for reader in readers)
+    (tmp_path / "end").touch()
+    assert [reader.wait(20) for reader in readers] == [0, 0]
+    assert "finished" in start(repo_root, LOCKED, tmp_path).communicate(timeout=20)[0]
+
+
 def test_a_missing_input_stops_the_run(bash, tmp_path: Path) -> None:
     for call in ("checksum", "fingerprint_of"):
         for name, stage in (("HLG.pt", "graphs"), ("test_cuts.jsonl.gz", "fbank"), ("averaged.pt", "average")):
@@ -124,29 +187,41 @@ def test_command_line_overrides_corpus(bash) -> None:
     assert result.stdout == "mine false\n"
 
 
-@pytest.mark.parametrize(("signal_name", "status"), [("TERM", 143), ("INT", 130), ("HUP", 143)])
+SAVES = """
+save() { sleep 0.5; touch "$1/saved"; exit 143; }
+work() { trap 'save "$1"' TERM; sleep 60 & touch "$1/started"; wait; }
+export -f save work
+supervise bash -c 'work "$1"' work "$1"
+echo after
+"""
+
+
+@pytest.mark.parametrize("stdin", ["open", "closed"])
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130), ("HUP", 143), ("USR1", 138)])
 def test_a_signal_to_the_driver_reaches_what_it_runs_and_waits_for_it(
-    repo_root: Path, tmp_path: Path, signal_name: str, status: int
+    repo_root: Path, tmp_path: Path, name: str, status: int, stdin: str
 ) -> None:
     """The command saves its state when it is asked to stop; a child of its own ends with it."""
-    script = f"""
-    save() {{ sleep 0.5; touch "{tmp_path}/saved"; exit 143; }}
-    work() {{ trap save TERM; sleep 60 & touch "{tmp_path}/started"; wait; }}
-    export -f save work
-    supervise bash -c work
-    echo after
-    """
-    driver = subprocess.Popen(
-        ["bash", "-c", PRELUDE + script, "driver.sh"], cwd=repo_root, text=True, stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    driver.send_signal(getattr(signal, f"SIG{signal_name}"))
+    driver = start(repo_root, ("exec <&-\n" if stdin == "closed" else "") + SAVES, tmp_path)
+    wait_for(tmp_path / "started")
+    driver.send_signal(getattr(signal, f"SIG{name}"))
     output, _ = driver.communicate(timeout=20)
     assert driver.returncode == status and (tmp_path / "saved").exists()
     assert "the same command resumes" in output and "after" not in output
+
+
+@pytest.mark.parametrize("script", [SAVES, 'touch "$1/started" "$1/saved"; sleep 1; echo after'])
+def test_a_signal_reaches_a_driver_that_is_process_1(repo_root: Path, tmp_path: Path, script: str) -> None:
+    """A container's process 1 ignores signals without a handler: inside a command of a stage, and between two."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", PRELUDE + script, "driver.sh", str(tmp_path)]
+    if subprocess.run([*command[:4], "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let us make a PID namespace")
+    container = subprocess.Popen(command, cwd=repo_root, text=True, stdout=subprocess.PIPE)
+    wait_for(tmp_path / "started")
+    [driver] = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+    os.kill(int(driver), signal.SIGTERM)
+    output, _ = container.communicate(timeout=20)
+    assert container.returncode == 143 and (tmp_path / "saved").exists() and "after" not in output
 
 
 def test_a_command_of_a_stage_fails_as_it_would_alone(bash) -> None:

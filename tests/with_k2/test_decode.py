@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from splitformer.config import Config, tomllib
 from splitformer.corpora.lexicon import prepare_lang
 from splitformer.corpora.ngram import estimate_arpa
 from splitformer.data.tokenizer import Tokenizer
-from splitformer.decoding.decode import Decoded, best_options
+from splitformer.decoding.decode import Decoded, best_options, tune_sets
 from splitformer.decoding.graphs import compile_g, compile_hlg, compile_lg, save_graph
 from splitformer.decoding.methods import METHODS
+from splitformer.errors import UserError
 from splitformer.report.records import DecodeRecord
 from splitformer.training.distributed import Ranks
 from splitformer.training.loop import Trainer
@@ -139,6 +141,37 @@ def test_without_a_tune_set_one_value_is_used_as_given(decode):
         assert status == 0, errors
         used = by_key["test", 1, "1best"].config["decoding"]
         assert (used["hlg_scale"], used["blank_penalty"]) == (scale, penalty)
+
+
+def test_each_set_may_have_a_tune_set_of_its_own(decode):
+    weights = ("--methods", "1best", "--hlg-scales", "0.1", "1.0", "--blank-penalties", "0", "2")
+    tuned_on = {}
+    for values in (("dev",), ("test=dev",), ("dev", "test=test")):
+        status, errors, by_key = decode("--tune-set", *values, *weights)
+        assert status == 0, errors
+        tuned_on[values] = {name: by_key[name, 2, "1best"].config["decoding"]["tuned_on"] for name in ("dev", "test")}
+        chosen = {name: by_key[name, 2, "1best"].config["decoding"] for name in ("dev", "test")}
+        if values[-1] != "test=test":
+            assert chosen["test"] == chosen["dev"]
+    assert tuned_on["dev",] == tuned_on["test=dev",] == {"dev": "dev", "test": "dev"}
+    assert tuned_on["dev", "test=test"] == {"dev": "dev", "test": "test"}
+
+
+def test_tune_sets():
+    sets = dict.fromkeys(("dev-clean", "dev-other", "test-clean", "test-other", "more"), Path())
+    assert tune_sets(("dev-clean", "test-other=dev-other"), sets) == {
+        "dev-clean": "dev-clean", "dev-other": "dev-other", "test-clean": "dev-clean", "test-other": "dev-other",
+        "more": "dev-clean",
+    }  # fmt: skip
+    assert tune_sets(("more=dev-clean",), sets) == {"dev-clean": "dev-clean", "more": "dev-clean"}
+    assert tune_sets((), sets) == {}
+    for values, message in (
+        (("more=held-out",), "held-out is not among --cuts"),
+        (("dev-clean", "dev-other"), "give one NAME for all sets"),
+        (("more=dev-clean", "more=dev-other"), "SET=NAME once"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tune_sets(values, sets)
 
 
 def test_mistakes_are_named(decode, trained, tmp_path):

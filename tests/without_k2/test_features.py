@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -24,7 +25,7 @@ from splitformer.data.manifests import ManifestError, read_cuts, read_pairs
 
 RATE = 16000
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def make_split(folder: Path, seconds: list[float], rate: int = RATE) -> tuple[Path, Path]:
@@ -178,6 +179,128 @@ def test_linear_mel_without_torchaudio_names_the_remedy(monkeypatch: pytest.Monk
         FbankOptions("linear-mel")
 
 
+def test_ids_that_are_paths_stay_in_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lilcom, features are files that are named after their cuts."""
+    monkeypatch.setattr("splitformer.corpora.fbank.is_module_available", lambda name: False)
+    files = make_split(tmp_path / "in", [0.3] * 4)
+    pairs = list(read_pairs(*files))
+    ids = ["../../evil", "chapter/1", "..", "plain"]
+    for (_, [segment]), name in zip(pairs, ids):
+        segment.id = name
+    write_split(pairs, *files)
+    fbank(files, tmp_path / "out")
+    shapes = [(cut.id, cut.load_features().shape) for cut in stored(tmp_path / "out")]
+    assert shapes == [(name, (30, 80)) for name in ids]
+    features = list(tmp_path.rglob("*.npy"))
+    assert len(features) == 4 and all((tmp_path / "out/feats/00000") in path.parents for path in features)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_features_that_are_gone_are_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    monkeypatch.setattr("splitformer.corpora.fbank.is_module_available", lambda name: packed)
+    files = make_split(tmp_path, [0.1] * (SHARD_CUTS + 3))
+    fbank(files, tmp_path)
+    before = [cut.load_features().tobytes() for cut in stored(tmp_path)]
+    kept = os.stat(tmp_path / "feats/00000").st_ino
+    next(path for path in (tmp_path / "feats/00001").rglob("*") if path.suffix in (".lca", ".npy")).unlink()
+    fbank(files, tmp_path)
+    assert [cut.load_features().tobytes() for cut in stored(tmp_path)] == before
+    assert os.stat(tmp_path / "feats/00000").st_ino == kept
+
+
+def test_one_process_computes_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each further process would have a CUDA context of its own; audio is read by threads."""
+    monkeypatch.setattr("splitformer.corpora.fbank.on_gpu", lambda options: True)
+    monkeypatch.setattr("splitformer.corpora.fbank.ProcessPoolExecutor", None)
+    files = make_split(tmp_path, [0.1] * (SHARD_CUTS + 3))
+    assert fbank(files, tmp_path, num_jobs=8).num_cuts == SHARD_CUTS + 3
+
+
+def same_features(one: Path, other: Path) -> bool:
+    """Whether two storages have the same cuts and the same bytes."""
+    cuts = [[(cut.id, cut.load_features().tobytes()) for cut in stored(folder)] for folder in (one, other)]
+    files = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "feats").rglob("feats.lca")}
+        for folder in (one, other)
+    ]
+    return cuts[0] == cuts[1] and files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_shares_of_several_processes_are_the_shards_of_one(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * (4 * SHARD_CUTS + 5))
+    fbank(files, tmp_path / "alone")
+    out = tmp_path / "shares"
+    commands = [[*script(files, out, num_jobs=1), "--shard", f"{number}/3"] for number in (1, 2, 3)]
+    first = subprocess.run(commands[0], env=ENVIRONMENT, text=True, capture_output=True)
+    assert first.returncode == 0 and "share 1/3, 2 shards" in first.stdout, first.stderr
+    assert sorted(path.name for path in (out / "feats").iterdir()) == ["00000", "00003"]
+    for process in [subprocess.Popen(command, env=ENVIRONMENT) for command in commands[1:]]:
+        assert process.wait() == 0
+    assert not (out / "cuts.jsonl.gz").exists()
+    made = {path.name: os.stat(path).st_ino for path in (out / "feats").iterdir()}
+    assert len(made) == 5
+    fbank(files, out)
+    assert {path.name: os.stat(path).st_ino for path in (out / "feats").iterdir()} == made
+    assert same_features(tmp_path / "alone", out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shard", "0/3"], "--shard 0/3: expected I/N with I from 1 to N"),
+        (["--shard", "4/3"], "--shard 4/3: expected I/N"),
+        (["--executor", "spark"], "--executor spark: choose local, or dask:ADDRESS"),
+        (["--executor", "dask:127.0.0.1:1", "--shard", "1/2"], "give one"),
+    ],
+)
+def test_bad_executors_and_shares(tmp_path: Path, flags: list[str], message: str) -> None:
+    files = make_split(tmp_path, [0.1])
+    done = subprocess.run([*script(files, tmp_path, 1), *flags], env=ENVIRONMENT, text=True, capture_output=True)
+    assert done.returncode == 1 and message in done.stderr
+
+
+@pytest.mark.slow
+def test_workers_of_a_dask_scheduler_compute_the_shards_of_one_process(tmp_path: Path) -> None:
+    """Two workers in processes of their own, of which one is killed at work."""
+    pytest.importorskip("distributed")
+    files = make_split(tmp_path, [0.2] * (8 * SHARD_CUTS + 5))
+    fbank(files, tmp_path / "alone", num_jobs=2)
+    address = tmp_path / "scheduler.json"
+    log = open(tmp_path / "dask.log", "w")  # noqa: SIM115
+    dask = {"env": {**ENVIRONMENT, "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}, "stdout": log, "stderr": log}
+    scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    worker += ["--scheduler-file", str(address), "--local-directory", str(tmp_path)]
+    processes = [subprocess.Popen([*scheduler, "--no-dashboard", "--scheduler-file", str(address)], **dask)]
+    try:
+        processes += [subprocess.Popen(worker, **dask) for _ in range(2)]
+        wait_until(address.is_file)
+        where = json.loads(address.read_text())["address"]
+        out = tmp_path / "dask"
+        command = [*script(files, out, num_jobs=1), "--executor", f"dask:{where}"]
+        client = subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE)
+        wait_until(lambda: len(list((out / "feats").glob("0*"))) >= 2)
+        processes[1].kill()
+        assert client.wait(120) == 0, client.stderr.read() + (tmp_path / "dask.log").read_text()
+        client.stderr.close()
+        assert same_features(tmp_path / "alone", out)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        log.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def run_script(
     files: tuple[Path, Path], out: Path, limit: Callable[[], None] | None = None, num_jobs: int = 2
 ) -> subprocess.CompletedProcess[str]:
@@ -229,6 +352,19 @@ def test_a_run_killed_twice_ends_with_the_same_features(tmp_path: Path) -> None:
         for folder in (tmp_path / "whole", out)
     ]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.slow
+def test_processes_that_compute_the_same_features_do_not_destroy_each_other(tmp_path: Path) -> None:
+    files = make_split(tmp_path, [0.1] * (3 * SHARD_CUTS + 7))
+    processes = [start_script(files, tmp_path / "out", num_jobs=2) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, errors
+    fbank(files, tmp_path / "alone")
+    one, other = (list(stored(tmp_path / name)) for name in ("alone", "out"))
+    for a, b in zip(one, other, strict=True):
+        assert a.id == b.id and a.load_features().tobytes() == b.load_features().tobytes()
+    assert not list((tmp_path / "out/feats").glob(".*"))
 
 
 def check_leftovers(out: Path, failed: subprocess.CompletedProcess[str]) -> None:

@@ -79,7 +79,7 @@ TIERS = {
     ),
     "corpora": Tier(
         ("splitformer.corpora.*",),
-        frozenset({*CUTS, "k2", "google"}),  # google.protobuf reads sentencepiece's files
+        frozenset({*CUTS, "k2", "google", "distributed"}),  # google.protobuf reads sentencepiece's files
         (*DATA, *modules("decoding", "lang", "graphs"), "splitformer.speech.audio", "splitformer.corpora.*"),
     ),
     "export without packages": Tier(EXPORT, frozenset({"torch"}), (*SEARCHES, *EXPORT)),

@@ -350,7 +350,7 @@ def synthesise(
       SpecError: see `plan`; or an utterance could not be spoken or written, for a reason that was printed.
     """
     utterances = plan(spec, seed, limit)
-    with atomic_folder(output_dir, exclusive=True) as root:
+    with atomic_folder(output_dir) as root:
         for utterance in utterances:
             folder = root / utterance.folder
             folder.mkdir(parents=True, exist_ok=True)
