@@ -37,7 +37,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 # another checkout (--against) has these, too; everything else is imported where it is used
 from splitformer.config import Config, ModelConfig, OptimConfig, load_config
@@ -94,6 +93,8 @@ def run(options: Options) -> None:
     if options.operations:
         print("\n".join(operations(options)))
         return
+    from tqdm import tqdm
+
     variants = chosen(options)
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(each, options)) for each in variants]
@@ -371,7 +372,7 @@ def random_batches(options: Options, model: ModelConfig) -> Iterator[Batch]:
 
 def cut_batches(options: Options, config: Config) -> Iterator[Any]:
     """Yield the configuration with the number of tokens of the lang_dir, and then the batches of training."""
-    from splitformer.data.batches import TENSORS
+    from splitformer.data.batch import TENSORS
     from splitformer.data.tokenizer import Tokenizer
     from splitformer.data.training import DataOptions, TrainingData
 

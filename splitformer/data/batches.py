@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,43 +15,13 @@ from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from splitformer.data.batch import Batch
 from splitformer.data.cut_features import AllFrames
 from splitformer.data.manifests import read_cuts
 from splitformer.data.shar import SharCuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.errors import UserError
 from splitformer.model.subsampling import MIN_FRAMES
-
-TENSORS = ("x", "x_lens", "y", "y_lens")
-
-
-class Batch(NamedTuple):
-    """Padded features and labels of some utterances."""
-
-    x: Tensor
-    """(N, T, C) features"""
-    x_lens: Tensor
-    """(N,) number of frames"""
-    y: Tensor
-    """(N, S) labels, padded with 0"""
-    y_lens: Tensor
-    """(N,) number of labels"""
-    texts: list[str]
-    """transcripts; training batches have none, because the index keeps labels alone"""
-    cut_ids: list[str]
-    durations: list[float]
-    """seconds of audio of each utterance, without padding"""
-    errors: dict[str, str]
-    """{cut id: reason} of cuts and noise that were left out because they cannot be read"""
-
-    @property
-    def seconds(self) -> float:
-        """Total duration."""
-        return math.fsum(self.durations)
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch with its tensors on `device`."""
-        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
 
 def load_cuts(paths: Iterable[str | Path]) -> CutSet:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.batch import Batch
+from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.hypothesis import words_of
 from splitformer.decoding.loading import Loaded

@@ -11,7 +11,8 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from tqdm import tqdm
 
-from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.batch import Batch
+from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.decoding.decode import timed
 from splitformer.decoding.hypothesis import words_of
 from splitformer.decoding.loading import Loaded, speakers_of

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from splitformer.checkpoint import checkpoint_id
-from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.batch import Batch
+from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.decoding.decode import system_name, timed
 from splitformer.decoding.hypothesis import words_of
 from splitformer.decoding.loading import check_features, load_for_decoding, speakers_of

@@ -11,7 +11,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from splitformer.data.batches import Batch
+from splitformer.data.batch import Batch
 from splitformer.data.tokenizer import Tokenizer
 from splitformer.decoding.greedy import ctc_greedy_search, transducer_greedy_search
 from splitformer.decoding.hypothesis import Hypothesis

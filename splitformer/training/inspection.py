@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitformer.data.batches import Batch
+from splitformer.data.batch import Batch
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
 from splitformer.model.conformer import trial, valid_frames

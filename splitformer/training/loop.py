@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from splitformer.checkpoint import load_checkpoint
 from splitformer.config import Config, ConfigError
-from splitformer.data.batches import Batch, evaluation_batches, load_cuts
+from splitformer.data.batch import Batch
+from splitformer.data.batches import evaluation_batches, load_cuts
 from splitformer.data.cut_index import DataError
 from splitformer.data.features import check_features
 from splitformer.data.plan import EpochPlan, filled

@@ -14,18 +14,20 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from splitformer.data.plan import EpochPlan, filled, plan_epoch
-from splitformer.data.training import TrainingData
 from splitformer.errors import UserError
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.conformer import trial
 from splitformer.training.distributed import Ranks
 from splitformer.training.precision import Precision
+
+if TYPE_CHECKING:
+    from splitformer.data.training import TrainingData
 
 FRAMES_PER_SECOND = 100
 TRIALS = 6

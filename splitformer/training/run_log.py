@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from splitformer.checkpoint import save_checkpoint
-from splitformer.data.batches import TENSORS, Batch
+from splitformer.data.batch import TENSORS, Batch
 from splitformer.model.subsampling import FRAME_SHIFT
 from splitformer.report.records import EpochRecord, append_epoch
 from splitformer.training.evaluate import DevResult

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from splitformer.data.batches import Batch
+from splitformer.data.batch import Batch
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.subsampling import MIN_FRAMES
 from splitformer.training.distributed import Ranks

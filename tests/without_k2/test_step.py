@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitformer.checkpoint import load_checkpoint
 from splitformer.config import LossConfig, OptimConfig
-from splitformer.data.batches import Batch
+from splitformer.data.batch import Batch
 from splitformer.data.cut_index import DataError
 from splitformer.losses.multi_exit import MultiExitLoss
 from splitformer.model.asr import AsrModel
