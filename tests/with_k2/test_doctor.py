@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitformer.bin.doctor import REQUIRED, STAGES
+from splitformer.doctor import REQUIRED, STAGES
 
 
 def doctor(repo_root: Path, *first: Path) -> subprocess.CompletedProcess[str]:

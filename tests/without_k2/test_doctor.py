@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitformer.bin.doctor import (
+from splitformer.doctor import (
     Options,
     built_for_torch,
     check_disk,
