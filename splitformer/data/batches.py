@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ def evaluation_batches(
     max_cuts: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield all cuts in their order, without augmentation; each of several ranks takes every `world_size`-th batch.
 
     A batch has up to `max_duration` seconds of audio, padding included, and up to `max_cuts` cuts.

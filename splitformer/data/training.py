@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,7 +168,9 @@ class TrainingData:
         max_duration = self.config.data.max_duration
         return plan_epoch(self.index.durations, max_duration, self.num_buckets, self.seed, epoch)
 
-    def batches(self, plan: EpochPlan, epoch: int, first: int, micro_batches: int, mine: range) -> Iterator[Batch]:
+    def batches(
+        self, plan: EpochPlan, epoch: int, first: int, micro_batches: int, mine: range
+    ) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches of the global batches of `plan`, the plan of `epoch`.
 
         Args:

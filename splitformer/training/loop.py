@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -127,8 +127,9 @@ class Trainer:
         """Return statistics of every layer and exit for the next batch; see `splitformer.training.inspection`."""
         epoch = self.progress.epoch + 1
         plan = self.data.plan(epoch)
-        batches = self.data.batches(plan, epoch, self.progress.batch, self.micro_batches, self.mine)
-        return inspect(self.loss, next(batches), self.precision, self.progress.step + 1)
+        with closing(self.data.batches(plan, epoch, self.progress.batch, self.micro_batches, self.mine)) as batches:
+            batch = next(batches)
+        return inspect(self.loss, batch, self.precision, self.progress.step + 1)
 
     # ---- setting up
 
@@ -249,7 +250,8 @@ class Trainer:
         progress, totals = self.progress, EpochTotals.from_dict(self.progress.totals)
         plan = self.data.plan(epoch)
         name = f"epoch {epoch}/{self.config.training.num_epochs}"
-        with tqdm(
+        # closed, because its loading processes ignore the signal by which Python would end them at exit
+        with closing(self._steps(epoch, plan)) as steps, tqdm(
             total=len(plan),
             initial=progress.batch,
             desc=name,
@@ -257,7 +259,7 @@ class Trainer:
             disable=None if self.ranks.is_main else True,
             leave=False,
         ) as bar:
-            for step in self._steps(epoch, plan):
+            for step in steps:
                 totals.add(step, self.config.optim.clip_grad_norm)
                 progress.batch += 1
                 progress.step += 1
@@ -284,40 +286,40 @@ class Trainer:
                     self._save_step()
         return totals
 
-    def _steps(self, epoch: int, plan: EpochPlan) -> Iterator[StepResult]:
+    def _steps(self, epoch: int, plan: EpochPlan) -> Generator[StepResult, None, None]:
         """Train on the remaining batches of `plan`, and yield the result of each.
 
         If the device decides which steps count, the gradients of the next step are launched before a result is read,
         unless the state after the step is needed.
         """
-        batches = self.data.batches(plan, epoch, self.progress.batch, self.micro_batches, self.mine)
         waiting: Step | None = None
         waited = 0.0
         started = time.perf_counter()
-        for batch in range(self.progress.batch, len(plan)):
-            asked = time.perf_counter()
-            micro_batches = self._load(batches, epoch, batch)
-            waited += time.perf_counter() - asked
-            number = self.progress.step + (1 if waiting is None else 2)
-            step = self._gradients(epoch, plan, batch, number, micro_batches)
-            if waiting is not None:
-                numbers = self.stepper.read(waiting)
-                exact = step is None or numbers.stops > 0 or numbers.without_data > 0
-                if exact:
-                    self.stepper.undo()
-                yield self._result(waiting, numbers, exact, time.perf_counter() - started, waited)
-                waiting, waited, started = None, 0.0, time.perf_counter()
-            if step is None:
-                self._end_without_memory()
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(number)
-            self.stepper.update(step)
-            needed = self.average.due(number) or self._save_is_due() or batch + 1 == len(plan)
-            if self.stepper.deferred and not needed:
-                waiting = step
-                continue
-            yield self._result(step, self.stepper.read(step), True, time.perf_counter() - started, waited)
-            waited, started = 0.0, time.perf_counter()
+        with closing(self.data.batches(plan, epoch, self.progress.batch, self.micro_batches, self.mine)) as batches:
+            for batch in range(self.progress.batch, len(plan)):
+                asked = time.perf_counter()
+                micro_batches = self._load(batches, epoch, batch)
+                waited += time.perf_counter() - asked
+                number = self.progress.step + (1 if waiting is None else 2)
+                step = self._gradients(epoch, plan, batch, number, micro_batches)
+                if waiting is not None:
+                    numbers = self.stepper.read(waiting)
+                    exact = step is None or numbers.stops > 0 or numbers.without_data > 0
+                    if exact:
+                        self.stepper.undo()
+                    yield self._result(waiting, numbers, exact, time.perf_counter() - started, waited)
+                    waiting, waited, started = None, 0.0, time.perf_counter()
+                if step is None:
+                    self._end_without_memory()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self._learning_rate(number)
+                self.stepper.update(step)
+                needed = self.average.due(number) or self._save_is_due() or batch + 1 == len(plan)
+                if self.stepper.deferred and not needed:
+                    waiting = step
+                    continue
+                yield self._result(step, self.stepper.read(step), True, time.perf_counter() - started, waited)
+                waited, started = 0.0, time.perf_counter()
 
     def _load(self, batches: Iterator[Batch], epoch: int, batch: int) -> list[Batch]:
         """Return this rank's micro-batches of a step.
@@ -407,7 +409,8 @@ class Trainer:
         # after a signal a rank skips its remaining batches, because the result is not used
         remaining = itertools.takewhile(lambda batch: not self.stop, self._watched(batches))
         try:
-            dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads, self.precision.autocast)
+            with closing(batches):
+                dev = evaluate(self.loss, remaining, self.tokenizer, self.ranks, heads, self.precision.autocast)
         except (Exception, SystemExit):  # on all ranks, whichever has the error
             self._save_together()
             raise
