@@ -13,6 +13,8 @@ from types import FrameType
 
 GRACE_SECONDS = 30.0
 """Time for the other ranks to end after one has failed; the main rank may be saving."""
+HUNG = 70
+"""Exit status of a rank that waited too long for another one. That one hangs, and gets no time to end."""
 
 
 def launch(num_processes: int) -> int:
@@ -60,7 +62,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
         statuses = [process.poll() for process in processes]
         if failed is None:
             failed = next(((rank, status) for rank, status in enumerate(statuses) if status), None)
-            deadline = time.monotonic() + GRACE_SECONDS if failed else math.inf
+            if failed is not None:
+                deadline = time.monotonic() + (1.0 if failed[1] == HUNG else GRACE_SECONDS)
         if None not in statuses:
             return failed or (0, 0)
         if time.monotonic() > deadline:

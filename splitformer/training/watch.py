@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from splitformer.files import atomic_write
+from splitformer.training.launch import HUNG
 from splitformer.training.saving import TO_RESUME
 
 ALONE = ("loading", "validating", "saving")
 """Non-collective activities: others may wait for a rank in one of them, but it waits for none."""
-HUNG = 70
-"""Exit status of a rank that stops waiting."""
 
 
 @dataclass
