@@ -155,7 +155,7 @@ class OptimConfig:
     """noam: factor of d_model^-0.5 (Vaswani et al. 2017, equation 3); cosine: the peak"""
     warmup_steps: int = 4400
     """noam: steps of warm-up: one epoch of 960 hours in batches of 64. (The authors' code divides each batch into four
-    steps, see egs/librispeech/conf/published-training.toml.)"""
+    steps.)"""
     warmup_fraction: float = 0.08
     """cosine: share of all steps in which the rate rises linearly"""
     beta1: float = 0.9

@@ -125,13 +125,13 @@ class TrainingFilter:
         text = (cut.supervisions[0].text or "").strip()
         if not text:
             return "empty transcript", ()
-        segment = cut.supervisions[0]
-        if segment.start < -TOLERANCE or segment.end > cut.duration + TOLERANCE:
-            return "transcript of more than the cut", ()
         if cut.duration < self.limits.min_utterance_seconds:
             return f"shorter than data.min_utterance_seconds = {self.limits.min_utterance_seconds}", ()
         if cut.duration > self.limits.max_utterance_seconds:
             return f"longer than data.max_utterance_seconds = {self.limits.max_utterance_seconds}", ()
+        segment = cut.supervisions[0]
+        if segment.start < -TOLERANCE or segment.end > cut.duration + TOLERANCE:
+            return "transcript of more than the cut", ()
         if unknown := self.tokenizer.unknown_characters(text):
             return f"transcript has characters that the tokens lack: {' '.join(sorted(unknown))}", ()
         labels = self.tokenizer.encode(text)

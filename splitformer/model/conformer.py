@@ -131,14 +131,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     num_batches_tracked: Tensor
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalise x (N, T, D); mask (N, T, 1), float32, is 1 on valid frames and 0 on padded ones.
-
-        The result has the type of x. Statistics and the normalisation itself are computed in float32.
-        """
+        """Normalise x (N, T, D); mask (N, T, 1) is 1 on valid frames and 0 on padded ones."""
         if self.training:
             total = sum_over_ranks if self.over_ranks else nn.Identity()
-            valid = (x * mask.to(x.dtype)).sum(dim=(0, 1), dtype=mask.dtype)
-            sums = total(torch.cat([valid, mask.sum().view(1)]))
+            sums = total(torch.cat([(x * mask).sum(dim=(0, 1)), mask.sum().view(1)]))
             mean, count = sums[:-1] / sums[-1], sums[-1].detach()
             var = total(((x - mean).square() * mask).sum(dim=(0, 1))) / count
             with torch.no_grad():
@@ -149,7 +145,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         else:
             mean, var = self.running_mean, self.running_var
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return (x * scale + (self.bias - mean * scale)).to(x.dtype)
+        return x * scale + (self.bias - mean * scale)
 
 
 class ConvolutionModule(nn.Module):
@@ -166,8 +162,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map x (N, T, D) to the same shape; mask (N, T, 1) as in `MaskedBatchNorm`."""
-        x = nn.functional.glu(self.pointwise1(self.norm(x)), dim=-1)
-        x = x * mask.to(x.dtype)  # a product with float32 would stay float32 under autocast
+        x = nn.functional.glu(self.pointwise1(self.norm(x)), dim=-1) * mask
         x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
         x = nn.functional.silu(self.batch_norm(x, mask))
         return self.dropout(self.pointwise2(x))

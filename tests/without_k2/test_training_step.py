@@ -189,27 +189,6 @@ def test_dropout_by_bytes_drops_its_share_and_keeps_the_mean():
     assert torch.equal(first, layer(x))
 
 
-def test_under_autocast_the_convolution_module_is_float32_in_its_statistics_alone():
-    torch.manual_seed(8)
-    module = conformer.ConvolutionModule(24, 7, dropout=0.0).train()
-    reference = conformer.ConvolutionModule(24, 7, dropout=0.0).train()
-    reference.load_state_dict(module.state_dict())
-    x = torch.randn(3, 400, 24)
-    _, mask = conformer.frame_masks(torch.tensor([400, 311, 97]), x)
-    types = {}
-    for name, each in module.named_children():
-        each.register_forward_hook(lambda _, inputs, out, name=name: types.update({name: (inputs[0].dtype, out.dtype)}))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        module(x, mask)
-    reference(x, mask)
-    bf16 = torch.bfloat16
-    assert types["depthwise"] == types["batch_norm"] == (bf16, bf16) and types["pointwise2"][0] == bf16
-    for name in ("running_mean", "running_var"):
-        found, expected = (getattr(each.batch_norm, name) for each in (module, reference))
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
-
-
 @pytest.mark.parametrize(("capability", "name"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")])
 def test_the_gpus_compute_capability_decides_the_precision(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
