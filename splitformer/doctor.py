@@ -41,7 +41,7 @@ REQUIRED: dict[str, tuple[str, tuple[str, ...]]] = {
     "rapidfuzz": ("edit distances", ("train", *SEARCHING)),
     "k2": ("lexicons, decoding graphs and searches, training a transducer", ("lang", "graphs", "train", *SEARCHING)),
     "kaldilm": ("language models in graphs", ("graphs",)),
-    "filelock": ("training", ("train",)),
+    "filelock": ("data and training", ("download", "manifests", "fbank", "bpe", "train", *SEARCHING)),
     "tensorboard": ("training", ("train",)),
     "kaldialign": ("word error rates", SEARCHING),
     "matplotlib": ("the report's plots", ("report",)),

@@ -44,7 +44,7 @@ def epoch(data):
 
 def test_linear_mel_on_the_fly_has_its_last_frame(prepared, tmp_path):
     folder, corpus = prepared
-    stored = training_data(corpus, tmp_path / "stored", augment=CLEAR)
+    stored = training_data(corpus, tmp_path / "stored", augment=CLEAR, features="linear-mel")
     audio = [folder / "audio.jsonl.gz"]
     live = training_data(corpus, tmp_path / "live", audio, augment=CLEAR, on_the_fly=True, features="linear-mel")
     for ours, theirs in zip(epoch(live), epoch(stored), strict=True):
@@ -63,8 +63,8 @@ def test_linear_mel_in_shar_has_its_last_frame(prepared, tmp_path):
         export_shar(corpus[1], tmp_path / "lilcom", "lilcom")
     export_shar(corpus[1], tmp_path / "shar", "numpy")
     assert any(STORED_FRAMES in (cut.custom or {}) for cut in SharCuts(tmp_path / "shar"))
-    plain = training_data(corpus, tmp_path / "a")
-    sharded = training_data(corpus, tmp_path / "b", [tmp_path / "shar"])
+    plain = training_data(corpus, tmp_path / "a", features="linear-mel")
+    sharded = training_data(corpus, tmp_path / "b", [tmp_path / "shar"], features="linear-mel")
     for ours, theirs in zip(epoch(sharded), epoch(plain), strict=True):
         assert torch.equal(ours.x, theirs.x) and torch.equal(ours.x_lens, theirs.x_lens)
 
