@@ -290,9 +290,7 @@ def test_features_that_are_gone_are_noticed_before_training(corpus, tmp_path):
 
 @pytest.mark.parametrize("lilcom", [True, False])
 def test_ids_that_look_like_paths_stay_in_the_store(tmp_path, monkeypatch, lilcom):
-    if lilcom and not is_module_available("lilcom"):
-        pytest.skip("lilcom is not installed")
-    ids = ["../../../evil", "/tmp/evil-utterance", "a/b/../c", "./d", "e//f", "g."]
+    ids = ["../../../evil", "/evil-utterance", "a/b/../c", "./d", "e//f", "g."]
     pairs = list(read_pairs(*make_split(tmp_path, make_texts(len(ids)))))
     names = iter(ids)
     renamed = [(recording, [fastcopy(each, id=next(names)) for each in segments]) for recording, segments in pairs]
@@ -304,7 +302,7 @@ def test_ids_that_look_like_paths_stay_in_the_store(tmp_path, monkeypatch, lilco
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     compute_fbank(*files, tmp_path / "cuts.jsonl.gz", store, FbankOptions("lhotse"))
     written = {path for path in tmp_path.rglob("*") if path.is_file()} - before - {tmp_path / "cuts.jsonl.gz"}
-    assert written and all(store in path.parents for path in written) and not Path("/tmp/evil-utterance.npy").exists()
+    assert written and all(store in path.parents for path in written) and not Path("/evil-utterance.npy").exists()
     cuts = list(read_cuts(tmp_path / "cuts.jsonl.gz"))
     assert [cut.id for cut in cuts] == ids and all(len(cut.load_features()) == cut.num_frames for cut in cuts)
     export_shar(tmp_path / "cuts.jsonl.gz", tmp_path / "shar", "numpy")

@@ -265,7 +265,6 @@ def test_bad_executors_and_shares(tmp_path: Path, flags: list[str], message: str
 @pytest.mark.slow
 def test_workers_of_a_dask_scheduler_compute_the_shards_of_one_process(tmp_path: Path) -> None:
     """Two workers in processes of their own, of which one is killed at work."""
-    pytest.importorskip("distributed")
     files = make_split(tmp_path, [0.2] * (8 * SHARD_CUTS + 5))
     fbank(files, tmp_path / "alone", num_jobs=2)
     address = tmp_path / "scheduler.json"
