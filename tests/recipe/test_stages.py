@@ -97,8 +97,14 @@ echo finished
 def start(repo_root: Path, script: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["bash", "-c", PRELUDE + script, "driver.sh", str(folder)], cwd=repo_root, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal,
     )  # fmt: skip
+
+
+def as_in_a_terminal() -> None:
+    """Undo what nohup, and a shell that starts tests in the background, leave to their children: ignored signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(path: Path) -> None:
