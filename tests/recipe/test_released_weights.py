@@ -136,8 +136,8 @@ def test_no_training_data_are_needed_where_the_corpus_brings_words(
 
     work = tmp_path / "work"
     command = ["./prepare.sh", "--corpus", "librispeech", "--work-dir", work, "--download-dir", downloads]
-    command += ["--allow-incomplete", "--dev-splits", "dev-clean", "--test-splits", "test-clean", "--decode-only", "--num-jobs", 1]
-    command += ["--bpe-model", imported.parent / "bpe.model", "--fbank", "linear-mel"]
+    command += ["--allow-incomplete", "--dev-splits", "dev-clean", "--test-splits", "test-clean", "--decode-only"]
+    command += ["--num-jobs", 1, "--bpe-model", imported.parent / "bpe.model", "--fbank", "linear-mel"]
     done = subprocess.run(list(map(str, command)), cwd=repo_root, text=True, capture_output=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     [words] = (work / "data").glob("lang_given_*_decode/words.txt")
