@@ -38,7 +38,7 @@ lint() {
 
 # run_tests VENV OPTIONS...
 run_tests() {
-    "$1/bin/python" -m pytest -n 2 --dist worksteal "${@:2}"
+    "$1/bin/python" -m pytest -n 2 --dist worksteal --durations 15 "${@:2}"
 }
 
 case "${1:-}" in
