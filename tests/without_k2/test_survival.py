@@ -84,6 +84,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(corpus, tmp_path,
     assert not list(tmp_path.glob("*-step-*")) and not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), [(1, "SIGTERM"), (2, "SIGTERM"), (2, "SIGINT")])
 def test_a_signal_saves_the_state_and_ends_the_run_with_one_line(corpus, tmp_path, processes, name):
     exp_dir = tmp_path / "exp"

@@ -205,6 +205,7 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
     assert len(violations(source, module, module.rpartition(".")[0])) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", [name for name in TIERS if name not in NEED_K2])
 def test_modules_import_with_nothing_but_their_tiers_packages(tier: str) -> None:
     """In a Python that has neither k2 nor anything else of the tiers below."""
