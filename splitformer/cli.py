@@ -21,12 +21,13 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130
 """exit status after Ctrl-C, as a shell has it"""
 EXTRAS = {
-    "train": ("filelock", "kaldialign", "lhotse", "sentencepiece", "tensorboard"),
+    "train": ("filelock", "kaldialign", "lhotse", "lilcom", "sentencepiece", "tensorboard", "urllib3"),
     "k2": ("k2", "kaldilm"),
     "export": ("onnx", "onnxruntime", "safetensors"),
     "report": ("matplotlib",),
+    "dask": ("distributed",),
 }
-"""{extra of the package: packages that it brings}, see pyproject.toml"""
+"""{extra of the package: packages that it brings and earlier ones do not}, see pyproject.toml"""
 
 
 def command(run: Callable[[Any], int | None], arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

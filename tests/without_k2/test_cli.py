@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from splitformer.cli import command
+from splitformer.cli import EXTRAS, command
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,14 @@ def test_no_value_of_a_repeated_option_is_lost(arguments: str, values: tuple[str
     run.__annotations__["options"] = Options
     assert command(run, arguments.split(), prog="test") == 0
     assert (seen[0].set, seen[0].seed) == (values, seed)
+
+
+def test_the_extras_are_those_of_the_package(repo_root: Path) -> None:
+    section = (repo_root / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    lines = section.partition("\n\n")[0].splitlines()
+    declared = {line.partition(" = ")[0]: set(re.findall(r'"([\w-]+)', line)) for line in lines}
+    assert declared.keys() == EXTRAS.keys()
+    earlier: set[str] = set()
+    for extra, packages in EXTRAS.items():
+        assert set(packages) == declared[extra] - earlier, extra
+        earlier |= declared[extra]
