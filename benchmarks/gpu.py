@@ -120,7 +120,7 @@ def stepper(config: Config, device: torch.device, precision: str, ranks: Ranks |
     return Stepper(loss, optimizer, Precision(precision, device), ranks, config.optim.clip_grad_norm)
 
 
-def take(steps: Stepper, number: int, batch: Batch, seconds: bool = False) -> float:
+def take(steps: Stepper, number: int, batch: Batch) -> float:
     """Take a training step on `batch`; return its loss."""
     tokens = float(batch.y_lens.sum()) * steps.ranks.world_size
     step = steps.gradients(number, [batch], [(0, 1, number, steps.ranks.rank)], tokens)
